@@ -1,0 +1,113 @@
+"""The one protocol every engine implements, and the records that cross it. NumPy only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What runs: engine name (``ort-cpu``, ``torch``), version, device, variant, threads."""
+
+    name: str
+    version: str
+    device: str
+    variant: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """One engine that was passed over, and why."""
+
+    engine: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SessionOptions:
+    """How to open a session.
+
+    Attributes:
+        threads: Worker threads; None: all cores this process may use.
+        capacity: Cache positions per row (decoders); None: chosen from the memory at hand.
+        max_batch: Cache rows (decoders); None: the default of the runtime.
+    """
+
+    threads: int | None = None
+    capacity: int | None = None
+    max_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One packed (padding-free) step over the cache's rows.
+
+    The tokens of all rows stand one after another, in row order; row b brings
+    ``query_lengths[b]`` new tokens (0: the row sits this step out) and has
+    ``past_lengths[b]`` tokens in its cache already.
+
+    Attributes:
+        input_ids: int64 [T], T = query_lengths.sum().
+        position_ids: int64 [T], each token's position in its own sequence.
+        query_lengths: int32 [B], B = the session's max_batch.
+        past_lengths: int32 [B].
+        logits_positions: int64 [R], indices into the T tokens whose logits are wanted.
+    """
+
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    query_lengths: NDArray[np.int32]
+    past_lengths: NDArray[np.int32]
+    logits_positions: NDArray[np.int64]
+
+
+@dataclass
+class StepTiming:
+    """Seconds spent inside the engine's own run call, summed by the caller."""
+
+    compute: float = 0.0
+    calls: int = field(default=0)
+
+
+class EncoderSession(Protocol):
+    """Runs an encoder graph. Thread-safe."""
+
+    info: EngineInfo
+
+    def run(self, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
+        """Runs ``input_ids``/``attention_mask``/``token_type_ids`` int64 [B, S]; returns the outputs by name."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DecoderSession(Protocol):
+    """Runs a decoder graph over a cache that it owns. One thread at a time: the slot loop serialises.
+
+    The cache is preallocated, ``[max_batch, kv_heads, capacity, head_dim]`` per layer for
+    keys and for values, and updated in place: its addresses never change.
+    """
+
+    info: EngineInfo
+    max_batch: int
+    capacity: int
+    vocab_size: int
+    mixed_steps: bool  # rows with several new tokens on a non-empty past may share a step with others
+
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Appends the step's keys and values to the cache; returns logits float32 [R, vocab_size].
+
+        The returned array may be reused by the next step: copy what must outlive it.
+        """
+        ...
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copies the first ``length`` cache positions of one row over another row's."""
+        ...
+
+    def close(self) -> None: ...

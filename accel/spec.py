@@ -1,0 +1,65 @@
+"""What a model is, as data: read from its config and from the traced shapes, stored in the bundle's manifest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["encoder", "decoder"]
+Task = Literal[
+    "feature-extraction",
+    "text-classification",
+    "token-classification",
+    "question-answering",
+    "fill-mask",
+    "text-generation",
+]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention layer, as its traced node says it is (never re-derived from the config).
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key/value heads (equal to ``heads`` unless grouped).
+        head_dim: Size of one head.
+        scale: Factor on the scores before softmax.
+        window: Sliding window. Decoders: how many keys a query sees, itself included.
+            Encoders: a key is seen when ``|query - key| <= window``. None: unlimited.
+        softcap: Scores become ``softcap * tanh(scores / softcap)``. None: off.
+        causal: Whether a query sees only keys at or before it.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """The architecture of one exported model."""
+
+    family: str  # config.model_type, e.g. "qwen3"
+    architecture: str  # class name, e.g. "Qwen3ForCausalLM"
+    kind: Kind
+    task: Task
+    hidden_size: int
+    vocab_size: int
+    max_positions: int  # longest sequence the position scheme covers
+    parameters: int  # parameter count, tied weights once
+    tied_embeddings: bool
+    layers: tuple[AttentionSpec, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output. A dimension is an int or a symbol's name."""
+
+    name: str
+    dtype: str  # numpy name, e.g. "int64"
+    shape: tuple[int | str, ...]
