@@ -1,0 +1,262 @@
+"""From logits to a token: the processors of transformers' ``generate``, in its order, on NumPy."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.errors import EngineError, InputError
+
+# Parameters that act only when do_sample is on.
+_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. Names, ranges and effects are those of transformers' ``generate``.
+
+    Attributes:
+        do_sample: Draw from the distribution; otherwise take the most probable token.
+        temperature: > 0; divides the logits.
+        top_k: Keep the k most probable tokens (ties with the k-th too); 0: all.
+        top_p: In [0, 1]; keep the most probable tokens that together reach this mass, at least one. 1: all.
+        min_p: In [0, 1]; drop tokens less probable than this share of the best one's probability. 0: none.
+        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen so far. 1: off.
+        seed: >= 0, makes draws repeatable; None: fresh entropy.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    @classmethod
+    def resolve(cls, defaults: Mapping[str, Any], **given: Any) -> SamplingParams:
+        """The caller's arguments over a model's generation config.
+
+        Args:
+            defaults: ``generation_config.json``; keys that are not sampling parameters are skipped, null means unset.
+            given: Arguments of this call; None means not given.
+
+        When the call ends up greedy, sampling-only defaults of the model do not apply; sampling-only
+        arguments of the caller are refused by ``validate``.
+
+        Raises:
+            InputError: see ``validate``.
+        """
+        names = {f.name for f in fields(cls)} - {"seed"}
+        chosen = {name: value for name, value in defaults.items() if name in names and value is not None}
+        asked = {name: value for name, value in given.items() if value is not None}
+        if not asked.get("do_sample", chosen.get("do_sample", False)):
+            chosen = {name: value for name, value in chosen.items() if name not in _SAMPLING_ONLY}
+        params = cls(**{**chosen, **asked})
+        params.validate()
+        return params
+
+    def validate(self) -> None:
+        """Checks every parameter.
+
+        Raises:
+            InputError: a wrong type, NaN, infinity, a value out of range, or a sampling-only
+                parameter that would be without effect because ``do_sample`` is off.
+        """
+        if not isinstance(self.do_sample, bool | np.bool_):
+            raise _refuse("do_sample", self.do_sample, "True or False")
+        _require_real(
+            "temperature", self.temperature, low=0, open_low=True, remedy="For greedy decoding set do_sample=False"
+        )
+        _require_integer("top_k", self.top_k)
+        _require_real("top_p", self.top_p, low=0, high=1)
+        _require_real("min_p", self.min_p, low=0, high=1)
+        _require_real("repetition_penalty", self.repetition_penalty, low=0, open_low=True)
+        if self.seed is not None:
+            _require_integer("seed", self.seed)
+        if not self.do_sample:
+            self._refuse_ineffective()
+
+    def _refuse_ineffective(self) -> None:
+        default = SamplingParams()
+        idle = [name for name in _SAMPLING_ONLY if getattr(self, name) != getattr(default, name)]
+        if idle:
+            raise InputError(
+                f"{' and '.join(idle)} would be without effect because do_sample is False",
+                where=idle[0],
+                remedy="Pass do_sample=True to sample, or leave them out",
+            )
+
+
+def _refuse(name: str, value: object, expected: str, remedy: str | None = None) -> InputError:
+    return InputError(f"{name} must be {expected}, not {value!r}", where=name, remedy=remedy)
+
+
+def _require_real(
+    name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False, remedy: str | None = None
+) -> None:
+    upper = f"at most {high:g}" if math.isfinite(high) else "finite"
+    expected = f"a number {'above' if open_low else 'of at least'} {low:g} and {upper}"
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise _refuse(name, value, expected, remedy)
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
+        raise _refuse(name, value, expected, remedy)
+
+
+def _require_integer(name: str, value: object) -> None:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral) or int(value) < 0:
+        raise _refuse(name, value, "an integer of at least 0")
+
+
+class Sampler:
+    """Picks one sequence's tokens. Holds the random state, so each sequence needs its own; not thread-safe."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int, stream: int = 0) -> None:
+        """Prepares a sequence's random state.
+
+        Args:
+            params: Checked here again.
+            vocab_size: Length of the logits that ``pick`` will get.
+            stream: Which of several independent random streams of the same seed to draw from
+                (the i-th of ``num_return_sequences``); 0 alone is what a single sequence draws.
+        """
+        params.validate()
+        self.params, self.vocab_size = params, vocab_size
+        self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
+        self._plain = not params.do_sample and params.repetition_penalty == 1.0
+
+    def pick(self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()) -> int:
+        """Chooses the next token.
+
+        Args:
+            logits: float32 [V]; not changed.
+            history: Prompt and generated tokens so far (an integer array costs less than a list);
+                read only when there is a repetition penalty.
+            banned: Tokens that must not come now (the end-of-sequence tokens before ``min_new_tokens``).
+
+        Raises:
+            InputError: logits of another shape.
+            EngineError: logits with NaN or +inf, or without any finite value.
+        """
+        if logits.shape != (self.vocab_size,):
+            raise InputError(f"logits must have shape ({self.vocab_size},), not {logits.shape}", where="logits")
+        if self._plain and not len(banned):
+            return _best(logits)
+        scores = self._process(logits, history, banned)
+        if not self.params.do_sample:
+            return _best(scores)
+        ids, weights = self._candidates(scores)
+        cumulative = np.cumsum(weights)
+        drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
+        return int(ids[min(int(drawn), len(ids) - 1)])  # rounding may push the draw onto the very end
+
+    def probabilities(
+        self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()
+    ) -> NDArray[np.float64]:
+        """The distribution that ``pick`` draws from, float64 [V]; one-hot when greedy. Same arguments and errors."""
+        result = np.zeros(self.vocab_size)
+        if not self.params.do_sample:
+            result[self.pick(logits, history, banned)] = 1.0
+            return result
+        ids, weights = self._candidates(self._process(logits, history, banned))
+        result[ids] = weights / weights.sum()
+        return result
+
+    def _process(
+        self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int]
+    ) -> NDArray[np.float32]:
+        """Repetition penalty, then bans: the processors that act on greedy decoding too. Returns a copy."""
+        scores = np.array(logits, dtype=np.float32)
+        penalty = np.float32(self.params.repetition_penalty)
+        if penalty != 1.0 and len(history):
+            seen = np.asarray(history, dtype=np.int64)
+            old = scores[seen]
+            scores[seen] = np.where(old < 0, old * penalty, old / penalty)  # duplicates write the same value
+        if len(banned):
+            scores[np.asarray(banned, dtype=np.int64)] = -np.inf
+        return scores
+
+    def _candidates(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Tokens left after temperature, top_k, top_p and min_p, ascending, with weights relative to the best one's."""
+        params = self.params
+        best = scores[_best(scores)]
+        if 0 < params.top_k < self.vocab_size:
+            ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
+        else:
+            ids = np.arange(self.vocab_size)
+        weights = np.exp((scores[ids].astype(np.float64) - float(best)) / float(params.temperature))
+        if params.top_p < 1.0:
+            ids, weights = _keep_nucleus(ids, weights, float(params.top_p))
+        if params.min_p > 0.0:
+            kept = weights >= params.min_p * weights.max()
+            ids, weights = ids[kept], weights[kept]
+        return ids, weights
+
+
+def _best(scores: NDArray[np.float32]) -> int:
+    """Index of the largest score; lowest index among equals. NaN wins every argmax, so one look finds it."""
+    index = int(scores.argmax())
+    if not math.isfinite(scores[index]):
+        raise EngineError(
+            f"the largest logit is {scores[index]}, so no token can be chosen",
+            where=f"token {index}",
+            remedy="The model's numbers overflowed or every token is banned; check the weights and the precision",
+        )
+    return index
+
+
+def _keep_nucleus(
+    ids: NDArray[np.int64], weights: NDArray[np.float64], top_p: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Drops the least probable tokens whose summed probability stays within ``1 - top_p``; keeps at least one."""
+    probabilities = weights / weights.sum()
+    # No token at or below (1 - top_p) / n can survive, as all of them together stay within
+    # 1 - top_p; dropping them first leaves few to sort.
+    likely = probabilities > (1.0 - top_p) / len(ids)
+    likely[probabilities.argmax()] = True
+    tail = probabilities[~likely].sum()
+    ids, weights, probabilities = ids[likely], weights[likely], probabilities[likely]
+    order = np.argsort(probabilities, kind="stable")
+    kept = tail + np.cumsum(probabilities[order]) > 1.0 - top_p
+    kept[-1] = True
+    chosen = np.sort(order[kept])
+    return ids[chosen], weights[chosen]
+
+
+def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Log probabilities over the last axis, float64, same shape.
+
+    Raises:
+        EngineError: a row with NaN or +inf, or without any finite value.
+    """
+    wide = np.asarray(logits, dtype=np.float64)
+    top = wide.max(axis=-1, keepdims=True)
+    if not np.isfinite(top).all():
+        raise EngineError("the logits hold NaN or infinity, so they have no probabilities", where="logits")
+    shifted = wide - top
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def top_logprobs(logits: NDArray[np.floating[Any]], n: int) -> list[tuple[int, float]]:
+    """The n most probable tokens of logits [V] with their log probabilities, best first, lower id first among equals.
+
+    Raises:
+        InputError: n is negative or above V.
+        EngineError: see ``log_softmax``.
+    """
+    if not 0 <= n <= logits.shape[-1]:
+        raise InputError(f"logprobs must lie in 0..{logits.shape[-1]}, not {n}", where="logprobs")
+    if n == 0:
+        return []
+    logprobs = log_softmax(logits)
+    threshold = np.partition(logprobs, -n)[-n]
+    ids = np.flatnonzero(logprobs >= threshold)
+    ids = ids[np.argsort(-logprobs[ids], kind="stable")][:n]
+    return [(int(i), float(logprobs[i])) for i in ids]
