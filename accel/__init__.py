@@ -1,0 +1,34 @@
+"""accel: exports transformer models and runs them fast on whatever hardware it meets.
+
+>>> import accel
+>>> accel.export("models/minilm", "bundles/minilm")
+>>> accel.load("bundles/minilm").embed(["a sentence"])
+
+Nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "export", "load"]
+
+if TYPE_CHECKING:
+    from accel.api import export
+    from accel.runtime.load import load
+
+_LAZY = {"export": "accel.api", "load": "accel.runtime.load"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'accel' has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
