@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -139,7 +139,7 @@ def make_environment() -> Environment:
     class GenerationBlock(jinja2.ext.Extension):
         """``{% generation %}`` marks assistant text for training; here its body is rendered as it stands."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags: set[str] = {"generation"}  # noqa: RUF012 (the base class declares it without ClassVar)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
