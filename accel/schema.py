@@ -83,12 +83,13 @@ class _Reader:
         for key in data:
             if key not in fields:
                 raise self.error(f"Unknown key {key!r}", where=where, remedy=suggest(str(key), list(fields)))
+        hints = _hints(cast(Any, cls))
         values = {}
         for name, field in fields.items():
             if name in data:
-                values[name] = self.value(_hints(cls)[name], data[name], f"{where}: {name}")
+                values[name] = self.value(hints[name], data[name], f"{where}: {name}")
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                raise self.error(f"Missing key {name!r}", where=where, remedy=f"Add it: {_describe(_hints(cls)[name])}")
+                raise self.error(f"Missing key {name!r}", where=where, remedy=f"Add it: {_describe(hints[name])}")
         return cls(**values)
 
     def value(self, hint: Any, data: object, where: str) -> Any:

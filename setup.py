@@ -1,0 +1,58 @@
+"""Metadata of the distribution ``accelrt``. The layout of accel_kernels/ and export_configs/ needs package_dir."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "accel" / "__init__.py").read_text(), re.MULTILINE)
+assert VERSION is not None
+README = ROOT / "README.md"
+
+CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
+EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
+TEST = ["pytest", "pytest-xdist", "psutil", "gguf", "build", *EXPORT]
+EXTRAS = {
+    "cpu": CPU,
+    "export": EXPORT,
+    # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
+    "cuda": ["onnxruntime-gpu", "triton", "torch"],
+    "tensorrt": ["tensorrt"],
+    "rtx": ["tensorrt-rtx-cu13"],
+    "serve": ["fastapi", "uvicorn"],
+    # What runs beside this distribution; scripts/peers.sh builds the environments of those that exclude one another.
+    "peers": ["matplotlib", "psutil", "ctranslate2", "onnxruntime-genai", "sentence-transformers"],
+    "test": TEST,
+    "dev": ["ruff", "mypy", "types-PyYAML", *TEST],
+}
+
+setup(
+    name="accelrt",
+    version=VERSION[1],
+    description="Exports transformer models and runs them fast on whatever hardware they meet",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["accel", "accel.*"]), "accel.export_configs", "accel_kernels"],
+    package_dir={"accel_kernels": "kernels/accel_kernels", "accel.export_configs": "export_configs"},
+    package_data={"accel": ["py.typed"], "accel.export_configs": ["*.yaml"]},
+    install_requires=["numpy", "tokenizers", "jinja2", "PyYAML", "filelock", "rich"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["accel = accel.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

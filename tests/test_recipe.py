@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accel.errors import RecipeError
+from accel.recipe import GraphRecipe, ParityRecipe, Recipe, load_recipe, recipe_names
+
+
+def test_packaged_recipes_are_found_by_name() -> None:
+    assert recipe_names() == ("decoder", "encoder")
+    assert load_recipe(None, "decoder") == load_recipe("decoder") == Recipe(parity=ParityRecipe(greedy_tokens=16))
+    assert load_recipe("encoder") == Recipe()
+
+
+def test_mapping_and_file_are_laid_over_the_default(tmp_path: Path) -> None:
+    data = {"task": "fill-mask", "graph": {"skip": ["fuse-gelu"]}, "parity": {"cases": 5}}
+    recipe = load_recipe(data)
+    assert recipe == Recipe(task="fill-mask", graph=GraphRecipe(("fuse-gelu",)), parity=ParityRecipe(cases=5))
+    path = tmp_path / "own.yaml"
+    path.write_text("task: fill-mask\ngraph: {skip: [fuse-gelu]}\nparity:\n  cases: 5\n")
+    assert load_recipe(path) == load_recipe(str(path)) == recipe
+    assert load_recipe(recipe) is recipe
+    path.write_text("")
+    assert load_recipe(path) == load_recipe(None)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"max_position": 20}, "Unknown key 'max_position'.*Did you mean 'max_positions'"),
+        ({"parity": {"limt": 1}}, "Unknown key 'limt'.*Did you mean 'limit'"),
+        ({"task": "fill_mask"}, "Expected.*'fill-mask'"),
+        ({"dtype": "float16"}, "Expected one of 'float32'"),
+        ({"max_positions": "20"}, "Expected an integer"),
+        ({"max_positions": 0}, "max_positions must be at least 1"),
+        ({"parity": {"limit": float("nan")}}, "Expected a number"),
+        ({"parity": {"limit": 0}}, "parity.limit must be above 0"),
+        ({"parity": {"cases": 0}}, "parity.cases"),
+        ({"parity": {"greedy_tokens": -1}}, "parity.greedy_tokens"),
+        ({"parity": {"seed": -1}}, "parity.seed"),
+        ({"parity": 3}, "Expected a mapping, found 3"),
+        ({"graph": {"skip": "fuse-gelu"}}, "Expected a list"),
+    ],
+)
+def test_bad_keys_and_values(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dtype: float32\ndtype: float16\n", "Key 'dtype' stands twice"),
+        ("- 1\n", "not a mapping"),
+        ("a: [", "not YAML"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as info:
+        load_recipe(path)
+    assert "own.yaml" in str(info.value)
+
+
+def test_absent_recipes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Cannot read the recipe"):
+        load_recipe(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="no recipe 'decodr'.*Did you mean 'decoder'"):
+        load_recipe("decodr")
+
+
+def test_a_recipe_object_is_checked_too() -> None:
+    with pytest.raises(RecipeError, match="max_positions must be"):
+        load_recipe(Recipe(max_positions=-1))
