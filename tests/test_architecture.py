@@ -1,0 +1,166 @@
+"""The one-way import order, who may import what, and the size of files and functions, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module may import what stands on its own line (within one unit) or above. The longest prefix counts.
+ORDER: tuple[tuple[str, ...], ...] = (
+    ("accel_kernels", "accel.errors"),
+    ("accel.spec", "accel.schema"),
+    ("accel.storage", "accel.recipe", "accel.capabilities"),
+    ("accel.manifest", "accel.bundle", "accel.engines.session"),
+    ("accel.engines",),
+    ("accel.runtime",),
+    ("accel.exporter", "accel.graph", "accel.compress", "accel.store"),
+    ("accel.api", "accel.inspection"),
+    ("accel.bench", "accel.serving"),
+    ("accel.cli", "accel.__main__"),
+)
+# Lines whose units know each other; the units of the other lines do not.
+ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
+
+OWNERS = {
+    "torch": ("accel.exporter", "accel.engines.torch_reference", "accel.bench", "accel_kernels", "accel.engines.cuda"),
+    "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
+    "onnxruntime": ("accel.engines.ort", "accel.capabilities", "accel.bench"),
+    "onnx": ("accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
+    "onnx_ir": ("accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
+    "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),
+    "tensorrt": ("accel.engines.tensorrt", "accel.store"),
+    "tensorrt_rtx": ("accel.engines.tensorrt", "accel.store"),
+    "triton": ("accel_kernels", "accel.engines.cuda"),
+    "ray": ("accel.serving",),
+    "sentence_transformers": ("accel.bench",),
+}
+LAZY = {"export": "accel.api", "load": "accel.runtime.load"}  # what ``accel`` itself hands out
+
+
+@dataclass(frozen=True)
+class Source:
+    name: str
+    path: Path
+    tree: ast.Module
+
+    @property
+    def lines(self) -> int:
+        return len(self.path.read_text(encoding="utf-8").splitlines())
+
+
+def read(path: Path, base: Path) -> Source:
+    parts = path.relative_to(base).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return Source(name, path, ast.parse(path.read_text(encoding="utf-8")))
+
+
+PACKAGES = [read(path, ROOT) for path in sorted((ROOT / "accel").rglob("*.py"))]
+PACKAGES += [read(path, ROOT / "kernels") for path in sorted((ROOT / "kernels").rglob("*.py"))]
+OTHERS = [read(path, ROOT) for folder in ("scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
+MODULES = {source.name for source in PACKAGES}
+
+
+def imports(source: Source) -> Iterator[str]:
+    """Every module that the source imports, wherever the statement stands."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source.path}: relative import"
+            assert node.module is not None
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if node.module == "accel":
+                    yield LAZY.get(alias.name, full)
+                else:
+                    yield full if full in MODULES else node.module
+
+
+def unit(module: str) -> tuple[int, str] | None:
+    """Line in ``ORDER`` and unit of a module, by the longest matching prefix."""
+    found = [
+        (len(prefix), rank, prefix)
+        for rank, row in enumerate(ORDER)
+        for prefix in row
+        if module == prefix or module.startswith(prefix + ".")
+    ]
+    return max(found)[1:] if found else None
+
+
+def may_import(importer: str, imported: str) -> bool:
+    source, target = unit(importer), unit(imported)
+    assert source is not None, f"{importer} has no place in ORDER"
+    if target is None:  # ``accel`` itself (its version) or another distribution
+        return True
+    if source[1] == target[1]:
+        return True
+    return source[0] > target[0] or (source[0] == target[0] and source[0] in ACQUAINTED)
+
+
+def owned_by(importer: str, package: str) -> bool:
+    return any(importer == owner or importer.startswith((owner + ".", owner + "_")) for owner in OWNERS[package])
+
+
+@pytest.mark.parametrize("source", PACKAGES, ids=lambda s: s.name)
+def test_imports_point_one_way(source: Source) -> None:
+    if source.name == "accel":  # lazy names only; test_import.py proves it
+        return
+    wrong = [name for name in imports(source) if not may_import(source.name, name)]
+    assert not wrong, f"{source.name} must not import {wrong}"
+
+
+@pytest.mark.parametrize("source", PACKAGES, ids=lambda s: s.name)
+def test_heavy_packages_have_owners(source: Source) -> None:
+    wrong = {
+        name
+        for name in imports(source)
+        if name.partition(".")[0] in OWNERS and not owned_by(source.name, name.partition(".")[0])
+    }
+    assert not wrong, f"{source.name} must not import {wrong}"
+
+
+@pytest.mark.parametrize("source", [*PACKAGES, *OTHERS], ids=lambda s: s.name)
+def test_files_and_functions_are_short(source: Source) -> None:
+    assert source.lines <= 400, f"{source.path.name} has {source.lines} lines"
+    long = [
+        f"{node.name} ({node.end_lineno - node.lineno + 1} lines)"
+        for node in ast.walk(source.tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and node.end_lineno is not None
+        and node.end_lineno - node.lineno + 1 > 50
+    ]
+    assert not long, f"{source.path.name}: {long}"
+
+
+def test_scripts_use_the_public_package_only() -> None:
+    for path in sorted((ROOT / "scripts").glob("*.py")):
+        if path.name == "quickstart.py":  # compares with eager PyTorch on purpose
+            continue
+        for name in imports(read(path, ROOT)):
+            assert name.partition(".")[0] not in OWNERS, f"{path.name} imports {name}"
+
+
+def test_kernels_folder_is_no_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_rules_can_fail() -> None:
+    assert not may_import("accel.errors", "accel.bundle")
+    assert not may_import("accel.runtime.load", "accel.exporter.tracer")
+    assert not may_import("accel.exporter.tracer", "accel.graph.pipeline")
+    assert not may_import("accel.engines.session", "accel.engines.ort")
+    assert not may_import("accel.runtime.text", "accel.api")
+    assert may_import("accel.exporter.a", "accel.exporter.b")
+    assert may_import("accel.engines.ort", "accel.engines.session")
+    assert not owned_by("accel.runtime.decoder", "torch")
+    assert not owned_by("accel.graph.pipeline", "transformers")
+    lazy = Source(
+        "accel.runtime.x", Path("x.py"), ast.parse("def f():\n    from accel import export\n    import torch.nn")
+    )
+    assert list(imports(lazy)) == ["accel.api", "torch.nn"]
