@@ -1,0 +1,195 @@
+"""Micro-batches of texts: planning, feeds, and the session they run on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.session import EncoderSession
+from accel.errors import EngineError
+from accel.runtime.results import Timings
+
+Row = tuple[Sequence[int], Sequence[int], bool]  # ids, type ids, truncated
+Feeds = dict[str, NDArray]
+
+# Tokens per micro-batch. Enough rows to keep the matrix products efficient, few enough that a
+# micro-batch stays in the caches and that two workers end at about the same time. To be tuned by measurement.
+TOKEN_BUDGET = 384
+# Rows share a micro-batch when padding adds at most this share of the longest row (or this many tokens):
+# an exactly filled micro-batch takes the attention path without a mask.
+PADDING_SHARE = 1 / 16
+PADDING_TOKENS = 2
+# Model outputs held at once: micro-batches run in waves of at most this many bytes.
+WAVE_BYTES = 64 << 20
+
+
+class Stopwatch:
+    """Splits one call's wall time into disjoint intervals."""
+
+    __slots__ = ("compute", "last", "prepost", "runs", "start")
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.compute = self.prepost = 0.0
+        self.runs = 0
+
+    def lap_prepost(self) -> None:
+        """Counts the time since the last lap as pre- or post-processing."""
+        now = time.perf_counter()
+        self.prepost += now - self.last
+        self.last = now
+
+    def lap_compute(self, runs: int = 1) -> None:
+        """Counts the time since the last lap as ``runs`` engine calls."""
+        now = time.perf_counter()
+        self.compute += now - self.last
+        self.last = now
+        self.runs += runs
+
+    def lap_system(self) -> None:
+        """Leaves the time since the last lap to the rest (``Timings.system``)."""
+        self.last = time.perf_counter()
+
+    def timings(self) -> Timings:
+        """Counts the time since the last lap as post-processing and closes the record."""
+        self.lap_prepost()
+        return Timings.measured(self.last - self.start, self.compute, self.prepost, steps=self.runs)
+
+
+class SessionGuard:
+    """Counts the calls in flight, so that closing waits for them; refuses calls after close or in a fork."""
+
+    def __init__(self, session: EncoderSession) -> None:
+        self._session = session
+        self._run_many = getattr(session, "run_many", None)
+        self._changed = threading.Condition()
+        self._in_flight = 0
+        self._closed = False
+        self._pid = os.getpid()
+
+    def __enter__(self) -> SessionGuard:
+        if os.getpid() != self._pid:  # before the lock: a fork may have copied it while it was held
+            remedy = "Load the bundle in each worker process, after the fork"
+            raise EngineError("This process was forked after the encoder was loaded", where="Encoder", remedy=remedy)
+        with self._changed:
+            if self._closed:
+                raise EngineError("The encoder is closed", where="Encoder", remedy="Load the bundle again")
+            self._in_flight += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._in_flight -= 1
+            if self._closed:
+                self._changed.notify_all()
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Runs one micro-batch on all of the engine's threads."""
+        return self._session.run(feeds)
+
+    def run_many(self, feeds: list[Feeds]) -> list[Feeds]:
+        """Runs independent micro-batches, side by side where the engine can; results in order."""
+        if len(feeds) == 1 or self._run_many is None:
+            return [self._session.run(feed) for feed in feeds]
+        return self._run_many(feeds)
+
+    def close(self) -> None:
+        """Waits for the calls in flight, then closes the session; safe to call twice."""
+        if os.getpid() != self._pid:
+            return  # the parent's threads do not exist here: nothing to wait for, and not ours to close
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.wait_for(lambda: self._in_flight == 0)
+        self._session.close()
+
+
+def plan_batches(
+    lengths: Sequence[int], batch_size: int | None = None, token_budget: int | None = None
+) -> list[NDArray[np.int64]]:
+    """Groups texts of (nearly) equal length, longest first.
+
+    Args:
+        lengths: Tokens of each text, all at least 1.
+        batch_size: Rows per micro-batch, whatever the padding; None: by the token budget.
+        token_budget: Padded tokens per micro-batch; a longer text stands alone. None: ``TOKEN_BUDGET``.
+
+    Returns:
+        Indices into ``lengths``, one int64 array per micro-batch.
+    """
+    count = np.asarray(lengths, np.int64)
+    order = np.argsort(-count, kind="stable")
+    if batch_size is not None:
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    budget = TOKEN_BUDGET if token_budget is None else token_budget
+    descending = count[order].tolist()
+    negated = [-length for length in descending]
+    batches, start = [], 0
+    while start < len(order):
+        longest = descending[start]
+        shortest = longest - max(PADDING_TOKENS, int(longest * PADDING_SHARE))
+        fits = start + max(1, budget // longest)
+        stop = min(fits, bisect_right(negated, -shortest, lo=start))
+        batches.append(order[start:stop])
+        start = stop
+    return batches
+
+
+def waves(
+    batches: list[NDArray[np.int64]], lengths: Sequence[int], bytes_per_token: int, limit: int = WAVE_BYTES
+) -> Iterator[list[NDArray[np.int64]]]:
+    """Cuts the micro-batches into runs of consecutive ones whose outputs fit ``limit`` bytes."""
+    wave: list[NDArray[np.int64]] = []
+    held = 0
+    for batch in batches:
+        size = len(batch) * lengths[batch[0]] * bytes_per_token
+        if wave and held + size > limit:
+            yield wave
+            wave, held = [], 0
+        wave.append(batch)
+        held += size
+    if wave:
+        yield wave
+
+
+def build_feeds(
+    rows: Sequence[Row], indices: Sequence[int], pad_token_id: int, with_type_ids: bool
+) -> tuple[Feeds, NDArray[np.int64] | None]:
+    """The feeds of one micro-batch, padded on the right.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and, if wanted, ``token_type_ids``, int64 [B, S]; and the mask again,
+        or None when all of it is one.
+    """
+    ids = [rows[i][0] for i in indices]
+    lengths = [len(row) for row in ids]
+    longest = max(lengths)
+    shape = (len(ids), longest)
+    if min(lengths) == longest:
+        feeds = {"input_ids": np.array(ids, np.int64), "attention_mask": np.ones(shape, np.int64)}
+        if with_type_ids:
+            feeds["token_type_ids"] = np.array([rows[i][1] for i in indices], np.int64)
+        return feeds, None
+    input_ids = np.full(shape, pad_token_id, np.int64)
+    for target, row in zip(input_ids, ids, strict=True):
+        target[: len(row)] = row
+    mask = (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64)
+    feeds = {"input_ids": input_ids, "attention_mask": mask}
+    if with_type_ids:
+        feeds["token_type_ids"] = np.zeros(shape, np.int64)
+        for target, i in zip(feeds["token_type_ids"], indices, strict=True):
+            target[: len(rows[i][1])] = rows[i][1]
+    return feeds, mask
+
+
+__all__ = ["Row", "SessionGuard", "Stopwatch", "build_feeds", "plan_batches", "waves"]
