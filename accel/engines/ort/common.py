@@ -1,0 +1,141 @@
+"""What the encoder and the decoder session share: importing, opening and running ONNX Runtime, and its errors."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from accel.errors import DependencyError, EngineError
+
+MINIMUM_VERSION = (1, 32)  # GroupQueryAttention takes query_seqlens from here on
+INSTALL = 'pip install "accelrt[cpu]"'
+NAME = "ort-cpu"
+_WARNING = 3  # ONNX Runtime's log severity: errors only
+
+
+def import_onnxruntime() -> ModuleType:
+    """Imports onnxruntime.
+
+    Raises:
+        DependencyError: It is missing, broken, or older than 1.32.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise DependencyError(f"onnxruntime cannot be imported: {error}", remedy=f"Install it: {INSTALL}") from error
+    version = getattr(onnxruntime, "__version__", None)
+    if version is None or not hasattr(onnxruntime, "InferenceSession"):
+        what = "onnxruntime is damaged: its folder holds no usable package"
+        raise DependencyError(what, remedy=f"Reinstall it: pip uninstall onnxruntime onnxruntime-gpu, then {INSTALL}")
+    if parse_version(version) < MINIMUM_VERSION:
+        what = f"onnxruntime {version} is too old: 1.32 or newer is needed"
+        raise DependencyError(what, remedy=f"Upgrade it: {INSTALL} --upgrade")
+    return onnxruntime
+
+
+def parse_version(text: str) -> tuple[int, int]:
+    """Major and minor number of a version string."""
+    numbers = re.findall(r"\d+", text)[:2]
+    return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
+
+
+def available_threads() -> int:
+    """Cores that this process may use: its affinity, within its cgroup's CPU quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+def open_graph(path: Path, threads: int) -> Any:
+    """Opens an ``onnxruntime.InferenceSession`` on the CPU.
+
+    Args:
+        path: The graph; its external data lies beside it and is mapped.
+        threads: Intra-op threads, the caller's own included.
+
+    Raises:
+        DependencyError: see ``import_onnxruntime``.
+        EngineError: ONNX Runtime refuses the graph.
+    """
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = _WARNING
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    if threads > 1:
+        # Workers spin while a run lasts and sleep as soon as it returns: spinning on would take the
+        # cores from another session's workers, from the row threads and from the sampler.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+    with translated_errors(f"opening {path.name}"):
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def translated_errors(where: str) -> Iterator[None]:
+    """Turns whatever ONNX Runtime raises into an EngineError that keeps its message."""
+    try:
+        yield
+    except (EngineError, DependencyError):
+        raise
+    except Exception as error:
+        raise engine_error(error, where) from error
+
+
+def engine_error(error: Exception, where: str) -> EngineError:
+    """An ONNX Runtime exception in our terms."""
+    if isinstance(error, MemoryError) or "bad_alloc" in str(error) or "Failed to allocate" in str(error):
+        return EngineError(
+            f"ONNX Runtime ran out of memory: {error}", where=where, remedy="Use a smaller batch, or a smaller capacity"
+        )
+    return EngineError(
+        f"ONNX Runtime failed: {type(error).__name__}: {error}",
+        where=where,
+        remedy="Check the bundle with Bundle.open(path, verify=True); export it again if it is damaged",
+    )
+
+
+class Lifetime:
+    """Refuses use after ``close()`` and in a forked child, where ONNX Runtime's threads no longer exist."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._pid, self._closed = name, os.getpid(), False
+
+    def close(self) -> bool:
+        """Marks it closed; whether it was open."""
+        was_open, self._closed = not self._closed, True
+        return was_open
+
+    def check(self) -> None:
+        """Raises:
+        EngineError: closed, or opened by another process.
+        """
+        if self._closed:
+            raise EngineError(f"the {self._name} session is closed", remedy="Load the bundle again")
+        if os.getpid() != self._pid:
+            raise EngineError(
+                f"the {self._name} session was opened before this process was forked, and threads do not survive a fork",
+                where=f"process {os.getpid()}",
+                remedy="Load the bundle in the child process, or start children with the spawn method",
+            )
+
+
+__all__ = [
+    "INSTALL",
+    "NAME",
+    "Lifetime",
+    "available_threads",
+    "engine_error",
+    "import_onnxruntime",
+    "open_graph",
+    "translated_errors",
+]

@@ -1,0 +1,202 @@
+"""Decoder session on ONNX Runtime: cache bound in place, packed steps, next to no Python per step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.kv_cache import CacheShape
+from accel.engines.ort.common import NAME, Lifetime, engine_error, import_onnxruntime, open_graph, translated_errors
+from accel.engines.session import EngineInfo, StepInputs
+from accel.errors import BundleError
+from accel.spec import ArchSpec
+
+
+class StepBuffers:
+    """The small inputs and the logits of one step shape, bound once and written in place.
+
+    Attributes:
+        arrays: Graph input -> its numpy buffer.
+        logits: float32 [R, V].
+    """
+
+    def __init__(
+        self, ort: Any, names: set[str], rows: int, tokens: int, width: int, logits: NDArray[np.float32]
+    ) -> None:
+        self.rows, self.tokens, self.width, self.logits = rows, tokens, width, logits
+        every = {
+            "input_ids": np.zeros(tokens, np.int64),
+            "position_ids": np.zeros(tokens, np.int64),
+            "pad_index": np.zeros((rows, width), np.int64),
+            "unpad_index": np.arange(tokens, dtype=np.int64),
+            "seqlens_k": np.zeros(rows, np.int32),
+            "total_length": np.zeros((), np.int32),
+            "query_seqlens": np.zeros(rows, np.int32),
+            "logits_positions": np.arange(len(logits), dtype=np.int64),
+        }
+        self.arrays = every
+        self.bound = {name: ort.OrtValue.ortvalue_from_numpy(every[name]) for name in every if name in names}
+        self.bound_logits = ort.OrtValue.ortvalue_from_numpy(logits)
+        self._full = width == 1 and tokens == rows  # every row brings one token: the indices never change
+        if self._full:
+            every["pad_index"][:, 0] = np.arange(rows)
+
+    def fill(self, inputs: StepInputs) -> None:
+        """Writes one step's values."""
+        arrays, rows = self.arrays, self.rows
+        queries, past = inputs.query_lengths[:rows], inputs.past_lengths[:rows]
+        arrays["input_ids"][:] = inputs.input_ids
+        arrays["position_ids"][:] = inputs.position_ids
+        arrays["logits_positions"][:] = inputs.logits_positions
+        arrays["query_seqlens"][:] = queries
+        lengths = arrays["seqlens_k"]
+        np.add(past, queries, out=lengths)
+        arrays["total_length"][()] = lengths.max()
+        lengths -= 1
+        np.maximum(lengths, 0, out=lengths)  # an empty row that sits out still needs a valid length
+        if not self._full:
+            self._fill_indices(queries)
+
+    def _fill_indices(self, queries: NDArray[np.int32]) -> None:
+        if self.width == 1:
+            active = np.flatnonzero(queries)
+            pad = self.arrays["pad_index"]
+            pad.fill(0)
+            pad[active, 0] = np.arange(self.tokens)
+            self.arrays["unpad_index"][:] = active
+            return
+        slots = np.arange(self.width)
+        real = slots < queries[:, None]
+        starts = np.cumsum(queries) - queries
+        self.arrays["pad_index"][:] = np.where(real, starts[:, None] + slots, 0)
+        self.arrays["unpad_index"][:] = np.flatnonzero(real)
+
+
+class RowBinding:
+    """The IO binding over the first ``rows`` cache rows: past and present are the same memory, bound once."""
+
+    def __init__(self, ort: Any, session: Any, rows: int, caches: dict[str, NDArray[np.float32]]) -> None:
+        self.rows = rows
+        self.io = session.io_binding()
+        for name, cache in caches.items():
+            value = ort.OrtValue.ortvalue_from_numpy(cache[:rows])
+            self.io.bind_ortvalue_input(f"past.{name}", value)
+            self.io.bind_ortvalue_output(f"present.{name}", value)
+        self._current: StepBuffers | None = None
+        self._kept: dict[tuple[int, int], StepBuffers] = {}  # shapes of one-token steps: they come back
+
+    def find(self, tokens: int, wanted: int) -> StepBuffers | None:
+        """The kept buffers of a one-token step."""
+        return self._kept.get((tokens, wanted))
+
+    def keep(self, buffers: StepBuffers) -> None:
+        """Keeps a one-token step's buffers for the next step of the same shape."""
+        self._kept[buffers.tokens, len(buffers.logits)] = buffers
+
+    def bind(self, buffers: StepBuffers) -> None:
+        """Makes a step's buffers the bound ones."""
+        if buffers is self._current:
+            return
+        for name, value in buffers.bound.items():
+            self.io.bind_ortvalue_input(name, value)
+        self.io.bind_ortvalue_output("logits", buffers.bound_logits)
+        self._current = buffers
+
+
+class OrtDecoderSession:
+    """Implements ``accel.engines.session.DecoderSession`` on the lowered ``ort-cpu`` graph.
+
+    Steps run on the shortest prefix of rows that holds every active one, so a single
+    sequence in row 0 pays for one row whatever ``max_batch`` is.
+    """
+
+    mixed_steps = True
+
+    def __init__(self, path: Path, arch: ArchSpec, variant: str, threads: int, shape: CacheShape) -> None:
+        """Opens the graph and reserves the cache (its memory is committed as it fills).
+
+        Raises:
+            DependencyError, EngineError: see ``open_graph``.
+            BundleError: The graph's inputs are not those of a lowered decoder.
+        """
+        self._ort = import_onnxruntime()
+        self._session: Any = open_graph(path, threads)
+        self.info = EngineInfo(NAME, self._ort.__version__, "cpu", variant, threads)
+        self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
+        self._names = {node.name for node in self._session.get_inputs()}
+        self._caches = {
+            f"{index}.{part}": np.zeros((shape.rows, layer.kv_heads, shape.capacity, layer.head_dim), np.float32)
+            for index, layer in enumerate(arch.layers)
+            for part in ("key", "value")
+        }
+        self._check_names(path)
+        self._logits = np.zeros((shape.rows, self.vocab_size), np.float32)
+        self._bindings: dict[int, RowBinding] = {}
+        self._lifetime = Lifetime("decoder")
+
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Runs one packed step; see ``DecoderSession.step``.
+
+        Raises:
+            EngineError: ONNX Runtime failed, or the session is closed or was forked.
+        """
+        self._lifetime.check()
+        binding, buffers = self._buffers(inputs)
+        buffers.fill(inputs)
+        binding.bind(buffers)
+        try:
+            self._session.run_with_iobinding(binding.io)
+        except Exception as error:
+            raise engine_error(error, "decoder step") from error
+        return buffers.logits
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """See ``DecoderSession.copy_row``."""
+        self._lifetime.check()
+        for cache in self._caches.values():
+            cache[target, :, :length] = cache[source, :, :length]
+
+    def cache_pointers(self) -> dict[str, int]:
+        """Address of each layer's key and value buffer, by name; they never change."""
+        return {name: cache.ctypes.data for name, cache in self._caches.items()}
+
+    def close(self) -> None:
+        """Frees the session and the cache. Safe to call twice."""
+        if self._lifetime.close():
+            self._bindings.clear()
+            self._session = None
+            self._caches = {}
+
+    def _buffers(self, inputs: StepInputs) -> tuple[RowBinding, StepBuffers]:
+        tokens, wanted = len(inputs.input_ids), len(inputs.logits_positions)
+        rows = int(inputs.query_lengths.nonzero()[0][-1]) + 1
+        width = int(inputs.query_lengths.max())
+        binding = self._bindings.get(rows)
+        if binding is None:
+            with translated_errors("binding the cache"):
+                binding = self._bindings[rows] = RowBinding(self._ort, self._session, rows, self._caches)
+        buffers = binding.find(tokens, wanted) if width == 1 else None
+        if buffers is None:
+            big = wanted > self.max_batch
+            logits = np.empty((wanted, self.vocab_size), np.float32) if big else self._logits[:wanted]
+            buffers = StepBuffers(self._ort, self._names, rows, tokens, width, logits)
+            if width == 1:
+                binding.keep(buffers)
+        return binding, buffers
+
+    def _check_names(self, path: Path) -> None:
+        outputs = {node.name for node in self._session.get_outputs()}
+        missing = [f"past.{name}" for name in self._caches if f"past.{name}" not in self._names]
+        missing += [f"present.{name}" for name in self._caches if f"present.{name}" not in outputs]
+        needed = {"input_ids", "pad_index", "unpad_index", "seqlens_k", "query_seqlens", "logits_positions"}
+        missing += sorted(needed - self._names)
+        if missing:
+            raise BundleError(
+                f"The decoder graph lacks {', '.join(missing[:4])}", where=path.name, remedy="Export the model again"
+            )
+
+
+__all__ = ["OrtDecoderSession"]

@@ -1,0 +1,207 @@
+"""Encoder session on ONNX Runtime: no padding is computed, and batches run row by row over the cores."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.ort.common import NAME, Lifetime, engine_error, import_onnxruntime, open_graph
+from accel.engines.session import EngineInfo
+from accel.errors import InputError
+
+Feeds = dict[str, NDArray]
+GROUP_TOKENS = 512  # rows of equal length share a run up to this many tokens: larger ones leave the caches
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of one feed that run together.
+
+    Attributes:
+        feed: Index of the feed.
+        rows: int64 indices into its batch.
+        length: Their true length, to which they are cut; None: uncut, with their mask (holes, left padding).
+    """
+
+    feed: int
+    rows: NDArray[np.int64]
+    length: int | None
+
+
+class OrtEncoderSession:
+    """Implements ``accel.engines.session.EncoderSession``; thread-safe.
+
+    A single row runs on a session with all threads. Several rows are cut to their true
+    lengths and spread over that many Python threads, all on a second session without
+    workers of its own: no padding is computed and nothing waits for a barrier per node.
+    """
+
+    def __init__(self, path: Path, variant: str, threads: int) -> None:
+        """Opens the graph.
+
+        Raises:
+            DependencyError, EngineError: see ``open_graph``.
+        """
+        ort = import_onnxruntime()
+        self.info = EngineInfo(NAME, ort.__version__, "cpu", variant, threads)
+        self._path, self._threads = path, threads
+        self._whole: Any = open_graph(path, threads)
+        self._single: Any = self._whole if threads == 1 else None  # opened by the first batch
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._lifetime = Lifetime("encoder")
+        inputs, outputs = self._whole.get_inputs(), self._whole.get_outputs()
+        self._inputs = {node.name for node in inputs}
+        self._outputs = [node.name for node in outputs]
+        sequence = next(node.shape[1] for node in inputs if node.name == "input_ids")
+        self._per_token = [len(node.shape) > 1 and node.shape[1] == sequence for node in outputs]
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Runs one batch.
+
+        Args:
+            feeds: ``input_ids`` int64 [B, S], and as the graph has them ``attention_mask`` and
+                ``token_type_ids``. Without a mask, all tokens are real.
+
+        Returns:
+            The outputs by name; per-token outputs are zero at right padding.
+
+        Raises:
+            InputError: A feed that the graph does not take.
+            EngineError: ONNX Runtime failed; closed; used in a forked child.
+        """
+        return self.run_many([feeds])[0]
+
+    def run_many(self, batches: Sequence[Feeds]) -> list[Feeds]:
+        """Runs independent batches, their rows spread over the threads; results in order. Raises as ``run`` does."""
+        self._lifetime.check()
+        batches = [self._complete(feeds) for feeds in batches]
+        groups = [group for index, feeds in enumerate(batches) for group in self._split(index, feeds)]
+        if len(groups) == 1 and (len(groups[0].rows) == 1 or groups[0].length is None):
+            parts = [self._run_group(self._whole, batches, groups[0])]
+        else:
+            parts = self._spread(batches, groups)
+        return self._assemble(batches, groups, parts)
+
+    def close(self) -> None:
+        """Frees the sessions and stops the threads. Safe to call twice."""
+        if self._lifetime.close():
+            with self._lock:
+                pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.shutdown(wait=True)
+            self._whole = self._single = None
+
+    def _complete(self, feeds: Feeds) -> Feeds:
+        unknown = sorted(set(feeds) - self._inputs)
+        if unknown:
+            raise InputError(
+                f"this model takes no {unknown[0]}", where=unknown[0], remedy=f"It takes {', '.join(sorted(self._inputs))}"
+            )
+        shape = feeds["input_ids"].shape
+        absent = {
+            name: np.ones(shape, np.int64) if name == "attention_mask" else np.zeros(shape, np.int64)
+            for name in self._inputs
+            if name not in feeds
+        }
+        return {**feeds, **absent}
+
+    def _split(self, index: int, feeds: Feeds) -> list[RowGroup]:
+        """Groups a batch's rows by true length, in pieces small enough to keep every thread busy."""
+        mask = feeds.get("attention_mask")
+        if mask is None:  # the graph has none: nothing may be cut
+            return [RowGroup(index, np.arange(len(feeds["input_ids"])), None)]
+        lengths = np.count_nonzero(mask, axis=1)
+        regular = (mask == (np.arange(mask.shape[1]) < lengths[:, None])).all(axis=1) & (lengths > 0)
+        groups = []
+        if not regular.all():
+            groups.append(RowGroup(index, np.flatnonzero(~regular), None))
+        for length in np.unique(lengths[regular]):
+            rows = np.flatnonzero(regular & (lengths == length))
+            pieces = max(min(len(rows), self._threads), -(-len(rows) * int(length) // GROUP_TOKENS))
+            groups += [RowGroup(index, part, int(length)) for part in np.array_split(rows, min(pieces, len(rows)))]
+        return groups
+
+    def _spread(self, batches: Sequence[Feeds], groups: list[RowGroup]) -> list[list[NDArray]]:
+        """Runs the groups, costliest first, on the calling thread and ``threads - 1`` others."""
+        session, pool = self._batch_session()
+        parts: list[Any] = [None] * len(groups)
+        cost = [len(g.rows) * (g.length or batches[g.feed]["input_ids"].shape[1]) for g in groups]
+        todo = deque(sorted(range(len(groups)), key=cost.__getitem__, reverse=True))
+
+        def drain() -> None:
+            while True:
+                try:
+                    index = todo.popleft()
+                except IndexError:
+                    return
+                try:
+                    parts[index] = self._run_group(session, batches, groups[index])
+                except BaseException:
+                    todo.clear()  # the others need not run for nothing
+                    raise
+
+        helpers = [pool.submit(drain) for _ in range(min(self._threads, len(groups)) - 1)] if pool else []
+        try:
+            drain()
+        finally:
+            failed = [helper.exception() for helper in helpers if not helper.cancel()]
+        for error in failed:
+            if error is not None:
+                raise error
+        return parts
+
+    def _batch_session(self) -> tuple[Any, ThreadPoolExecutor | None]:
+        with self._lock:
+            self._lifetime.check()
+            if self._single is None:
+                self._single = open_graph(self._path, 1)
+            if self._pool is None and self._threads > 1:
+                self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="accel-encoder")
+            return self._single, self._pool
+
+    def _run_group(self, session: Any, batches: Sequence[Feeds], group: RowGroup) -> list[NDArray]:
+        feeds = batches[group.feed]
+        rows, length = group.rows, group.length
+        if len(rows) < len(feeds["input_ids"]):
+            feeds = {name: array[rows, :length] for name, array in feeds.items()}
+        elif length is not None and length < feeds["input_ids"].shape[1]:
+            feeds = {name: array[:, :length] for name, array in feeds.items()}
+        contiguous = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+        try:
+            return session.run(self._outputs, contiguous)
+        except Exception as error:
+            raise engine_error(error, f"encoder batch {list(contiguous['input_ids'].shape)}") from error
+
+    def _assemble(self, batches: Sequence[Feeds], groups: list[RowGroup], parts: list[list[NDArray]]) -> list[Feeds]:
+        whole = {group.feed for group in groups if self._covers(batches[group.feed], group)}
+        results: list[Feeds] = [{} for _ in batches]
+        for group, part in zip(groups, parts, strict=True):
+            batch, width = batches[group.feed]["input_ids"].shape
+            for name, per_token, values in zip(self._outputs, self._per_token, part, strict=True):
+                if group.feed in whole:
+                    results[group.feed][name] = values
+                    continue
+                rest = (width, *values.shape[2:]) if per_token else values.shape[1:]
+                target = results[group.feed].setdefault(name, np.zeros((batch, *rest), values.dtype))
+                if per_token:
+                    target[group.rows, : values.shape[1]] = values
+                else:
+                    target[group.rows] = values
+        return results
+
+    @staticmethod
+    def _covers(feeds: Feeds, group: RowGroup) -> bool:
+        batch, width = feeds["input_ids"].shape
+        return len(group.rows) == batch and group.length in (None, width)
+
+
+__all__ = ["GROUP_TOKENS", "OrtEncoderSession", "RowGroup"]
