@@ -229,7 +229,7 @@ def _check_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(plain.get("role"), str) or not plain["role"]:
         raise InputError("a message must have a role", where=where, remedy=remedy)
     content = plain.get("content")
-    parts = isinstance(content, list) and all(isinstance(part, dict) for part in content)
+    parts = isinstance(content, list | tuple) and all(isinstance(part, dict) for part in content)
     if not isinstance(content, str) and not parts and not (content is None and "tool_calls" in plain):
         raise InputError("a message's content must be text or a list of parts", where=where, remedy=remedy)
     reasoning = next((plain[name] for name in _REASONING_NAMES if name in plain), None)
@@ -257,7 +257,8 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {_plain(key, where): _plain(item, where) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, where) for item in value]
+        items = [_plain(item, where) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     raise InputError(
         f"a {type(value).__name__} cannot be given to a chat template",
         where=where,

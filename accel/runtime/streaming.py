@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 from accel.errors import InputError
 
 # What tokenizers decode bytes to that are not (yet) a whole character.
 _REPLACEMENT = "\ufffd"
+
+
+class Cleanup(Protocol):
+    """A change made to decoded text, such as removing spaces before punctuation."""
+
+    def apply(self, text: str) -> str: ...
+
+    def may_change(self, text: str) -> bool:
+        """Whether the end of this text, not yet cleaned, may be the beginning of something that is changed."""
+        ...
 
 
 class StreamDecoder:
@@ -25,46 +36,51 @@ class StreamDecoder:
     def __init__(
         self,
         decode: Callable[[list[int]], str],
-        skipped: Collection[int] = (),
+        is_silent: Callable[[int], bool] = lambda token: False,
         byte_tokens: Collection[int] = (),
-        holds: Callable[[str], bool] = lambda text: False,
+        cleanup: Cleanup | None = None,
     ) -> None:
         """Starts at the beginning of a text.
 
         Args:
-            decode: One-shot decoding of ids.
-            skipped: Special tokens that have no text.
+            decode: One-shot decoding of ids, without any clean-up.
+            is_silent: Whether a token has no text (skipped special tokens, ids outside the vocabulary).
             byte_tokens: The byte-fallback tokens of the vocabulary.
-            holds: Whether a text's end may still change although it is whole characters.
+            cleanup: What is done to the decoded text; None: nothing.
         """
-        self._decode, self._skipped, self._byte_tokens, self._holds = decode, skipped, byte_tokens, holds
+        self._decode, self._is_silent, self._byte_tokens, self._cleanup = decode, is_silent, byte_tokens, cleanup
         self._context: list[int] = []  # tokens of the last piece: spaces depend on what stands before
-        self._context_text = ""
+        self._context_size = 0  # characters they decode to
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
         """Adds a token; returns the text that is final since the last call, often empty."""
-        if token in self._skipped:
+        if self._is_silent(token):
             return ""
         self._pending.append(token)
         if token in self._byte_tokens:
             return ""
         text = self._decode(self._context + self._pending)
-        if len(text) <= len(self._context_text) or text.endswith(_REPLACEMENT) or self._holds(text):
+        if text.endswith(_REPLACEMENT) or (self._cleanup and self._cleanup.may_change(text)):
             return ""
-        piece = text[len(self._context_text) :]
+        text = self._clean(text)
+        if len(text) <= self._context_size:
+            return ""
+        piece = text[self._context_size :]
         self._context, self._pending = self._pending, []
-        self._context_text = self._decode(self._context)
+        self._context_size = len(self._clean(self._decode(self._context)))
         return piece
 
     def flush(self) -> str:
         """Ends the text; returns what was held back (broken characters as U+FFFD)."""
         if not self._pending:
             return ""
-        text = self._decode(self._context + self._pending)
-        piece = text[len(self._context_text) :]
-        self._context, self._context_text, self._pending = [], "", []
+        piece = self._clean(self._decode(self._context + self._pending))[self._context_size :]
+        self._context, self._context_size, self._pending = [], 0, []
         return piece
+
+    def _clean(self, text: str) -> str:
+        return self._cleanup.apply(text) if self._cleanup else text
 
 
 class StopStrings:

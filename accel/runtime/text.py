@@ -15,13 +15,25 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_FILE = "tokenizer.json"
-# Spaces that transformers' clean_up_tokenization removes, in its order.
-_CLEANED = (
-    *((f" {mark}", mark) for mark in ".?!,"),
-    (" ' ", "'"),
-    *((f" {tail}", tail) for tail in ("n't", "'m", "'s", "'ve", "'re")),
-)
-_MAY_BE_CLEANED = re.compile(r"(?: | '| n| n'| 'v| 'r)\Z")
+
+
+class SpaceCleanup:
+    """transformers' ``clean_up_tokenization``: drops the spaces that WordPiece puts before punctuation."""
+
+    _replacements = (
+        *((f" {mark}", mark) for mark in ".?!,"),
+        (" ' ", "'"),
+        *((f" {tail}", tail) for tail in ("n't", "'m", "'s", "'ve", "'re")),
+    )
+    _unfinished = re.compile(r"(?: | '| n| n'| 'v| 'r)\Z")
+
+    def apply(self, text: str) -> str:
+        for spaced, cleaned in self._replacements:
+            text = text.replace(spaced, cleaned)
+        return text
+
+    def may_change(self, text: str) -> bool:
+        return self._unfinished.search(text) is not None
 
 
 class Encoded(NamedTuple):
@@ -41,16 +53,20 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+        from tokenizers import processors
+
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = settings.split_special_tokens
+        if tokenizer.post_processor is None:  # then the second text of a pair would get segment 0
+            tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
         self._tokenizer, self.settings = tokenizer, settings
         self.chat_templates = ChatTemplates(settings.chat_templates, settings.special_tokens)
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
         model = type(tokenizer.model).__name__
         # Cleaning would eat spaces that a BPE model means; transformers skips it there too.
-        self._cleans = settings.clean_up_spaces and model != "BPE"
+        self._cleanup = SpaceCleanup() if settings.clean_up_spaces and model != "BPE" else None
         self._byte_tokens = _byte_tokens(tokenizer)
 
     @classmethod
@@ -178,18 +194,20 @@ class Tokenizer:
             InputError: ids that are not non-negative integers.
         """
         try:
-            text = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+            text = str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
         except (TypeError, OverflowError) as error:
             raise InputError(f"ids must be non-negative integers: {error}", where="ids") from error
-        return _clean_up(text) if self._cleans else str(text)
+        return self._cleanup.apply(text) if self._cleanup else text
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
         """A new incremental decoder; its pieces join to what ``decode`` gives."""
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        known = self._tokenizer.id_to_token
         return StreamDecoder(
-            lambda ids: self.decode(ids, skip_special_tokens),
-            skipped=self.special_ids if skip_special_tokens else (),
+            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)),
+            is_silent=lambda token: token in skipped or known(token) is None,
             byte_tokens=self._byte_tokens,
-            holds=(lambda text: _MAY_BE_CLEANED.search(text) is not None) if self._cleans else (lambda text: False),
+            cleanup=self._cleanup,
         )
 
     def apply_chat_template(
@@ -217,12 +235,6 @@ def _byte_tokens(tokenizer: tokenizers.Tokenizer) -> frozenset[int]:
         return frozenset()
     ids = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(index for index in ids if index is not None)
-
-
-def _clean_up(text: str) -> str:
-    for spaced, cleaned in _CLEANED:
-        text = text.replace(spaced, cleaned)
-    return text
 
 
 def _check_entry(entry: object, pairs: bool, where: str) -> None:
