@@ -13,7 +13,7 @@ from accel.runtime import heads
 from accel.runtime import pooling as pools
 from accel.runtime.batching import Stopwatch
 from accel.runtime.encoder_core import EncoderOutput, TruncationWarning
-from accel.runtime.encoder_inputs import Text, check_count, check_texts
+from accel.runtime.encoder_inputs import Text, check_count, check_one_text, check_texts
 from accel.runtime.encoder_spans import SpanTasks
 from accel.runtime.heads import Answer, Entity, Fill
 from accel.runtime.results import Classification
@@ -58,7 +58,7 @@ class Encoder(SpanTasks):
             prompt: The text to put before each text.
             truncate: Cut texts longer than ``max_length`` tokens, with a TruncationWarning; False: refuse them.
             show_progress: None: on long lists at a terminal.
-            truncate_dim: Keep this many leading dimensions; scaling to unit length comes after.
+            truncate_dim: Leading dimensions to keep; scaling comes after.
 
         Returns:
             float32 [N, D] in the texts' order, or [D] for a single str.
@@ -68,35 +68,36 @@ class Encoder(SpanTasks):
             BundleError: The model has sentence-transformers modules that are not applied here (Dense, ...).
         """
         watch = Stopwatch()
-        self._require("feature-extraction", "embed")
-        config = self.sentence_config
-        if config.unsupported:
-            what = f"The model's modules {', '.join(config.unsupported)} are not applied by this runtime"
-            remedy = "Call the encoder with ids and apply them to last_hidden_state yourself"
-            raise BundleError(what, where="modules.json", remedy=remedy)
-        modes = config.pooling if pooling is None else pools.parse_modes(pooling)
-        dimension = len(modes) * self.arch.hidden_size
-        check_count(batch_size, "batch_size")
-        check_count(truncate_dim, "truncate_dim")
-        if truncate_dim is not None and truncate_dim > dimension:
-            what = f"truncate_dim {truncate_dim} exceeds the {dimension} dimensions"
-            raise InputError(what, where="truncate_dim", remedy=f"Give at most {dimension}")
+        self._require("feature-extraction", "embed", batch_size)
+        modes = self._pooling_modes(pooling)
+        _check_dimension(truncate_dim, len(modes) * self.arch.hidden_size)
         items, single, _ = check_texts(texts)
-        prefix = config.resolve_prompt(prompt, prompt_name)
+        prefix = self.sentence_config.resolve_prompt(prompt, prompt_name)
         rows = self._encode([prefix + item for item in items] if prefix else items, False, truncate)
-        skip = self._prompt_tokens(prefix) if prefix and not config.include_prompt else 0
-        result = np.empty((len(rows), dimension), np.float32)
+        skip = self._prompt_tokens(prefix) if prefix and not self.sentence_config.include_prompt else 0
+        result = np.empty((len(rows), len(modes) * self.arch.hidden_size), np.float32)
 
         def consume(chosen: list[int], mask: NDArray | None, output: dict[str, NDArray]) -> None:
             result[chosen] = pools.pool(output["last_hidden_state"], mask, modes, skip)
 
         self._run_rows(rows, consume, watch, batch_size, show_progress)
-        vectors = self._finish_vectors(result, config.normalize if normalize is None else normalize, truncate_dim)
+        vectors = self._finish_vectors(result, normalize, truncate_dim)
         self._finish(watch)
         return vectors[0] if single else vectors
 
-    @staticmethod
-    def _finish_vectors(vectors: NDArray[np.float32], normalize: bool, truncate_dim: int | None) -> NDArray[np.float32]:
+    def _pooling_modes(self, pooling: str | Sequence[str] | None) -> tuple[str, ...]:
+        config = self.sentence_config
+        if config.unsupported:
+            what = f"The model's modules {', '.join(config.unsupported)} are not applied by this runtime"
+            remedy = "Call the encoder with ids and apply them to last_hidden_state yourself"
+            raise BundleError(what, where="modules.json", remedy=remedy)
+        return config.pooling if pooling is None else pools.parse_modes(pooling)
+
+    def _finish_vectors(
+        self, vectors: NDArray[np.float32], normalize: bool | None, truncate_dim: int | None
+    ) -> NDArray[np.float32]:
+        if normalize is None:
+            normalize = self.sentence_config.normalize
         if truncate_dim is not None:
             vectors = vectors[:, :truncate_dim]
         return pools.normalize(vectors) if normalize else np.ascontiguousarray(vectors)
@@ -154,15 +155,12 @@ class Encoder(SpanTasks):
             InputError: Empty input, a bad option, another task, or a model with more than one label.
         """
         watch = Stopwatch()
-        self._require("text-classification", "rank")
-        if not isinstance(query, str):
-            raise InputError(f"Expected a text, got {type(query).__name__}", where="query", remedy="Give one string")
-        check_texts(query, where="query")
+        self._require("text-classification", "rank", batch_size)
+        check_one_text(query, "query")
         if isinstance(documents, str):
             raise InputError("documents is a single string", where="documents", remedy="Give a list of strings")
         items, _, _ = check_texts(documents, where="documents")
         check_count(top_k, "top_k")
-        check_count(batch_size, "batch_size")
         rows = self._encode([(query, item) for item in items], True, truncate)
         logits = self._logits(rows, watch, batch_size, show_progress)
         if logits.shape[1] != 1:
@@ -221,9 +219,8 @@ class Encoder(SpanTasks):
                 raise InputError("Entities have one label each", where="top_k", remedy="Leave top_k out")
             return self.entities(texts, "simple", batch_size, truncate, show_progress)  # type: ignore[arg-type]
         watch = Stopwatch()
-        self._require("text-classification", "classify")
+        self._require("text-classification", "classify", batch_size)
         check_count(top_k, "top_k")
-        check_count(batch_size, "batch_size")
         items, single, pairs = check_texts(texts, allow_pairs=True)
         logits = self._logits(self._encode(items, pairs, truncate), watch, batch_size, show_progress)
         labels = heads.read_labels(self.config, logits.shape[1])
@@ -232,6 +229,13 @@ class Encoder(SpanTasks):
         result: list[Any] = [row[0] for row in found] if top_k == 1 else list(found)
         self._finish(watch)
         return result[0] if single else result
+
+
+def _check_dimension(truncate_dim: int | None, dimension: int) -> None:
+    check_count(truncate_dim, "truncate_dim")
+    if truncate_dim is not None and truncate_dim > dimension:
+        what = f"truncate_dim {truncate_dim} exceeds the {dimension} dimensions"
+        raise InputError(what, where="truncate_dim", remedy=f"Give at most {dimension}")
 
 
 def _as_vectors(value: Any, name: str) -> NDArray[np.float32]:

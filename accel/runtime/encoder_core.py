@@ -18,7 +18,7 @@ from accel.bundle import Bundle
 from accel.engines.session import EncoderSession, EngineInfo, Fallback
 from accel.errors import InputError
 from accel.runtime.batching import WAVE_BYTES, Row, SessionGuard, Stopwatch, build_feeds, plan_batches, waves
-from accel.runtime.encoder_inputs import TokenInputs
+from accel.runtime.encoder_inputs import TokenInputs, check_count
 from accel.runtime.results import Timings, TruncationReport
 from accel.runtime.sentence import SentenceConfig
 from accel.runtime.spans import SpanTokenizer
@@ -181,11 +181,13 @@ class EncoderCore:
         engine = self.engine
         return f"{type(self).__name__}({self.arch.architecture}, {self.arch.task}, {engine.name}, {engine.variant})"
 
-    def _require(self, task: str, method: str) -> None:
+    def _require(self, task: str, method: str, batch_size: int | None = None) -> None:
+        """Raises InputError for a method of another task, or a bad batch size."""
         if self.arch.task != task:
             right = _METHODS.get(self.arch.task, "__call__")
             what = f".{method}() needs a model for {task}; this one is for {self.arch.task}"
             raise InputError(what, where=method, remedy=f"Use .{right}(), or call the encoder with ids for its outputs")
+        check_count(batch_size, "batch_size")
 
     def _finish(self, watch: Stopwatch) -> Timings:
         timings = watch.timings()

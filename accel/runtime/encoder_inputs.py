@@ -125,7 +125,7 @@ def check_texts(texts: Any, allow_pairs: bool = False, where: str = "texts") -> 
         InputError: Empty, an empty or blank text, something that is no text, or texts mixed with pairs.
     """
     if isinstance(texts, str):
-        _check_text(texts, where)
+        check_one_text(texts, where)
         return [texts], True, False
     if isinstance(texts, Mapping) or not hasattr(texts, "__iter__"):
         raise InputError(f"Expected texts, got {type(texts).__name__}", where=where, remedy="Give a list of strings")
@@ -136,19 +136,20 @@ def check_texts(texts: Any, allow_pairs: bool = False, where: str = "texts") -> 
     if not pairs:
         for i, item in enumerate(items):
             if not isinstance(item, str) or not item or item.isspace():
-                _check_text(item, f"{where}[{i}]")
+                check_one_text(item, f"{where}[{i}]")
         return items, False, False
     checked: list[Text] = []
     for i, item in enumerate(items):
         if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
             raise InputError("Expected a pair of texts", where=f"{where}[{i}]", remedy="Give texts or pairs, not both")
-        _check_text(item[0], f"{where}[{i}][0]")
-        _check_text(item[1], f"{where}[{i}][1]")
+        check_one_text(item[0], f"{where}[{i}][0]")
+        check_one_text(item[1], f"{where}[{i}][1]")
         checked.append((item[0], item[1]))
     return checked, False, True
 
 
-def _check_text(item: Any, where: str) -> None:
+def check_one_text(item: Any, where: str) -> None:
+    """Raises InputError unless ``item`` is a string with something in it."""
     if not isinstance(item, str):
         raise InputError(f"Expected a text, got {type(item).__name__}", where=where, remedy="Give a string")
     if not item or item.isspace():
@@ -163,4 +164,4 @@ def check_count(value: Any, name: str, allow_none: bool = True) -> None:
         raise InputError(f"{name} is {value!r}", where=name, remedy="Give a whole number of at least 1")
 
 
-__all__ = ["Text", "TokenInputs", "check_count", "check_texts"]
+__all__ = ["Text", "TokenInputs", "check_count", "check_one_text", "check_texts"]

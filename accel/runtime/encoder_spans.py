@@ -12,7 +12,7 @@ from accel.errors import InputError
 from accel.runtime import heads
 from accel.runtime.batching import Row, Stopwatch
 from accel.runtime.encoder_core import EncoderCore
-from accel.runtime.encoder_inputs import check_count, check_texts
+from accel.runtime.encoder_inputs import check_count, check_one_text, check_texts
 from accel.runtime.heads import Answer, Entity, Fill
 
 if TYPE_CHECKING:
@@ -49,11 +49,10 @@ class SpanTasks(EncoderCore):
             InputError: No texts, an empty text, a bad option, another task.
         """
         watch = Stopwatch()
-        self._require("token-classification", "entities")
+        self._require("token-classification", "entities", batch_size)
         if aggregation not in heads.AGGREGATIONS:
             remedy = f"Choose one of: {', '.join(heads.AGGREGATIONS)}"
             raise InputError(f"Unknown aggregation {aggregation!r}", where="aggregation", remedy=remedy)
-        check_count(batch_size, "batch_size")
         items, single, _ = check_texts(texts)
         strings = [str(item) for item in items]
         encodings = self._encode_spans(strings, truncate)
@@ -98,10 +97,8 @@ class SpanTasks(EncoderCore):
         self._require("question-answering", "answer")
         for value, name in ((top_k, "top_k"), (max_answer_tokens, "max_answer_tokens"), (stride, "stride")):
             check_count(value, name, allow_none=False)
-        for text, name in ((question, "question"), (context, "context")):
-            if not isinstance(text, str):
-                raise InputError(f"Expected a text, got {type(text).__name__}", where=name, remedy="Give one string")
-            check_texts(text, where=name)
+        check_one_text(question, "question")
+        check_one_text(context, "context")
         windows = self._spans.windows(question, context, min(QA_WINDOW, self.max_length), stride)
         best: dict[tuple[int, int], float] = {}
 
@@ -139,9 +136,7 @@ class SpanTasks(EncoderCore):
         watch = Stopwatch()
         self._require("fill-mask", "fill_mask")
         check_count(top_k, "top_k", allow_none=False)
-        if not isinstance(text, str):
-            raise InputError(f"Expected a text, got {type(text).__name__}", where="text", remedy="Give one string")
-        check_texts(text, where="text")
+        check_one_text(text, "text")
         if self._spans.mask_id is None:
             raise InputError("The model's tokenizer has no mask token", where="fill_mask", remedy="Call it with ids")
         encodings = self._encode_spans([text], truncate)
