@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import what stands on its own line (within one unit) or above. The longest prefix counts.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("accel_kernels", "accel.errors"),
+    ("accel_kernels", "accel.errors", "accel.machine"),
     ("accel.spec", "accel.schema"),
     ("accel.storage", "accel.recipe", "accel.capabilities"),
     ("accel.manifest", "accel.bundle", "accel.engines.session"),
     ("accel.engines",),
     ("accel.runtime",),
     ("accel.exporter", "accel.graph", "accel.compress", "accel.store"),
-    ("accel.api", "accel.inspection"),
+    ("accel.api", "accel.inspection", "accel.doctor"),
     ("accel.bench", "accel.serving"),
     ("accel.cli", "accel.__main__"),
 )

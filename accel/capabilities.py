@@ -1,0 +1,236 @@
+"""What this machine can run, probed, as data; ``accel doctor`` prints it."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from accel.machine import Cpu, Gpu, Memory, probe_cpu, probe_gpus, probe_memory
+
+MINIMUM_ONNXRUNTIME = (1, 32)
+# Distributions that install into the one folder onnxruntime/.
+ONNXRUNTIME_FLAVOURS = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-qnn",
+    "onnxruntime-rocm",
+    "onnxruntime-migraphx",
+)
+# One GroupQueryAttention node with the input query_seqlens: one head of size 8, packed queries, keys and values.
+_PROBE_GRAPH = (
+    "CAgSADqVAwq+AQoDcWt2CgAKAAoIcGFzdF9rZXkKCnBhc3RfdmFsdWUKCXNlcWxlbnNfawoFdG90YWwKAAoACgAKAAoACgAKAAoACgAKDXF1ZXJ5X3Nl"
+    "cWxlbnMSA291dBILcHJlc2VudF9rZXkSDXByZXNlbnRfdmFsdWUiE0dyb3VwUXVlcnlBdHRlbnRpb24qEwoMa3ZfbnVtX2hlYWRzGAGgAQIqEAoJbnVt"
+    "X2hlYWRzGAGgAQI6DWNvbS5taWNyb3NvZnQSAWdaGwoDcWt2EhQKEggBEg4KAxIBQgoDEgFTCgIIGFokCghwYXN0X2tleRIYChYIARISCgMSAUIKAggB"
+    "CgMSAUMKAggIWiYKCnBhc3RfdmFsdWUSGAoWCAESEgoDEgFCCgIIAQoDEgFDCgIICFoYCglzZXFsZW5zX2sSCwoJCAYSBQoDEgFCWg8KBXRvdGFsEgYK"
+    "BAgGEgBaHAoNcXVlcnlfc2VxbGVucxILCgkIBhIFCgMSAUJiGwoDb3V0EhQKEggBEg4KAxIBQgoDEgFTCgIICEIECgAQFEIRCg1jb20ubWljcm9zb2Z0"
+    "EAE="
+)
+
+
+@dataclass(frozen=True)
+class Package:
+    """An optional distribution. ``install`` is the pip command when it is absent and would be of use here."""
+
+    name: str
+    version: str | None
+    purpose: str
+    install: str | None
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """The installed ONNX Runtime.
+
+    Attributes:
+        distributions: ``name version`` of every flavour found; more than one is a clash.
+        version: What the imported module says; None: it cannot be imported.
+        providers: Its execution providers.
+        query_seqlens: Whether a ragged attention step gives the right numbers.
+        problem: Why it cannot be used, or None.
+    """
+
+    distributions: tuple[str, ...]
+    version: str | None
+    providers: tuple[str, ...]
+    query_seqlens: bool
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """Whether an engine runs here; if not, why, and the command that would change it."""
+
+    name: str
+    available: bool
+    reason: str
+    install: str | None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """Everything ``probe`` found. ``warnings`` are clashes that want a repair though something may run."""
+
+    accel: str
+    python: str
+    platform: str
+    cpu: Cpu
+    memory: Memory
+    gpus: tuple[Gpu, ...]
+    onnxruntime: OnnxRuntime
+    packages: tuple[Package, ...]
+    engines: tuple[EngineStatus, ...]
+    warnings: tuple[str, ...]
+
+
+def probe() -> Capabilities:
+    """Probes this machine. Imports onnxruntime when it is there, and no other heavy module."""
+    import accel
+
+    gpus = probe_gpus()
+    onnxruntime = probe_onnxruntime()
+    warnings = [onnxruntime.problem] if len(onnxruntime.distributions) > 1 and onnxruntime.problem else []
+    return Capabilities(
+        accel=accel.__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cpu=probe_cpu(),
+        memory=probe_memory(),
+        gpus=gpus,
+        onnxruntime=onnxruntime,
+        packages=_packages(bool(gpus)),
+        engines=(_onnxruntime_engine(onnxruntime), _torch_engine()),
+        warnings=tuple(warnings),
+    )
+
+
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution, read from its metadata without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def clash_of(versions: Callable[[str], str | None] = version_of) -> tuple[tuple[str, ...], str | None]:
+    """The ONNX Runtime flavours that are installed, and what is wrong when there are several."""
+    found = tuple(f"{name} {version}" for name in ONNXRUNTIME_FLAVOURS if (version := versions(name)) is not None)
+    if len(found) <= 1:
+        return found, None
+    return found, f"{' and '.join(found)} are installed into the same folder and overwrite each other's files"
+
+
+def probe_onnxruntime() -> OnnxRuntime:
+    """Imports onnxruntime and proves that a ragged attention step works."""
+    distributions, problem = clash_of()
+    try:
+        import onnxruntime
+
+        version, providers = str(onnxruntime.__version__), tuple(onnxruntime.get_available_providers())
+    except (ImportError, AttributeError) as error:  # AttributeError: what uninstalling one of two flavours leaves
+        absent = importlib.util.find_spec("onnxruntime") is None
+        problem = problem or ("onnxruntime is not installed" if absent else f"onnxruntime cannot be imported: {error}")
+        return OnnxRuntime(distributions, None, (), False, problem)
+    ragged = runs_ragged_attention()
+    if problem is None and _release(version) < MINIMUM_ONNXRUNTIME:
+        problem = f"onnxruntime {version} is too old: 1.32 or newer is needed"
+    elif problem is None and not ragged:
+        problem = f"onnxruntime {version} does not compute ragged attention (query_seqlens) right"
+    return OnnxRuntime(distributions, version, providers, ragged, problem)
+
+
+@cache
+def runs_ragged_attention() -> bool:
+    """Runs two rows of different length and past through GroupQueryAttention and compares with NumPy."""
+    import numpy as np
+    import onnxruntime
+
+    random = np.random.default_rng(0)
+    packed = random.standard_normal((2, 2, 24)).astype(np.float32)  # [B, S, queries + keys + values]
+    cache_keys, cache_values = random.standard_normal((2, 2, 1, 8, 8)).astype(np.float32)  # each [B, 1, capacity, 8]
+    past, new = np.array([0, 3]), np.array([2, 1])
+    feeds = {
+        "qkv": packed,
+        "past_key": cache_keys,
+        "past_value": cache_values,
+        "seqlens_k": (past + new - 1).astype(np.int32),
+        "total": np.array((past + new).max(), np.int32),
+        "query_seqlens": new.astype(np.int32),
+    }
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        graph = base64.b64decode(_PROBE_GRAPH)
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        out = session.run(["out"], feeds)[0]
+    except Exception:  # every refusal means the same here: this build cannot do it
+        return False
+    for row in range(2):
+        for slot in range(new[row]):
+            keys = np.concatenate([cache_keys[row, 0, : past[row]], packed[row, : slot + 1, 8:16]])
+            values = np.concatenate([cache_values[row, 0, : past[row]], packed[row, : slot + 1, 16:]])
+            weights = np.exp(keys @ packed[row, slot, :8] / np.sqrt(8))
+            if not np.allclose(weights / weights.sum() @ values, out[row, slot], atol=1e-5):
+                return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+
+
+def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
+    usable = found.version is not None and found.query_seqlens and _release(found.version) >= MINIMUM_ONNXRUNTIME
+    names = [entry.split()[0] for entry in found.distributions]
+    install = 'pip install --upgrade "accelrt[cpu]"' if found.version is not None else 'pip install "accelrt[cpu]"'
+    if names not in ([], ["onnxruntime"]):  # another flavour, or several: they share one folder
+        install = f'pip uninstall -y {" ".join(names)} && pip install "accelrt[cpu]"'
+    if usable and found.problem is None:
+        return EngineStatus("ort-cpu", True, f"onnxruntime {found.version}, ragged attention proven", None)
+    return EngineStatus("ort-cpu", usable, found.problem or "", install)
+
+
+def _torch_engine() -> EngineStatus:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"{' and '.join(missing)} not installed"
+        return EngineStatus("torch", False, reason, 'pip install "accelrt[export]"')
+    versions = f"torch {version_of('torch')}, transformers {version_of('transformers')}"
+    return EngineStatus("torch", True, f"{versions}; the reference, used as the last fallback", None)
+
+
+def _packages(has_gpu: bool) -> tuple[Package, ...]:
+    export, rows = 'pip install "accelrt[export]"', list[Package]()
+
+    def add(name: str, purpose: str, install: str | None) -> None:
+        version = version_of(name)
+        rows.append(Package(name, version, purpose, None if version is not None else install))
+
+    for name in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript"):
+        add(name, "exporting models", export)
+    add("gguf", "exporting GGUF files", "pip install gguf")
+    swap = "pip uninstall -y onnxruntime && " if version_of("onnxruntime") is not None else ""
+    add("onnxruntime-gpu", "running on NVIDIA GPUs", f'{swap}pip install "accelrt[cuda]"' if has_gpu else None)
+    add("triton", "own GPU kernels", 'pip install "accelrt[cuda]"' if has_gpu else None)
+    add("tensorrt", "building TensorRT engines", 'pip install "accelrt[tensorrt]"' if has_gpu else None)
+    add("tensorrt-rtx-cu13", "building TensorRT-RTX engines, also without a GPU", 'pip install "accelrt[rtx]"')
+    return tuple(rows)
+
+
+def as_json(found: Capabilities) -> dict[str, Any]:
+    """The probe's result as ``accel doctor --json`` prints it."""
+    from accel.schema import to_dict
+
+    result: dict[str, Any] = to_dict(found)
+    return result
+
+
+__all__ = ["Capabilities", "EngineStatus", "OnnxRuntime", "Package", "as_json", "probe", "probe_onnxruntime"]

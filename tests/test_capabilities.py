@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+
+from accel import capabilities
+from accel.capabilities import Capabilities, EngineStatus, OnnxRuntime, as_json, clash_of, probe
+from accel.doctor import missing_commands, print_report
+from accel.schema import from_dict
+
+
+@pytest.fixture(scope="module")
+def found() -> Capabilities:
+    return probe()
+
+
+def engine_of(onnxruntime: OnnxRuntime) -> EngineStatus:
+    return capabilities._onnxruntime_engine(onnxruntime)
+
+
+GOOD = OnnxRuntime(("onnxruntime 1.32.0",), "1.32.0", ("CPUExecutionProvider",), True, None)
+
+
+def test_probe_of_this_machine(found: Capabilities) -> None:
+    engines = {engine.name: engine for engine in found.engines}
+    assert engines["ort-cpu"].available
+    assert engines["torch"].available
+    assert engines["ort-cpu"].install is None
+    assert found.onnxruntime.query_seqlens
+    assert "CPUExecutionProvider" in found.onnxruntime.providers
+    assert found.cpu.cores >= 1
+    packages = {package.name: package for package in found.packages}
+    assert packages["torch"].version is not None
+    assert packages["torch"].install is None
+    assert found.warnings == ()
+    assert from_dict(Capabilities, as_json(found), "json") == found
+
+
+def test_two_flavours_clash() -> None:
+    versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    names, problem = clash_of(versions.get)
+    assert names == ("onnxruntime 1.32.0", "onnxruntime-gpu 1.31.1")
+    assert problem is not None
+    assert "overwrite each other" in problem
+    assert clash_of({"onnxruntime-gpu": "1.31.1"}.get) == (("onnxruntime-gpu 1.31.1",), None)
+    status = engine_of(replace(GOOD, distributions=names, problem=problem))
+    assert status.install == 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "accelrt[cpu]"'
+    assert "overwrite each other" in status.reason
+
+
+def test_a_clash_is_a_warning_of_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = capabilities.version_of
+    monkeypatch.setattr(capabilities, "clash_of", lambda: clash_of(lambda n: "1.31.1" if "gpu" in n else real(n)))
+    found = probe()
+    assert len(found.warnings) == 1
+    out = io.StringIO()
+    print_report(found, out)
+    assert "Clash: onnxruntime" in out.getvalue()
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("onnxruntime", "install"),
+    [
+        (OnnxRuntime((), None, (), False, "not installed"), 'pip install "accelrt[cpu]"'),
+        (
+            OnnxRuntime(("onnxruntime 1.31.1",), "1.31.1", (), False, "too old"),
+            'pip install --upgrade "accelrt[cpu]"',
+        ),
+        (
+            OnnxRuntime(("onnxruntime-gpu 1.31.1",), "1.31.1", (), False, "too old"),
+            'pip uninstall -y onnxruntime-gpu && pip install "accelrt[cpu]"',
+        ),
+    ],
+)
+def test_unusable_onnxruntime_names_the_command(onnxruntime: OnnxRuntime, install: str) -> None:
+    status = engine_of(onnxruntime)
+    assert not status.available
+    assert status.install == install
+    assert status.reason
+
+
+def test_missing_module_and_broken_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities.runs_ragged_attention.cache_clear()
+    monkeypatch.setattr(capabilities, "_PROBE_GRAPH", "AAAA")
+    broken = capabilities.probe_onnxruntime()
+    capabilities.runs_ragged_attention.cache_clear()
+    assert broken.problem is not None
+    assert "query_seqlens" in broken.problem
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    absent = capabilities.probe_onnxruntime()
+    assert absent.version is None
+    assert not engine_of(absent).available
+
+
+def test_report_names_every_missing_command(found: Capabilities, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    poor = replace(
+        found,
+        engines=(EngineStatus("ort-cpu", False, "not installed [x]", "pip install a"),),
+        packages=tuple(replace(p, version=None, install=f"pip install {p.name}") for p in found.packages),
+        gpus=(capabilities.Gpu("NVIDIA H200", "570", 143771, "9.0"),),
+    )
+    out = io.StringIO()
+    print_report(poor, out)
+    text = out.getvalue()
+    assert ("engine ort-cpu", "pip install a") in missing_commands(poor)
+    for _, command in missing_commands(poor):
+        assert command in text
+    assert "not installed [x]" in text
+    assert "NVIDIA H200, 140.4 GiB, compute capability 9.0, driver 570" in text
