@@ -1,0 +1,57 @@
+"""CTranslate2, float32."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.bench.peers.base import BindForward, Feeds, Forward, Generate, Peer
+
+
+class CTranslate2(Peer):
+    """Its transformers converter, ``Encoder`` and ``Generator``."""
+
+    name = "ctranslate2"
+    label = "CTranslate2"
+    environment = "current"
+    packages = ("ctranslate2", "transformers", "torch")
+
+    def export(self) -> None:
+        from ctranslate2.converters import TransformersConverter  # type: ignore[import-not-found]
+
+        TransformersConverter(str(self.source)).convert(str(self.artifact), force=True)
+
+    def open_encoder(self) -> BindForward:
+        import ctranslate2  # type: ignore[import-not-found]
+
+        encoder = ctranslate2.Encoder(
+            str(self.artifact), device="cpu", intra_threads=self.threads, compute_type="float32"
+        )
+
+        def bind(feeds: Feeds) -> Forward:
+            rows = feeds["input_ids"].tolist()
+            return lambda: np.array(encoder.forward_batch(rows).last_hidden_state)
+
+        return bind
+
+    def open_decoder(self) -> Generate:
+        import ctranslate2
+        from tokenizers import Tokenizer
+
+        generator = ctranslate2.Generator(
+            str(self.artifact), device="cpu", intra_threads=self.threads, compute_type="float32"
+        )
+        tokenizer = Tokenizer.from_file(str(self.source / "tokenizer.json"))
+
+        def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
+            result = generator.generate_batch(
+                [[tokenizer.id_to_token(int(token)) for token in prompt[0]]],
+                max_length=new_tokens,
+                min_length=new_tokens,
+                sampling_topk=1,
+                beam_size=1,
+                include_prompt_in_result=False,
+            )
+            return list(result[0].sequences_ids[0])
+
+        return generate

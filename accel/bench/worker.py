@@ -1,0 +1,149 @@
+"""The process a peer lives in: JSON lines in on stdin, JSON lines out on what was stdout.
+
+Requests: ``{"op": "export" | "open" | "measure" | "output" | "memory" | "versions" | "quit", ...}``. Each gets one
+line back; a failure is ``{"error": reason, "unsupported": bool}`` and leaves the worker alive. Between requests the
+worker blocks in a read; whoever drives it may stop the process meanwhile, so that no thread of it spins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from accel.bench.cases import Case
+from accel.bench.models import encoder_inputs, prompt
+from accel.bench.peers import PEERS, Peer, Unsupported
+
+Work = Callable[[], Any]
+
+
+class Worker:
+    """Answers requests for one peer and one model."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self._opened: Any = None
+        self._role = ""
+        self._forwards: dict[tuple[int, int], Work] = {}
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        handler = getattr(self, f"_{request['op']}", None)
+        if handler is None:
+            raise ValueError(f"unknown operation {request['op']!r}")
+        return handler(request)
+
+    def _export(self, _: dict[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.peer.export()
+        return {"seconds": time.perf_counter() - start, **memory_megabytes()}
+
+    def _open(self, request: dict[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
+        self._role = request["role"]
+        self._opened = getattr(self.peer, f"open_{self._role}")()
+        return {"seconds": time.perf_counter() - start, **memory_megabytes()}
+
+    def _measure(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Milliseconds per repetition and metric; ``warm`` calls go before, untimed."""
+        case = Case(**request["case"])
+        if case.role == "decoder":
+            return {"times": self._measure_decoder(case)}
+        work = self._work(case)
+        for _ in range(request.get("warm", 1)):
+            work()
+        times: list[float] = []
+        end = time.perf_counter() + request.get("seconds", 0.0)
+        while len(times) < request.get("repetitions", 1) or time.perf_counter() < end:
+            start = time.perf_counter()
+            work()
+            times.append(1e3 * (time.perf_counter() - start))
+        return {"times": {case.name: times}}
+
+    def _measure_decoder(self, case: Case) -> dict[str, list[float]]:
+        """First token: a generation of one token. Per token: (a generation of 1 + N tokens - the first token) / N."""
+        ids = prompt(self.peer.model, case.prompt)
+        self._opened(ids, 2)
+        elapsed = []
+        for tokens in (1, 1 + case.new):
+            start = time.perf_counter()
+            produced = self._opened(ids, tokens)
+            elapsed.append(1e3 * (time.perf_counter() - start))
+            if len(produced) != tokens:
+                raise RuntimeError(f"asked for {tokens} tokens, got {len(produced)}")
+        first, per_token = case.metrics
+        return {first: [elapsed[0]], per_token: [(elapsed[1] - elapsed[0]) / case.new]}
+
+    def _output(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Writes what the peer computes for a case (hidden state, vectors, token ids) to ``path`` as ``.npy``."""
+        result = np.asarray(self._work(Case(**request["case"]))())
+        np.save(request["path"], result)
+        return {"shape": list(result.shape)}
+
+    def _memory(self, _: dict[str, Any]) -> dict[str, Any]:
+        return memory_megabytes()
+
+    def _versions(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"versions": {name: _version(name) for name in (*self.peer.packages, "numpy")}}
+
+    def _work(self, case: Case) -> Work:
+        if case.role == "embedder":
+            texts = json.loads(Path(os.environ["ACCEL_BENCH_SENTENCES"]).read_text(encoding="utf-8"))
+            return lambda: self._opened(texts[: case.sentences])
+        if case.role == "decoder":
+            return lambda: self._opened(prompt(self.peer.model, case.prompt), 1 + case.new)
+        shape = (case.batch, case.seq)
+        if shape not in self._forwards:
+            self._forwards[shape] = self._opened(encoder_inputs(*shape))
+        return self._forwards[shape]
+
+
+def memory_megabytes() -> dict[str, float]:
+    """Resident set of this process in MB (1e6 bytes): now (``rss``) and at its peak (``peak_rss``)."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.startswith("Vm")}
+    return {"rss": kilobytes["VmRSS"] * 1.024e-3, "peak_rss": kilobytes["VmHWM"] * 1.024e-3}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _private_stdout() -> TextIO:
+    """Keeps the real stdout for answers; whatever the peers' libraries print goes to stderr (the worker's log)."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def main(arguments: list[str]) -> None:
+    name, model, source, artifact, threads = arguments
+    answers = _private_stdout()
+    worker = Worker(PEERS[name](model, Path(source), Path(artifact), int(threads)))
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "quit":
+            break
+        try:
+            answer = worker.answer(request)
+        except Exception as error:  # whatever a peer raises is reported as the reason it failed
+            traceback.print_exc()
+            reason = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
+            answer = {"error": reason[:500], "unsupported": isinstance(error, Unsupported)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
