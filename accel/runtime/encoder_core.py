@@ -258,7 +258,7 @@ def _progress(count: int, show: bool | None) -> Iterator[Callable[[int], None] |
     from rich.progress import MofNCompleteColumn, Progress
 
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("Texts", total=count)
         yield lambda done: bar.advance(task, done)
 
