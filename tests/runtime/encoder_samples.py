@@ -1,4 +1,4 @@
-"""A bundle with a real tokenizer around a made-up model whose outputs show every mix-up of rows, positions and padding."""
+"""A bundle with a real tokenizer around a made-up model whose outputs show mixed-up rows, positions and padding."""
 
 from __future__ import annotations
 

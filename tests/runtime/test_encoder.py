@@ -20,7 +20,8 @@ from accel.errors import BundleError, EngineError, InputError
 from accel.runtime.encoder import Encoder, TruncationWarning
 from tests.runtime.encoder_samples import ARCH, HIDDEN, FakeSession, Opened, hidden_states, model_folder, write_bundle
 
-WORDS = "the quick brown fox jumps over a lazy dog while unbelievable electroencephalographers watch in silence".split()
+PHRASE = "the quick brown fox jumps over a lazy dog while unbelievable electroencephalographers watch in silence"
+WORDS = PHRASE.split()
 POOLING = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
 
 

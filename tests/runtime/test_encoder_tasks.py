@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -94,7 +94,7 @@ class TestRank:
 
 class TestClassify:
     HEAD = staticmethod(counting({"dog": [2.0, 0.0, 0.0], "cat": [0.0, 1.0, 3.0]}))
-    LABELS = {"type_vocab_size": 2, "id2label": {"0": "DOG", "1": "FUR", "2": "CAT"}}
+    LABELS: ClassVar = {"type_vocab_size": 2, "id2label": {"0": "DOG", "1": "FUR", "2": "CAT"}}
 
     def test_labels_and_softmax(self, tmp_path: Path) -> None:
         encoder, _ = open_encoder(tmp_path, "text-classification", self.HEAD, config=self.LABELS)
@@ -147,8 +147,7 @@ def tagging(tags: dict[str, int], count: int, strength: float = 5.0) -> Head:
 
 
 class TestEntities:
-    CONFIG = {"type_vocab_size": 2, "id2label": {"0": "O", "1": "B-PER", "2": "I-PER", "3": "B-LOC"}}
-    # "electro" + "##ence"..: only the first piece of the word is tagged
+    CONFIG: ClassVar = {"type_vocab_size": 2, "id2label": {"0": "O", "1": "B-PER", "2": "I-PER", "3": "B-LOC"}}
     HEAD = staticmethod(tagging({"ada": 1, "love": 2, "london": 3, "paris": 3}, 4))
     SCORE = float(np.exp(5) / (np.exp(5) + 3))
 
