@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from accel.engines.kv_cache import check_count, resolve_cache, with_cache
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
 from accel.errors import DependencyError, EngineError, EngineUnavailableError, InputError
+from accel.machine import available_cores
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
@@ -72,14 +73,13 @@ def _probe_ort(bundle: Bundle, variant: str) -> str | None:
 
 
 def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
-    from accel.engines.ort.common import available_threads
     from accel.engines.ort.decoder import OrtDecoderSession
     from accel.engines.ort.encoder import OrtEncoderSession
 
     name = pick_variant(bundle, variant, "ort-cpu")
     assert name is not None, "probe comes first"
     path = bundle.file(bundle.graph(name, "ort-cpu").file)
-    threads = options.threads or available_threads()
+    threads = options.threads or available_cores()
     if bundle.manifest.arch.kind == "encoder":
         return OrtEncoderSession(path, name, threads)
     return OrtDecoderSession(path, bundle.manifest.arch, name, threads, resolve_cache(bundle.manifest.arch, options))

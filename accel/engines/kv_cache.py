@@ -1,18 +1,17 @@
-"""How many cache positions fit: bytes per token from the architecture, memory from the kernel and its cgroups."""
+"""How many cache positions fit: bytes per token from the architecture against the memory at hand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from accel.engines.session import SessionOptions
 from accel.errors import CapacityError, InputError
+from accel.machine import available_memory
 from accel.spec import ArchSpec
 
 DEFAULT_MAX_BATCH = 8
 DEFAULT_CAPACITY = 4096  # positions; more only when asked for
 _MEMORY_SHARE = 2  # the default takes at most one part in this many of what is available
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,6 @@ class CacheShape:
 def bytes_per_token(arch: ArchSpec, item_bytes: int = 4) -> int:
     """Bytes that one position of one row takes in all layers' keys and values together."""
     return sum(2 * layer.kv_heads * layer.head_dim * item_bytes for layer in arch.layers)
-
-
-def available_memory() -> int | None:
-    """Bytes this process may still take, within its cgroups' limits; None where the kernel does not say."""
-    candidates = [amount for amount in (_meminfo_available(), _cgroup_available()) if amount is not None]
-    return min(candidates, default=None)
 
 
 def resolve_cache(arch: ArchSpec, options: SessionOptions, item_bytes: int = 4) -> CacheShape:
@@ -97,64 +90,4 @@ def _check_asked(arch: ArchSpec, asked: int, rows: int, row_bytes: int, memory: 
         )
 
 
-def _meminfo_available(path: Path = Path("/proc/meminfo")) -> int | None:
-    try:
-        for line in path.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
-
-
-def _cgroup_available(root: Path = _CGROUP, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The least room under any memory limit from this process's cgroup up to the root (v2, then v1)."""
-    room: int | None = None
-    for folder in _cgroup_folders(root, membership):
-        for limit_name, usage_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, usage = _read_int(folder / limit_name), _read_int(folder / usage_name)
-            if limit is None or usage is None or limit >= 1 << 60:  # v1 writes "no limit" as a huge number
-                continue
-            left = max(0, limit - usage + _reclaimable(folder))
-            room = left if room is None else min(room, left)
-    return room
-
-
-def _cgroup_folders(root: Path, membership: Path) -> list[Path]:
-    folders = [root, root / "memory"]
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return folders
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        current = base / path.lstrip("/")
-        while current != base and base in current.parents:
-            folders.append(current)
-            current = current.parent
-    return folders
-
-
-def _reclaimable(folder: Path) -> int:
-    """Page cache counts as used, but the kernel gives it back under pressure (mapped weights are such pages)."""
-    try:
-        fields = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
-        return int(fields.get("inactive_file", fields.get("total_inactive_file", "0")))
-    except (OSError, ValueError):
-        return 0
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-__all__ = ["CacheShape", "available_memory", "bytes_per_token", "check_count", "resolve_cache", "with_cache"]
+__all__ = ["CacheShape", "bytes_per_token", "check_count", "resolve_cache", "with_cache"]

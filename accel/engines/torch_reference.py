@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.kv_cache import CacheShape, resolve_cache
-from accel.engines.ort.common import Lifetime, available_threads
+from accel.engines.lifetime import Lifetime
 from accel.engines.session import DecoderSession, EncoderSession, EngineInfo, SessionOptions, StepInputs
 from accel.errors import BundleError, DependencyError, EngineError, InputError
+from accel.machine import available_cores
 from accel.spec import Task
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def open_reference(bundle: Bundle, variant: str, options: SessionOptions) -> Enc
         DependencyError: torch or transformers cannot be imported, or does not know the architecture.
         BundleError: The parameters do not fit the model.
     """
-    model, info = build_model(bundle, options.threads or available_threads())
+    model, info = build_model(bundle, options.threads or available_cores())
     arch = bundle.manifest.arch
     if arch.kind == "encoder":
         return TorchEncoderSession(model, info, OUTPUTS[arch.task])
@@ -123,7 +124,9 @@ def _assign_parameters(torch: Any, model: Any, bundle: Bundle) -> None:
     buffers = dict(model.named_buffers())
     for name, expected in [*model.named_parameters(remove_duplicate=False)]:
         if name not in loaded:
-            raise BundleError(f"The bundle lacks the parameter {name}", where=str(bundle.path), remedy="Export it again")
+            raise BundleError(
+                f"The bundle lacks the parameter {name}", where=str(bundle.path), remedy="Export it again"
+            )
         if loaded[name].shape != expected.shape:
             what = f"{name} has shape {tuple(loaded[name].shape)}, but the config makes it {tuple(expected.shape)}"
             raise BundleError(what, where=str(bundle.path), remedy="Export it again")
@@ -189,9 +192,7 @@ class TorchDecoderSession:
         start = 0
         for row, count in enumerate(inputs.query_lengths.tolist()):
             if count:
-                chosen = np.flatnonzero(
-                    (inputs.logits_positions >= start) & (inputs.logits_positions < start + count)
-                )
+                chosen = np.flatnonzero((inputs.logits_positions >= start) & (inputs.logits_positions < start + count))
                 part = self._run_row(row, slice(start, start + count), inputs, inputs.logits_positions[chosen] - start)
                 logits[chosen] = part
                 start += count

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,18 +41,6 @@ def parse_version(text: str) -> tuple[int, int]:
     """Major and minor number of a version string."""
     numbers = re.findall(r"\d+", text)[:2]
     return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
-
-
-def available_threads() -> int:
-    """Cores that this process may use: its affinity, within its cgroup's CPU quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, -(-int(quota) // int(period))))
-    except (OSError, ValueError):
-        pass
-    return count
 
 
 def open_graph(path: Path, threads: int) -> Any:
@@ -104,36 +91,9 @@ def engine_error(error: Exception, where: str) -> EngineError:
     )
 
 
-class Lifetime:
-    """Refuses use after ``close()`` and in a forked child, where ONNX Runtime's threads no longer exist."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._pid, self._closed = name, os.getpid(), False
-
-    def close(self) -> bool:
-        """Marks it closed; whether it was open."""
-        was_open, self._closed = not self._closed, True
-        return was_open
-
-    def check(self) -> None:
-        """Raises:
-        EngineError: closed, or opened by another process.
-        """
-        if self._closed:
-            raise EngineError(f"the {self._name} session is closed", remedy="Load the bundle again")
-        if os.getpid() != self._pid:
-            raise EngineError(
-                f"the {self._name} session was opened before this process was forked, and threads do not survive a fork",
-                where=f"process {os.getpid()}",
-                remedy="Load the bundle in the child process, or start children with the spawn method",
-            )
-
-
 __all__ = [
     "INSTALL",
     "NAME",
-    "Lifetime",
-    "available_threads",
     "engine_error",
     "import_onnxruntime",
     "open_graph",

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.kv_cache import CacheShape
-from accel.engines.ort.common import NAME, Lifetime, engine_error, import_onnxruntime, open_graph, translated_errors
+from accel.engines.lifetime import Lifetime
+from accel.engines.ort.common import NAME, engine_error, import_onnxruntime, open_graph, translated_errors
 from accel.engines.session import EngineInfo, StepInputs
 from accel.errors import BundleError
 from accel.spec import ArchSpec
@@ -27,7 +28,7 @@ class StepBuffers:
         self, ort: Any, names: set[str], rows: int, tokens: int, width: int, logits: NDArray[np.float32]
     ) -> None:
         self.rows, self.tokens, self.width, self.logits = rows, tokens, width, logits
-        every = {
+        every: dict[str, NDArray] = {
             "input_ids": np.zeros(tokens, np.int64),
             "position_ids": np.zeros(tokens, np.int64),
             "pad_index": np.zeros((rows, width), np.int64),

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.ort.common import NAME, Lifetime, engine_error, import_onnxruntime, open_graph
+from accel.engines.lifetime import Lifetime
+from accel.engines.ort.common import NAME, engine_error, import_onnxruntime, open_graph
 from accel.engines.session import EngineInfo
 from accel.errors import InputError
 
@@ -104,7 +105,9 @@ class OrtEncoderSession:
         unknown = sorted(set(feeds) - self._inputs)
         if unknown:
             raise InputError(
-                f"this model takes no {unknown[0]}", where=unknown[0], remedy=f"It takes {', '.join(sorted(self._inputs))}"
+                f"this model takes no {unknown[0]}",
+                where=unknown[0],
+                remedy=f"It takes {', '.join(sorted(self._inputs))}",
             )
         shape = feeds["input_ids"].shape
         absent = {

@@ -1,0 +1,72 @@
+"""From a bundle's path to a running encoder or decoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from accel.bundle import Bundle
+from accel.engines import open_session
+from accel.engines.session import SessionOptions
+from accel.errors import InputError
+
+if TYPE_CHECKING:
+    from accel.runtime.decoder import Decoder
+    from accel.runtime.encoder import Encoder
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    engine: str = "auto",
+    variant: str = "auto",
+    capacity: int | None = None,
+    max_batch: int | None = None,
+    threads: int | None = None,
+    strict: bool = False,
+) -> Encoder | Decoder:
+    """Opens a bundle and starts an engine on it.
+
+    Args:
+        path: The bundle's directory.
+        device: ``auto`` or ``cpu``.
+        engine: ``auto``, or the one engine to use (``ort-cpu``, ``torch``).
+        variant: ``auto``, or the precision to use.
+        capacity: Cache positions per sequence, decoders only. None: up to 4,096, as the model and memory allow.
+        max_batch: Sequences that run at a time, decoders only. None: 8.
+        threads: Worker threads. None: all cores that this process may use.
+        strict: Raise instead of falling back to a later engine.
+
+    Returns:
+        An Encoder or a Decoder. ``.engine`` says what runs, ``.fallbacks`` what was passed over and why.
+
+    Raises:
+        BundleError: No bundle there, a damaged one, or no such variant.
+        EngineUnavailableError: No engine (or not the one asked for) can run it here.
+        CapacityError: The cache asked for exceeds the model or the memory.
+        InputError: An unknown engine or device, an option out of range, or a cache option for an encoder.
+    """
+    bundle = Bundle.open(path)
+    if bundle.manifest.arch.kind == "encoder":
+        for name, value in (("capacity", capacity), ("max_batch", max_batch)):
+            if value is not None:
+                remedy = "Leave it out; batch_size belongs to the calls"
+                raise InputError(
+                    f"{name} sizes a decoder's cache, and this model is an encoder", where=name, remedy=remedy
+                )
+    options = SessionOptions(threads=threads, capacity=capacity, max_batch=max_batch)
+    opened = open_session(bundle, device, engine, variant, options, strict)
+    try:
+        if bundle.manifest.arch.kind == "encoder":
+            from accel.runtime.encoder import Encoder
+
+            return Encoder(bundle, cast(Any, opened))  # an encoder bundle opens as an encoder session
+        from accel.runtime.decoder import Decoder
+
+        return Decoder(bundle, opened)
+    except BaseException:
+        opened.session.close()
+        raise
+
+
+__all__ = ["load"]

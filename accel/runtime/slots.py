@@ -1,0 +1,297 @@
+"""The slot loop, the decoder's core: schedule, run, postprocess. Rows join and leave between steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.session import DecoderSession, StepInputs
+from accel.errors import AccelError, EngineError, InputError
+from accel.runtime.sampling import log_softmax
+from accel.runtime.sequence import Event, Sequence
+
+DEFAULT_CHUNK = 256  # prompt tokens per step, all rows together
+_SCORE_BYTES = 64 << 20  # logits of one scoring step
+
+Plan = list[tuple[Sequence, int]]  # who takes part, with how many tokens, in row order
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """How steps are put together.
+
+    Attributes:
+        chunk: Prompt tokens per step, all rows together; longer prompts take several steps.
+    """
+
+    chunk: int = DEFAULT_CHUNK
+
+
+class SlotLoop:
+    """Generates many sequences over the rows of one decoder session.
+
+    ``submit`` and ``cancel`` may be called from any thread; ``step`` by one thread at a time.
+    Sequences beyond the rows wait in arrival order. A step serves every active row: one token
+    for those that generate, and up to ``chunk`` prompt tokens of the others, oldest first.
+    """
+
+    def __init__(self, session: DecoderSession, options: SlotOptions | None = None) -> None:
+        self._session = session
+        options = options or SlotOptions()
+        if options.chunk < 1:
+            raise InputError(f"chunk must be at least 1, not {options.chunk}", where="chunk")
+        self._chunk = options.chunk
+        self._score_chunk = max(1, min(options.chunk, _SCORE_BYTES // (4 * session.vocab_size)))
+        self._inbox: deque[Sequence] = deque()  # appended by any thread
+        self._waiting: list[Sequence] = []
+        self._rows: list[Sequence | None] = [None] * session.max_batch
+        self._active: list[Sequence] = []  # in order of admission
+        self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row
+        self._query = np.zeros(session.max_batch, np.int32)
+        self._past = np.zeros(session.max_batch, np.int32)
+        self._prefilled_last = False
+        self.steps = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is running or waiting."""
+        return bool(self._active or self._waiting or self._inbox)
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queues a sequence; it joins at the next step with a free row."""
+        self._inbox.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Ends a sequence at the start of the next step, with finish_reason ``cancelled``."""
+        sequence.cancelled = True
+
+    def step(self) -> list[Event]:
+        """Schedules, runs and postprocesses one step.
+
+        Returns:
+            One event per token made and per sequence ended. A sequence that failed carries its
+            error; the others are not touched by it.
+        """
+        started = perf_counter()
+        events = self._admit()
+        plan = self._schedule()
+        if plan:
+            self._run(plan, started, events)
+        return events
+
+    def abort(self, error: AccelError) -> list[Event]:
+        """Ends every sequence, running or waiting, with ``error``."""
+        self._waiting += [self._inbox.popleft() for _ in range(len(self._inbox))]
+        everyone = self._active + self._waiting
+        self._waiting = []
+        for sequence in everyone:
+            self._end(sequence, error)
+        return [Event(sequence, None, True) for sequence in everyone]
+
+    # Schedule
+
+    def _admit(self) -> list[Event]:
+        """Drops cancelled sequences, then gives free rows to the waiting."""
+        while self._inbox:
+            self._waiting.append(self._inbox.popleft())
+        events = []
+        for sequence in [s for s in (*self._active, *self._waiting) if s.cancelled]:
+            if sequence.row is None:
+                self._waiting.remove(sequence)
+            sequence.finish_reason = "cancelled"
+            self._end(sequence)
+            events.append(Event(sequence, None, True))
+        if self._waiting and len(self._active) < len(self._rows):
+            self._fill_rows()
+        return events
+
+    def _fill_rows(self) -> None:
+        for sequence in list(self._waiting):
+            free = [row for row, holder in enumerate(self._rows) if holder is None]
+            if not free:
+                return
+            source = self._find_prompt(sequence)
+            if source is None and self._is_being_prefilled(sequence):
+                continue  # its sibling's prompt is under way: one step later it costs a copy
+            row = source if source in free else free[0]
+            if source is not None:
+                sequence.computed = len(sequence.prompt) - 1  # the last token runs: its logits are wanted
+                if source != row:
+                    self._session.copy_row(source, row, sequence.computed)
+            self._waiting.remove(sequence)
+            self._rows[row], sequence.row = sequence, row
+            self._shared[row] = (sequence.group, len(sequence.prompt)) if source is not None else None
+            self._active.append(sequence)
+
+    def _find_prompt(self, sequence: Sequence) -> int | None:
+        """A row in which this sequence's prompt stands already (its sibling's, also after that one ended)."""
+        if sequence.group is None or len(sequence.prompt) < 2:
+            return None
+        for row, shared in enumerate(self._shared):
+            if shared is not None and shared[0] is sequence.group:
+                return row
+        return None
+
+    def _is_being_prefilled(self, sequence: Sequence) -> bool:
+        if sequence.group is None or len(sequence.prompt) < 2:
+            return False
+        return any(other.group is sequence.group for other in self._active)
+
+    def _schedule(self) -> Plan:
+        """Who takes part in this step."""
+        active = self._active
+        prefilling = [s for s in active if s.remaining > 1 or s.sampler is None]
+        if not prefilling:
+            plan = [(s, 1) for s in active]
+        elif self._session.mixed_steps:
+            plan = [(s, 1) for s in active if s.remaining == 1 and s.sampler is not None]
+            plan += self._share_budget(prefilling)
+        else:
+            decoding = [(s, 1) for s in active if s.remaining == 1 and s.sampler is not None]
+            self._prefilled_last = not decoding or not self._prefilled_last
+            plan = self._share_budget(prefilling[:1]) if self._prefilled_last else decoding
+        if len(plan) > 1:
+            plan.sort(key=lambda entry: entry[0].row or 0)
+        return plan
+
+    def _share_budget(self, prefilling: list[Sequence]) -> Plan:
+        """Cuts a step's prompt tokens off the oldest prompts; scored ones bring logits for each, so fewer."""
+        budget, plan = self._chunk, []
+        scored = self._score_chunk
+        for sequence in prefilling:
+            count = min(sequence.remaining, budget)
+            if sequence.sampler is None:
+                count = min(count, scored)
+                scored -= count
+            if count > 0:
+                plan.append((sequence, count))
+                budget -= count
+        return plan
+
+    # Run
+
+    def _run(self, plan: Plan, started: float, events: list[Event]) -> None:
+        """Runs one plan. When the engine fails, each row is tried alone, so that only the bad one ends."""
+        inputs = self._build(plan)
+        before = perf_counter()
+        try:
+            logits = self._session.step(inputs)
+        except Exception as error:
+            if len(plan) > 1:
+                for entry in plan:
+                    self._run([entry], perf_counter(), events)
+                return
+            sequence = plan[0][0]
+            self._end(sequence, _as_accel_error(error))
+            events.append(Event(sequence, None, True))
+            return
+        after = perf_counter()
+        self.steps += 1
+        for clock in {id(s.clock): s.clock for s, _ in plan}.values() if len(plan) > 1 else (plan[0][0].clock,):
+            clock.prepost += before - started
+            clock.compute += after - before
+            clock.steps += 1
+        self._postprocess(plan, logits, events, after)
+
+    def _build(self, plan: Plan) -> StepInputs:
+        query, past = self._query, self._past
+        query.fill(0)
+        past.fill(0)
+        if len(plan) == 1 and plan[0][1] == 1 and plan[0][0].sampler is not None:  # one sequence, one token
+            sequence = plan[0][0]
+            computed, row = sequence.computed, sequence.row
+            query[row], past[row] = 1, computed
+            wanted = _FIRST if sequence.remaining == 1 else _NONE
+            return StepInputs(sequence.tokens[computed : computed + 1], np.array([computed]), query, past, wanted)
+        ids, positions, chosen, start = [], [], [], 0
+        for sequence, count in plan:
+            computed = sequence.computed
+            query[sequence.row], past[sequence.row] = count, computed
+            ids.append(sequence.tokens[computed : computed + count])
+            positions.append(np.arange(computed, computed + count))
+            first, last = self._wanted(sequence, count)
+            chosen.append(np.arange(start + first, start + last))
+            start += count
+        return StepInputs(np.concatenate(ids), np.concatenate(positions), query, past, np.concatenate(chosen))
+
+    @staticmethod
+    def _wanted(sequence: Sequence, count: int) -> tuple[int, int]:
+        """Which of its ``count`` tokens' logits a sequence needs: [first, last)."""
+        if sequence.sampler is None:  # the last prompt token predicts nothing that is scored
+            return 0, count - (sequence.remaining == count)
+        return (count - 1, count) if sequence.remaining == count else (0, 0)
+
+    # Postprocess
+
+    def _postprocess(self, plan: Plan, logits: NDArray[np.float32], events: list[Event], now: float) -> None:
+        start = 0
+        for sequence, count in plan:
+            first, last = self._wanted(sequence, count)
+            wanted = last - first
+            part = logits[start : start + wanted]
+            start += wanted
+            token = None
+            try:
+                if sequence.sampler is None:
+                    self._score(sequence, part)
+                elif wanted:
+                    token = sequence.choose(part[0])
+            except Exception as error:
+                self._end(sequence, _as_accel_error(error))
+            else:
+                self._advance(sequence, count, token)
+            finished = sequence.finished
+            if token is not None or finished:
+                events.append(Event(sequence, token, finished))
+            after = perf_counter()
+            sequence.clock.prepost += after - now
+            if token is not None:
+                sequence.clock.count(after)
+            now = after
+
+    def _advance(self, sequence: Sequence, count: int, token: int | None) -> None:
+        row = sequence.row
+        assert row is not None
+        sequence.computed += count
+        if sequence.group is not None and self._shared[row] is None and sequence.computed >= len(sequence.prompt) - 1:
+            self._shared[row] = (sequence.group, len(sequence.prompt))
+        if token is not None:
+            sequence.append(token)
+        elif sequence.sampler is None and sequence.remaining == 0:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            self._end(sequence)
+
+    @staticmethod
+    def _score(sequence: Sequence, logits: NDArray[np.float32]) -> None:
+        at = sequence.computed
+        targets = sequence.tokens[at + 1 : at + 1 + len(logits)]
+        for row, target in zip(logits, targets, strict=True):  # row by row: float64 copies of V values stay small
+            sequence.scores.append(float(log_softmax(row)[target]))
+
+    def _end(self, sequence: Sequence, error: AccelError | None = None) -> None:
+        """Frees the row and marks the sequence finished."""
+        sequence.error = error
+        if sequence.row is not None:
+            self._rows[sequence.row] = None
+            sequence.row = None
+            self._active.remove(sequence)
+        sequence.end()
+
+
+_FIRST, _NONE = np.zeros(1, np.int64), np.zeros(0, np.int64)
+
+
+def _as_accel_error(error: Exception) -> AccelError:
+    if isinstance(error, AccelError):
+        return error
+    wrapped = EngineError(f"the sequence failed: {type(error).__name__}: {error}", where="decoder step")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+__all__ = ["DEFAULT_CHUNK", "SlotLoop", "SlotOptions"]
