@@ -140,6 +140,7 @@ def main(arguments: list[str]) -> None:
         except Exception as error:  # whatever a peer raises is reported as the reason it failed
             traceback.print_exc()
             reason = str(error) if isinstance(error, Unsupported) else f"{type(error).__name__}: {error}"
+            reason = reason.replace(source, model).replace(artifact, "its export")  # results carry no local paths
             answer = {"error": reason[:500], "unsupported": isinstance(error, Unsupported)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import pytest
+
+from accel.bench.cases import EXPORT_RSS, EXPORT_SECONDS, PEAK_RSS, SUITES, Case, Suite
+from accel.bench.peers import PEERS, Peer
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_targets_name_metrics_and_peers_of_their_suite(suite: Suite) -> None:
+    metrics = {metric for case in suite.cases for metric in case.metrics} | {PEAK_RSS, EXPORT_SECONDS, EXPORT_RSS}
+    for target in suite.targets:
+        assert target.metric in metrics
+        assert target.reference in {"fastest", "absolute", *suite.peers}
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_every_peer_of_a_timed_suite_offers_its_role(suite: Suite) -> None:
+    assert suite.peers[0] == "accel"
+    for peer in suite.peers:
+        assert PEERS[peer].name == peer
+        for case in suite.cases:
+            opener = f"open_{case.role}"
+            assert getattr(PEERS[peer], opener) is not getattr(Peer, opener), f"{peer} has no {opener}"
+
+
+def test_case_survives_json_and_names_its_metrics() -> None:
+    case = Case("m", "decoder", prompt=8, new=2)
+    assert Case(**case.to_json()) == case
+    assert case.metrics == ("m: first token", "m: per token")
+    assert Case("m 1x8", "encoder", batch=1, seq=8).metrics == ("m 1x8",)

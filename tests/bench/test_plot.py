@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from accel.bench.plot import plot_results, unit_of
+
+
+def test_a_panel_per_metric_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = {
+        "suite": "export",
+        "unit": "s, MB",
+        "date": "2026-11-20",
+        "machine": {"cpu": "a CPU"},
+        "settings": {"threads": 2},
+        "peers": {name: {"label": name} for name in ("accel", "peer")},
+        "groups": [{"accel": {"x: wall time": [1.0], "x: peak RSS": [3.0]}, "peer": {"x: wall time": [2.0]}}],
+    }
+    path = tmp_path / "new" / "plot.png"
+    plot_results([result, result, result], path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    assert path.stat().st_size > 10_000
+    assert (unit_of("x: wall time", result), unit_of("x: peak RSS", result)) == ("s", "MB")

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from accel.bench.cases import Case
+from accel.bench.peers.base import BindForward, Feeds, Forward, Generate, Peer
+from accel.bench.worker import Worker
+
+
+class SlowPeer(Peer):
+    """Costs 20 ms for the prompt and 5 ms per further token; its forward returns the ids as hidden state."""
+
+    name = label = "slow"
+    packages = ("numpy",)
+    lost_tokens = 0
+
+    def open_encoder(self) -> BindForward:
+        def bind(feeds: Feeds) -> Forward:
+            return lambda: feeds["input_ids"][..., None].astype(np.float32)
+
+        return bind
+
+    def open_decoder(self) -> Generate:
+        def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
+            time.sleep(0.02 + 0.005 * (new_tokens - 1))
+            return [7] * (new_tokens - self.lost_tokens)
+
+        return generate
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> Worker:
+    return Worker(SlowPeer("gpt2", tmp_path, tmp_path, 1))
+
+
+def measure(worker: Worker, case: Case, **fields: Any) -> dict[str, list[float]]:
+    return worker.answer({"op": "measure", "case": case.to_json(), **fields})["times"]
+
+
+def test_decode_per_token_is_the_difference_of_two_generations(worker: Worker) -> None:
+    worker.answer({"op": "open", "role": "decoder"})
+    times = measure(worker, Case("m", "decoder", prompt=4, new=10))
+    assert times["m: first token"][0] == pytest.approx(20, abs=6)
+    assert times["m: per token"][0] == pytest.approx(5, abs=1.5)
+
+
+def test_a_generation_that_ends_early_is_an_error(worker: Worker) -> None:
+    worker.peer.lost_tokens = 1  # type: ignore[attr-defined]
+    worker.answer({"op": "open", "role": "decoder"})
+    with pytest.raises(RuntimeError, match="asked for 1 tokens, got 0"):
+        measure(worker, Case("m", "decoder", prompt=4, new=10))
+
+
+def test_forward_is_repeated_at_least_as_often_as_asked(worker: Worker) -> None:
+    worker.answer({"op": "open", "role": "encoder"})
+    case = Case("m 2x8", "encoder", batch=2, seq=8)
+    assert len(measure(worker, case, repetitions=4)["m 2x8"]) == 4
+    assert len(measure(worker, case, repetitions=1, seconds=0.02)["m 2x8"]) > 4
+
+
+def test_output_is_what_the_peer_computed(worker: Worker, tmp_path: Path) -> None:
+    worker.answer({"op": "open", "role": "encoder"})
+    case = Case("m 2x8", "encoder", batch=2, seq=8)
+    answer = worker.answer({"op": "output", "case": case.to_json(), "path": str(tmp_path / "out.npy")})
+    saved = np.load(tmp_path / "out.npy")
+    assert answer["shape"] == [2, 8, 1]
+    assert (saved[:, 0, 0] == 101).all() and (saved[:, -1, 0] == 102).all()
+
+
+def test_memory_and_versions(worker: Worker) -> None:
+    memory = worker.answer({"op": "memory"})
+    assert 10 < memory["rss"] <= memory["peak_rss"]
+    assert worker.answer({"op": "versions"})["versions"]["numpy"] == np.__version__
+
+
+def test_unknown_operation_is_refused(worker: Worker) -> None:
+    with pytest.raises(ValueError, match="unknown operation 'guess'"):
+        worker.answer({"op": "guess"})
