@@ -113,10 +113,9 @@ def trace_decoder(model: PreTrainedModel, layers: list[AttentionSpec]) -> ir.Mod
         )
     dtype = next(model.parameters()).dtype
     batch, tokens, capacity = 2, 7, 16
-    past = [
-        (torch.zeros(batch, s.kv_heads, capacity, s.head_dim, dtype=dtype),) * 2
-        for s in layers
-    ]
+    cache = [(batch, layer.kv_heads, capacity, layer.head_dim) for layer in layers]
+    # Key and value must be distinct tensors: one tensor given twice would be traced as one input.
+    past = [(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for shape in cache]
     example = {
         "input_ids": torch.ones(tokens, dtype=torch.long),
         "position_ids": torch.arange(tokens),
@@ -126,10 +125,10 @@ def trace_decoder(model: PreTrainedModel, layers: list[AttentionSpec]) -> ir.Mod
         "past": past,
     }
     t, b, c, r = (Dim(name, min=1) for name in ("T", "B", "C", "R"))
-    cache = {0: b, 2: c}
+    row = {0: b, 2: c}
     shapes = {
         "input_ids": {0: t}, "position_ids": {0: t}, "past_lengths": {0: b}, "query_lengths": {0: b},
-        "logits_positions": {0: r}, "past": [(cache, cache)] * len(layers),
+        "logits_positions": {0: r}, "past": [(row, row)] * len(layers),
     }
     names = [f"{{}}.{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
     return _export(
