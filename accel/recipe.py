@@ -90,6 +90,17 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path | None, default:
     return _checked(from_dict(Recipe, merged, where, error=RecipeError), where)
 
 
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The keys of a packaged recipe (by name) or of a YAML file, to be changed and given to ``load_recipe``.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    if Path(source).suffix in (".yaml", ".yml"):
+        return _read(Path(source))
+    return dict(to_dict(_packaged(str(source))))
+
+
 def recipe_names() -> tuple[str, ...]:
     """Names of the packaged recipes."""
     return tuple(sorted(Path(entry.name).stem for entry in _folder().iterdir() if entry.name.endswith(".yaml")))
@@ -162,4 +173,4 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
     return recipe
 
 
-__all__ = ["GraphRecipe", "ParityRecipe", "Recipe", "load_recipe", "recipe_names"]
+__all__ = ["GraphRecipe", "ParityRecipe", "Recipe", "load_recipe", "read_recipe", "recipe_names"]

@@ -1,0 +1,153 @@
+"""The command ``accel``: argparse over the package's functions.
+
+Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted.
+ACCEL_DEBUG=1 shows the traceback of an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import accel
+from accel import commands
+from accel.errors import AccelError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (wrong usage raises SystemExit(2), as argparse does)."""
+    options = build_parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, e.g. head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("ACCEL_DEBUG") == "1":
+            raise
+        report_error(error, as_json=getattr(options, "json", False))
+        return 1
+
+
+def report_error(error: Exception, as_json: bool) -> None:
+    """Prints an error as one red block to stderr, or as a JSON object to stdout."""
+    known = isinstance(error, AccelError)
+    what = error.what if isinstance(error, AccelError) else f"Unexpected {type(error).__name__}: {error}"
+    where = error.where if isinstance(error, AccelError) else None
+    remedy = error.remedy if isinstance(error, AccelError) else "This is a bug: ACCEL_DEBUG=1 shows where it happened"
+    if as_json:
+        kind = type(error).__name__ if known else "InternalError"
+        print(json.dumps({"error": {"type": kind, "what": what, "where": where, "remedy": remedy}}))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    lines = [f"Error: {what}", *([f"   at: {where}"] if where else []), *([f"  try: {remedy}"] if remedy else [])]
+    Console(stderr=True, soft_wrap=True).print(Text("\n".join(lines), style="red"))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand's function stands in ``command``."""
+    parser = argparse.ArgumentParser(prog="accel", description="Exports transformer models and runs them fast.")
+    parser.add_argument("--version", action="version", version=f"accel {accel.__version__}")
+    sub = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_export(sub.add_parser("export", help="export a model to a bundle"))
+    _add_run(sub.add_parser("run", help="generate text with a bundle"))
+    _add_embed(sub.add_parser("embed", help="embed texts with a bundle"))
+    _add_inspect(sub.add_parser("inspect", help="show what is in a bundle"))
+    _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
+    _add_bench(sub.add_parser("bench", help="measure against other runtimes, in interleaved rounds"))
+    return parser
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a local folder, a GGUF file, or a hub id")
+    parser.add_argument("out", type=Path, help="the bundle's directory")
+    parser.add_argument("--recipe", help="a packaged recipe's name, or a YAML file")
+    parser.add_argument("--task", help="e.g. feature-extraction; default: read from the architecture")
+    parser.add_argument("--max-positions", type=int, metavar="N", help="longest sequence; default: the model's own")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
+    parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that stands at OUT")
+    _finish(parser, commands.export)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("prompt", nargs="?", help="the text to continue; default: standard input")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's message: apply the chat template")
+    parser.add_argument("--system", help="a system message (with --chat)")
+    group = parser.add_argument_group("generation, as in transformers; default: the bundle's generation config")
+    for name in ("max-new-tokens", "min-new-tokens", "top-k", "seed", "num-return-sequences"):
+        group.add_argument(f"--{name}", type=int, metavar="N")
+    for name in ("temperature", "top-p", "min-p", "repetition-penalty"):
+        group.add_argument(f"--{name}", type=float, metavar="X")
+    group.add_argument("--do-sample", action=argparse.BooleanOptionalAction, default=None, help="draw tokens at random")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end at this text; may be repeated")
+    _add_loading(parser)
+    parser.add_argument("--capacity", type=int, metavar="N", help="cache positions per row")
+    _finish(parser, commands.run)
+
+
+def _add_embed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("--file", type=Path, help="read texts from here, one per line")
+    parser.add_argument("--out", type=Path, help="write the vectors here, as .npy or .json")
+    parser.add_argument("--pooling", help="mean, cls, max, ...; default: the model's own")
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, default=None, help="scale to unit length")
+    parser.add_argument("--batch-size", type=int, metavar="N")
+    parser.add_argument("--prompt-name", help="one of the model's prompts, e.g. query")
+    _add_loading(parser)
+    _finish(parser, commands.embed)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    parser.add_argument("--verify", action="store_true", help="also read every file and compare its sha256")
+    _finish(parser, commands.inspect)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    _finish(parser, commands.doctor)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("suite", help="what to measure; an unknown name lists the suites")
+    parser.add_argument("--peers", nargs="+", help="only these peers; default: all of the suite")
+    parser.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each peer (default 2)")
+    parser.add_argument("--quick", action="store_true", help="two rounds: checks that everything runs, proves nothing")
+    parser.add_argument("--refresh", action="store_true", help="make all exports anew")
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="models, exports and peers' environments")
+    parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the result here")
+    _finish(parser, commands.bench)
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading")
+    group.add_argument("--engine", default="auto", help="ort-cpu, torch; default: the first that runs")
+    group.add_argument("--device", default="auto")
+    group.add_argument("--variant", default="auto", help="e.g. fp32")
+    group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    group.add_argument("--strict", action="store_true", help="fail rather than fall back to another engine")
+
+
+def _finish(parser: argparse.ArgumentParser, command: commands.Command) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    parser.set_defaults(command=command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

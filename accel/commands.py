@@ -1,0 +1,218 @@
+"""What each subcommand of ``accel`` does, given its parsed options. Returns the exit code."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import accel
+from accel.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Command = Callable[[Namespace], int]
+GENERATION = (
+    *("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "stop", "seed", "num_return_sequences"),
+)
+MAX_SIMILARITIES = 20  # texts whose similarities still make a readable table
+
+
+def export(options: Namespace) -> int:
+    """Exports a model and says what the bundle holds."""
+    from accel.bundle import Bundle
+    from accel.recipe import read_recipe
+    from accel.schema import to_dict
+
+    recipe: Any = options.recipe
+    if options.no_parity:
+        recipe = read_recipe(recipe) if recipe is not None else {}
+        recipe["parity"] = {**recipe.get("parity", {}), "enabled": False}
+    choices = {name: getattr(options, name) for name in ("task", "overwrite", "trust_remote_code", "max_positions")}
+    started = time.perf_counter()
+    accel.export(options.model, options.out, recipe, **choices)
+    manifest = Bundle.open(options.out).manifest
+    size = sum(entry.size for entry in manifest.files.values())
+    seconds = time.perf_counter() - started
+    if options.json:
+        found = {"path": str(options.out), "bytes": size, "seconds": seconds, "arch": to_dict(manifest.arch)}
+        print(json.dumps({**found, "variants": list(manifest.variants), "parity": to_dict(manifest.parity)}))
+        return 0
+    arch = manifest.arch
+    print(f"{options.out}: {arch.architecture}, {arch.task}, {arch.parameters / 1e6:.1f} M parameters")
+    print(f"{size / 1e6:.1f} MB in {seconds:.1f} s")
+    for target, parity in manifest.parity.items():
+        print(f"{target}: error {parity.max_rel_error:.1e} against {parity.reference} (limit {parity.limit:.0e})")
+    return 0
+
+
+def run(options: Namespace) -> int:
+    """Generates text, streaming it."""
+    prompt = options.prompt if options.prompt is not None else sys.stdin.read()
+    _check_kind(options.bundle, "decoder", "accel embed")
+    if options.system is not None and not options.chat:
+        raise InputError("A system message needs a chat", where="--system", remedy="Add --chat")
+    choices = {name: getattr(options, name) for name in GENERATION if getattr(options, name) is not None}
+    messages = [{"role": "system", "content": options.system}] if options.system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    with _load(options, capacity=options.capacity) as model:
+        if options.json or choices.get("num_return_sequences", 1) != 1:
+            results = model.chat(messages, **choices) if options.chat else model.generate(prompt, **choices)
+            return _print_results(results if isinstance(results, list) else [results], model, options.json)
+        if not options.chat:
+            print(prompt, end="", flush=True)
+        stream = model.stream_chat(messages, **choices) if options.chat else model.stream(prompt, **choices)
+        _print_stream(stream, model.engine.name)
+    return 0
+
+
+def embed(options: Namespace) -> int:
+    """Embeds texts; prints their similarities or writes the vectors."""
+    import numpy as np
+
+    texts = [*options.texts, *_read_lines(options.file)]
+    if not texts:
+        raise InputError("There are no texts", where="accel embed", remedy="Give texts, or --file")
+    if options.out is not None and options.out.suffix not in (".npy", ".json"):
+        what = f"The output format {options.out.suffix!r} is unknown"
+        raise InputError(what, where="--out", remedy="Name a file that ends in .npy or .json")
+    _check_kind(options.bundle, "encoder", "accel run")
+    choices = {name: getattr(options, name) for name in ("pooling", "normalize", "batch_size", "prompt_name")}
+    with _load(options) as model:
+        vectors = model.embed(texts, **choices)
+        similarities = model.similarity(vectors, vectors)
+    if options.out is not None:
+        try:
+            if options.out.suffix == ".npy":
+                np.save(options.out, vectors)
+            else:
+                options.out.write_text(json.dumps(vectors.tolist()) + "\n", encoding="utf-8")
+        except OSError as error:
+            what = f"The vectors cannot be written: {error.strerror}"
+            raise StorageError(what, where=str(options.out), remedy="Give another path") from error
+    if options.json:
+        print(json.dumps({"shape": list(vectors.shape), "embeddings": vectors.tolist()}))
+    elif options.out is not None:
+        print(f"{options.out}: {vectors.shape[0]} vectors of {vectors.shape[1]} numbers")
+    else:
+        _print_similarities(texts, similarities)
+    return 0
+
+
+def inspect(options: Namespace) -> int:
+    """Shows what a bundle holds."""
+    from accel.bundle import Bundle
+    from accel.inspection import inspect as inspect_bundle
+
+    inspection = inspect_bundle(Bundle.open(options.bundle, verify=options.verify))
+    if options.html is not None:
+        try:
+            options.html.write_text(inspection.to_html(), encoding="utf-8")
+        except OSError as error:
+            what = f"The page cannot be written: {error.strerror}"
+            raise StorageError(what, where=str(options.html), remedy="Give another path") from error
+    if options.json:
+        print(inspection.to_json())
+    elif options.html is None:
+        print(inspection.to_text())
+    else:
+        print(options.html)
+    return 0
+
+
+def doctor(options: Namespace) -> int:
+    """Shows what this machine can run; 1 when no engine does."""
+    from accel.capabilities import as_json, probe
+    from accel.doctor import print_report
+
+    found = probe()
+    if options.json:
+        print(json.dumps(as_json(found)))
+    else:
+        print_report(found)
+    return 0 if any(engine.available for engine in found.engines) else 1
+
+
+def bench(options: Namespace) -> int:
+    """Measures one suite against its peers."""
+    from accel.bench.main import measure_suite
+    from accel.bench.plot import plot_results
+    from accel.bench.report import markdown, write_result
+
+    pace = {"rounds": options.rounds, "threads": options.threads, "quick": options.quick, "refresh": options.refresh}
+    result = measure_suite(options.suite, options.cache, options.peers, **pace)
+    out = options.out or options.cache / "bench" / "results" / f"{options.suite}.json"
+    write_result(result, out)
+    if options.plot is not None:
+        plot_results([result], options.plot)
+    print(out.read_text(encoding="utf-8") if options.json else markdown(result))
+    return 0
+
+
+def _load(options: Namespace, **more: Any) -> Any:
+    """The encoder or decoder; ``_check_kind`` told which."""
+    names = ("engine", "device", "variant", "threads", "strict")
+    return accel.load(options.bundle, **{name: getattr(options, name) for name in names}, **more)
+
+
+def _check_kind(path: Path, kind: str, other: str) -> None:
+    """Refuses the wrong kind of bundle before its weights are read."""
+    from accel.bundle import Bundle
+
+    arch = Bundle.open(path).manifest.arch
+    if arch.kind != kind:
+        what = f"The bundle holds {arch.architecture}, which is no {kind}"
+        raise InputError(what, where=str(path), remedy=f"Use {other}")
+
+
+def _print_stream(stream: Any, engine: str) -> None:
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    timings, reason = stream.result.timings, stream.result.finish_reason
+    speed = f"{timings.tokens} tokens at {timings.tokens_per_second or 0.0:.1f} tokens/s"
+    print(
+        f"[{engine}: {speed}, the first after {timings.first_token or 0.0:.2f} s; ended by {reason}]", file=sys.stderr
+    )
+
+
+def _print_results(results: list[Any], model: Any, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    if as_json:
+        found = {"results": [asdict(result) for result in results], "engine": asdict(model.engine)}
+        print(json.dumps({**found, "fallbacks": [asdict(fallback) for fallback in model.fallbacks]}))
+        return 0
+    for number, result in enumerate(results):
+        print(f"--- {number + 1} ({result.finish_reason})\n{result.text}")
+    return 0
+
+
+def _read_lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        what = f"The texts cannot be read: {error.strerror}"
+        raise InputError(what, where=str(path), remedy="Check the path") from error
+    except UnicodeDecodeError as error:
+        raise InputError("The texts are not UTF-8", where=str(path), remedy="Convert the file") from error
+
+
+def _print_similarities(texts: list[str], similarities: NDArray[np.float32]) -> None:
+    shown = min(len(texts), MAX_SIMILARITIES)
+    for text, row in zip(texts[:shown], similarities[:shown, :shown]):
+        print(" ".join(f"{value:6.3f}" for value in row) + f"   {text[:60]}")
+    if shown < len(texts):
+        print(f"(the first {shown} of {len(texts)} texts; --out writes all vectors)")
+
+
+__all__ = ["Command", "bench", "doctor", "embed", "export", "inspect", "run"]
