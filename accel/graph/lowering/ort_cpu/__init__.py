@@ -1,0 +1,5 @@
+"""Canonical graph -> ONNX Runtime's CPU dialect: its contrib ops, its cache layout, fp32."""
+
+from accel.graph.lowering.ort_cpu.lower import lower
+
+__all__ = ["lower"]

@@ -1,0 +1,76 @@
+"""The order of the lowering, and its checks."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from accel.errors import FusionError
+from accel.graph.checks import attention_nodes
+from accel.graph.clean import clean
+from accel.graph.lowering.ort_cpu.decoder_attention import lower_cached_attention
+from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, fuse_skip_norms, lower_rms_norm
+from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
+from accel.graph.lowering.ort_cpu.linear import leave_tied_head_unpacked, lower_linear
+from accel.graph.lowering.ort_cpu.packed import drop_unit_batch
+from accel.graph.pipeline import run_passes
+from accel.manifest import PassReport
+from accel.spec import ArchSpec
+
+MICROSOFT = "com.microsoft"
+
+
+def lower(model: ir.Model, arch: ArchSpec, max_positions: int) -> tuple[ir.Model, tuple[PassReport, ...]]:
+    """Returns a new model for ONNX Runtime CPU (>= 1.32) and what each pass did.
+
+    Args:
+        model: Canonical model; left as it is.
+        max_positions: Rows of the rotary tables; the cache's capacity cannot exceed it.
+
+    Raises:
+        FusionError: fewer lowered attention nodes than layers, or a head size that the kernel refuses.
+    """
+    lowered = model.clone()
+    lowered.opset_imports[MICROSOFT] = 1
+    before = lowered.graph.num_nodes()
+    if arch.kind == "decoder":
+        packed, rotary = lower_cached_attention(lowered, arch, max_positions)
+        fused = {"GroupQueryAttention": len(arch.layers), "packed_qkv": packed, "rotary_in_attention": rotary}
+    else:
+        lower_attention(lowered, arch)
+        fused = {"MultiHeadAttention": len(arch.layers)}
+    _prune(lowered)
+    reports = [PassReport("attention", before, lowered.graph.num_nodes(), fused)]
+    reports += run_passes(
+        lowered,
+        (
+            ("linear", lower_linear),
+            ("rms_norm", lower_rms_norm),
+            ("skip_norm", fuse_skip_norms),
+            ("bias_gelu", fuse_bias_gelu),
+            ("silu", fuse_silu),
+            ("unit_batch", drop_unit_batch if arch.kind == "decoder" else _nothing),
+            ("clean", clean),
+            ("tied_head", leave_tied_head_unpacked),
+        ),
+    )
+    _check(lowered, arch)
+    return lowered, tuple(reports)
+
+
+def _nothing(model: ir.Model) -> int:
+    return 0
+
+
+def _prune(model: ir.Model) -> None:
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _check(model: ir.Model, arch: ArchSpec) -> None:
+    op_type, domain = ("GroupQueryAttention", MICROSOFT) if arch.kind == "decoder" else ("If", "")
+    found = len(attention_nodes(model, domain, op_type))
+    if found != len(arch.layers):
+        raise FusionError(f"{found} {op_type} nodes for {len(arch.layers)} layers", where=f"layer {found}, ort-cpu")
+    left = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain == "accel"})
+    if left:
+        raise FusionError(f"nodes without a lowering: {', '.join(left)}", where="ort-cpu")
