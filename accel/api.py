@@ -1,0 +1,314 @@
+"""The stages of an export, put together. The only module that knows them all."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.bundle import Bundle, BundleWriter
+from accel.errors import DependencyError
+from accel.manifest import SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, ParityResult, PassReport, Variant
+from accel.recipe import ParityRecipe, Recipe, load_recipe
+from accel.spec import ArchSpec, Task, TensorSpec
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+    from transformers import PreTrainedModel
+
+    from accel.exporter.progress import ExportProgress
+    from accel.exporter.source import LoadedModel, Source
+    from accel.exporter.weights import Parameters
+    from accel.graph.parity import Case
+
+_log = logging.getLogger("accel")
+VARIANT = "fp32"
+WEIGHTS = "fp32.weights"
+CANONICAL, ORT_CPU = "canonical", "ort-cpu"
+_PACKAGES = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime")
+
+
+def export(
+    model: str | Path | PreTrainedModel,
+    out: str | Path,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    *,
+    task: str | None = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    max_positions: int | None = None,
+    show_progress: bool | None = None,
+) -> Bundle:
+    """Exports a model into a bundle.
+
+    Args:
+        model: A local folder, a GGUF file, a hub id, or a loaded ``PreTrainedModel`` (left as it is).
+        out: The bundle's directory; written beside it and renamed at the end.
+        recipe: How: a packaged recipe's name, a YAML file, a mapping or a ``Recipe``; None: the default of the kind.
+        task: ``feature-extraction``, ``text-classification``, ``token-classification``, ``question-answering``,
+            ``fill-mask`` or ``text-generation``; None: the recipe's, else what the architecture's name says.
+        tokenizer: A tokenizer, or a folder with one, for a model that brings none.
+        overwrite: Replace a bundle that stands at ``out``.
+        trust_remote_code: Run Python code that the checkpoint brings.
+        max_positions: Longest sequence; None: the recipe's, else what the model's position scheme covers.
+        show_progress: Show a progress bar on stderr; None: when it is a terminal.
+
+    Returns:
+        The bundle, opened.
+
+    Raises:
+        ExportError: The model cannot be exported (``CheckpointError``, ``UnsupportedArchitectureError``,
+            ``FusionError``), or the exported graph's numbers are wrong (``ParityError``).
+        RecipeError: The recipe is wrong.
+        InputError: An argument is wrong.
+        StorageError: Writing failed. Whatever is raised, nothing half made is left behind.
+        DependencyError: A package that exporting needs is missing.
+    """
+    _check_packages()
+    from accel.exporter.families import check_task, kind_of
+    from accel.exporter.progress import ExportProgress
+    from accel.exporter.source import resolve_source
+
+    chosen = None if task is None else check_task(task)
+    with BundleWriter(out, overwrite) as writer, ExportProgress(show_progress) as progress:
+        progress.stage("Reading the config")
+        source = resolve_source(model, trust_remote_code)
+        settings = load_recipe(recipe, default=kind_of(chosen or source.task))
+        final = chosen or settings.task or source.task
+        limit = max_positions if max_positions is not None else settings.max_positions
+        return _Export(source, final, settings, limit, tokenizer, writer, progress).run()
+
+
+def _check_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        what = f"Exporting needs packages that are not installed: {', '.join(missing)}"
+        raise DependencyError(what, remedy='Install them: pip install "accelrt[export]"')
+
+
+@dataclass
+class _Traced:
+    """What is left of the PyTorch model once its graphs are made."""
+
+    arch: ArchSpec
+    canonical: ir.Model
+    lowered: ir.Model
+    passes: dict[str, tuple[PassReport, ...]]
+    attention: dict[str, tuple[str, ...]]
+    cases: list[Case]
+
+
+@dataclass
+class _Export:
+    """One export, stage by stage."""
+
+    source: Source
+    task: Task
+    recipe: Recipe
+    max_positions: int | None
+    tokenizer: Any
+    writer: BundleWriter
+    progress: ExportProgress
+
+    def run(self) -> Bundle:
+        from accel.exporter.source import load_model
+        from accel.exporter.weights import collect_parameters, total_bytes, write_weights
+
+        with self._stage("Loading the weights"):
+            loaded = load_model(self.source, self.task)
+        try:
+            parameters = collect_parameters(loaded.model)
+            traced = self._trace(loaded, parameters)
+            with self._stage("Writing the weights", total_bytes(parameters)):
+                graphs = (traced.canonical, traced.lowered)
+                written = write_weights(self.writer.path / WEIGHTS, graphs, parameters, self.progress.advance)
+        finally:
+            loaded.release()
+        del parameters, loaded
+        gc.collect()  # the model's modules refer to each other; the engine wants the memory
+        with self._stage("Saving the graphs"):
+            graphs_by_target = self._save_graphs(traced)
+        manifest = self._manifest(traced.arch, graphs_by_target, written.parameters, written.tied)
+        cases, arch = traced.cases, traced.arch
+        del traced
+        manifest.parity.update(self._check(arch, cases, manifest))
+        with self._stage("Hashing and syncing"):
+            return self.writer.commit(manifest)
+
+    def _trace(self, loaded: LoadedModel, parameters: Parameters) -> _Traced:
+        from accel.exporter.arch import read_arch
+        from accel.exporter.families import kind_of
+        from accel.exporter.files import copy_files
+        from accel.exporter.tracer import probe_layers, trace_decoder, trace_encoder
+        from accel.exporter.weights import name_initializers
+        from accel.graph.checks import check_attention
+        from accel.graph.lowering.ort_cpu import lower
+        from accel.graph.pipeline import optimize
+
+        model = loaded.model
+        with self._stage("Reading the layers"):
+            layers = probe_layers(model, kind_of(self.task))
+            arch = read_arch(model, layers, self.task, self.max_positions)
+            copy_files(self.source, model, self.tokenizer, self.writer.path)
+        cases = self._references(model, arch)
+        with self._stage("Tracing"):
+            graph = trace_decoder(model, layers) if arch.kind == "decoder" else trace_encoder(model, self.task)
+            name_initializers(graph, parameters)
+        with self._stage("Optimising the graph"):
+            canonical_passes = optimize(graph, arch)
+            names = check_attention(graph, arch)
+            lowered, lowered_passes = lower(graph, arch, arch.max_positions)
+        return _Traced(
+            arch, graph, lowered,
+            {CANONICAL: canonical_passes, ORT_CPU: (*canonical_passes, *lowered_passes)},
+            {CANONICAL: names, ORT_CPU: _lowered_names(lowered, names)},
+            cases,
+        )  # fmt: skip
+
+    def _references(self, model: PreTrainedModel, arch: ArchSpec) -> list[Case]:
+        from accel.exporter.tracer import takes_token_types
+        from accel.graph.parity import compute_references, make_cases
+
+        if not self.recipe.parity.enabled:
+            return []
+        with self._stage("Computing reference outputs"):
+            types = model.config.type_vocab_size if arch.kind == "encoder" and takes_token_types(model) else 0
+            pad = getattr(model.config, "pad_token_id", None)
+            cases = make_cases(arch, self.recipe.parity, pad_id=pad or 0, token_types=types)
+            compute_references(model, arch, cases)
+        return cases
+
+    def _save_graphs(self, traced: _Traced) -> dict[str, GraphEntry]:
+        from accel.graph.functions import attach
+
+        attach(traced.canonical)
+        models = {CANONICAL: traced.canonical, ORT_CPU: traced.lowered}
+        entries = {}
+        for target, graph in models.items():
+            entries[target] = _save_graph(
+                graph, self.writer.path / f"{target}.onnx", traced.attention[target], traced.passes[target]
+            )
+        return entries
+
+    def _manifest(
+        self, arch: ArchSpec, graphs: dict[str, GraphEntry], parameters: dict[str, Any], tied: dict[str, str]
+    ) -> Manifest:
+        from accel import __version__
+
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            accel_version=__version__,
+            source=self.source.label,
+            arch=arch,
+            variants={VARIANT: Variant("float32", (WEIGHTS,), graphs)},
+            files={},
+            versions=_versions(),
+            parameters=parameters,
+            tied=tied,
+        )
+
+    def _check(self, arch: ArchSpec, cases: list[Case], manifest: Manifest) -> dict[str, ParityResult]:
+        if not cases:
+            _log.warning("The parity check is switched off: nothing says that the graph's numbers are right")
+            return {}
+        with self._stage("Checking parity"):
+            result = run_parity(self.writer.path, manifest, arch, cases, self.recipe.parity)
+        _log.info("Parity: error %.1e of the largest value, limit %.1e", result.max_rel_error, result.limit)
+        return {f"{VARIANT}/{ORT_CPU}": result}
+
+    @contextmanager
+    def _stage(self, name: str, total: int | None = None) -> Iterator[None]:
+        self.progress.stage(name, total)
+        start = time.perf_counter()
+        yield
+        _log.info("%s took %.1f s", name, time.perf_counter() - start)
+
+
+def run_parity(
+    folder: Path, manifest: Manifest, arch: ArchSpec, cases: list[Case], recipe: ParityRecipe
+) -> ParityResult:
+    """Opens the graph in ``folder`` on ONNX Runtime and compares it with the reference outputs.
+
+    Raises:
+        ParityError: see ``accel.graph.parity.check_parity``.
+        EngineUnavailableError: ONNX Runtime refuses the graph.
+    """
+    import dataclasses
+
+    from accel.engines import SessionOptions, open_session
+    from accel.graph.parity import ROWS, capacity_of, check_parity
+
+    files = {path.name: FileEntry(path.stat().st_size, "") for path in folder.iterdir() if path.is_file()}
+    bundle = Bundle(folder, dataclasses.replace(manifest, files=files))
+    options = SessionOptions(capacity=min(capacity_of(cases), arch.max_positions), max_batch=ROWS)
+    session = open_session(bundle, engine=ORT_CPU, variant=VARIANT, options=options).session
+    try:
+        return check_parity(session, arch, cases, recipe)
+    finally:
+        session.close()
+
+
+def _lowered_names(model: ir.Model, canonical: tuple[str, ...]) -> tuple[str, ...]:
+    """The lowered attention nodes: one per canonical node, of the same name, else those of ``canonical``."""
+    present = {node.name for node in model.graph}
+    return tuple(name for name in canonical if name in present)
+
+
+def _save_graph(
+    model: ir.Model, path: Path, attention: tuple[str, ...], passes: tuple[PassReport, ...]
+) -> GraphEntry:
+    """Saves a graph without anything that differs between two exports of one model."""
+    import onnx_ir as ir
+
+    from accel import __version__
+
+    model.producer_name, model.producer_version, model.doc_string = "accel", __version__, None
+    for holder in (model, model.graph):
+        _keep_own_metadata(holder.metadata_props)
+    for node in model.graph.all_nodes():
+        _keep_own_metadata(node.metadata_props)
+        node.doc_string = None
+        for value in node.outputs:
+            _keep_own_metadata(value.metadata_props)
+    for graph in model.graphs():
+        for value in [*graph.inputs, *graph.initializers.values()]:
+            _keep_own_metadata(value.metadata_props)
+    ir.save(model, path)
+    weights = set(model.graph.initializers)
+    inputs = tuple(_tensor_spec(value) for value in model.graph.inputs if value.name not in weights)
+    outputs = tuple(_tensor_spec(value) for value in model.graph.outputs)
+    return GraphEntry(path.name, model.opset_imports[""], inputs, outputs, attention, passes)
+
+
+def _keep_own_metadata(properties: dict[str, str]) -> None:
+    for key in [key for key in properties if not key.startswith("accel.")]:
+        del properties[key]
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name and value.dtype is not None and value.shape is not None, f"{value} is not typed"
+    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return TensorSpec(value.name, str(value.dtype.numpy()), shape)
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name.replace("_", "-"))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+__all__ = ["export"]

@@ -1,0 +1,55 @@
+"""The one progress display of an export: its stages, and a bar for the bytes written."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import TracebackType
+from typing import Any, Self
+
+_log = logging.getLogger("accel")
+
+
+class ExportProgress:
+    """Shows stages on a terminal, logs them always (level info).
+
+    Args:
+        show: None: only when stderr is a terminal.
+    """
+
+    def __init__(self, show: bool | None = None) -> None:
+        self._show = sys.stderr.isatty() if show is None else show
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Self:
+        if self._show:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Starts a stage; ``total`` is in bytes, None: unknown."""
+        _log.info("%s", name)
+        if self._bar is not None:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(name, total=total)
+
+    def advance(self, count: int) -> None:
+        """Moves the stage's bar by ``count`` bytes."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, advance=count)
+
+
+__all__ = ["ExportProgress"]
