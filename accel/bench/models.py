@@ -45,16 +45,19 @@ def model_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def encoder_inputs(batch: int, seq: int) -> dict[str, NDArray[np.int64]]:
-    """Random MiniLM ids without padding: ``input_ids``, ``attention_mask``, ``token_type_ids``, int64 [batch, seq]."""
-    ids = np.random.default_rng(SEED).integers(1000, VOCABULARY["minilm"] - 1, (batch, seq), dtype=np.int64)
-    ids[:, 0], ids[:, -1] = 101, 102  # [CLS], [SEP]
+def encoder_inputs(batch: int, seq: int, vocabulary: int) -> dict[str, NDArray[np.int64]]:
+    """Random ids without padding: ``input_ids``, ``attention_mask``, ``token_type_ids``, int64 [batch, seq].
+
+    The lower 4 % of the vocabulary is left out: that is where special and unused tokens lie.
+    """
+    ids = np.random.default_rng(SEED).integers(vocabulary // 25, vocabulary, (batch, seq), dtype=np.int64)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
-def prompt(model: str, tokens: int) -> NDArray[np.int64]:
-    """A fixed random prompt, int64 [1, tokens]; the same for every peer."""
-    return np.random.default_rng(SEED + 1).integers(300, VOCABULARY[model] - 300, (1, tokens), dtype=np.int64)
+def prompt(tokens: int, vocabulary: int) -> NDArray[np.int64]:
+    """A fixed random prompt, int64 [1, tokens], away from both ends of the vocabulary; the same for every peer."""
+    margin = min(300, vocabulary // 25)
+    return np.random.default_rng(SEED + 1).integers(margin, vocabulary - margin, (1, tokens), dtype=np.int64)
 
 
 def _copy_minilm(folder: Path) -> None:

@@ -171,7 +171,7 @@ def _output_path(workspace: Workspace, suite: Suite, peer: str, case: Case) -> P
 def _compare_outputs(workspace: Workspace, suite: Suite, outcome: Outcome) -> None:
     """Records how far each peer's answers are from the reference's: a fast wrong answer must not pass unseen."""
     measured = [peer for peer, state in outcome.peers.items() if state["status"] == "measured"]
-    reference = next((p for p in ("torch", "accel-torch", "sentence-transformers") if p in measured), None)
+    reference = next((p for p in ("torch", "sentence-transformers") if p in measured), None)
     if reference is None:
         return
     for peer in measured:

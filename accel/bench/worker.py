@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from accel.bench.cases import Case
-from accel.bench.models import encoder_inputs, prompt
+from accel.bench.models import VOCABULARY, encoder_inputs, prompt
 from accel.bench.peers import PEERS, Peer, Unsupported
 
 Work = Callable[[], Any]
@@ -70,7 +71,7 @@ class Worker:
 
     def _measure_decoder(self, case: Case) -> dict[str, list[float]]:
         """First token: a generation of one token. Per token: (a generation of 1 + N tokens - the first token) / N."""
-        ids = prompt(self.peer.model, case.prompt)
+        ids = prompt(case.prompt, self._vocabulary)
         self._opened(ids, 2)
         elapsed = []
         for tokens in (1, 1 + case.new):
@@ -99,11 +100,27 @@ class Worker:
             texts = json.loads(Path(os.environ["ACCEL_BENCH_SENTENCES"]).read_text(encoding="utf-8"))
             return lambda: self._opened(texts[: case.sentences])
         if case.role == "decoder":
-            return lambda: self._opened(prompt(self.peer.model, case.prompt), 1 + case.new)
+            return lambda: self._opened(prompt(case.prompt, self._vocabulary), 1 + case.new)
         shape = (case.batch, case.seq)
         if shape not in self._forwards:
-            self._forwards[shape] = self._opened(encoder_inputs(*shape))
+            feeds = encoder_inputs(*shape, self._vocabulary)
+            names = self._manifest_inputs() if self.peer.model == "bundle" else set(feeds)
+            self._forwards[shape] = self._opened({name: feeds[name] for name in feeds if name in names})
         return self._forwards[shape]
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        if self.peer.model != "bundle":
+            return VOCABULARY[self.peer.model]
+        from accel.bundle import Bundle
+
+        return Bundle.open(self.peer.source).manifest.arch.vocab_size
+
+    def _manifest_inputs(self) -> set[str]:
+        from accel.bundle import Bundle
+
+        variants = Bundle.open(self.peer.source).manifest.variants.values()
+        return {spec.name for variant in variants for graph in variant.graphs.values() for spec in graph.inputs}
 
 
 def memory_megabytes() -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accel.bench.peers.accel_peer import AccelPeer, AccelTorchPeer
+from accel.bench.peers.accel_peer import AccelPeer, TorchBundlePeer
 from accel.bench.peers.base import Peer, Unsupported
 from accel.bench.peers.ctranslate2_peer import CTranslate2
 from accel.bench.peers.genai import Genai
@@ -21,7 +21,7 @@ PEERS: dict[str, type[Peer]] = {
     peer.name: peer
     for peer in (
         AccelPeer,
-        AccelTorchPeer,
+        TorchBundlePeer,
         TorchEager,
         OrtDynamo,
         OrtO2,

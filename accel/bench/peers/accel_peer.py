@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.bench.peers.base import BindForward, EmbedTexts, Feeds, Forward, Generate, Peer
+from accel.bench.peers.base import BindForward, EmbedTexts, Feeds, Forward, Generate, Peer, transformers_generate
 
 
 class AccelPeer(Peer):
@@ -17,7 +17,6 @@ class AccelPeer(Peer):
     name = "accel"
     label = "accel"
     packages = ("accelrt", "onnxruntime")
-    engine = "auto"
 
     def export(self) -> None:
         import accel
@@ -28,13 +27,13 @@ class AccelPeer(Peer):
     def _load(self) -> Any:
         import accel
 
-        return accel.load(str(self.artifact), engine=self.engine, threads=self.threads)
+        return accel.load(str(self.artifact), threads=self.threads)
 
     def open_encoder(self) -> BindForward:
         model = self._load()
 
         def bind(feeds: Feeds) -> Forward:
-            return lambda: model(**feeds).last_hidden_state
+            return lambda: next(iter(model(**feeds).values()))
 
         return bind
 
@@ -46,16 +45,47 @@ class AccelPeer(Peer):
         model = self._load()
 
         def generate(prompt: NDArray[np.int64], new_tokens: int) -> list[int]:
-            result = model.generate(prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, eos_token_id=[])
+            result = model.generate(prompt, max_new_tokens=new_tokens, eos_token_id=[])
             return list((result[0] if isinstance(result, list) else result).ids)
 
         return generate
 
 
-class AccelTorchPeer(AccelPeer):
-    """The bundle on its PyTorch reference engine: eager PyTorch where only the bundle is at hand (``accel bench``)."""
+class TorchBundlePeer(Peer):
+    """Eager PyTorch on the bundle's own weights: the comparison where only a bundle is at hand (``accel bench``)."""
 
-    name = "accel-torch"
-    label = "eager PyTorch (from the bundle)"
+    name = "torch-bundle"
+    label = "eager PyTorch (the bundle's weights)"
     packages = ("torch", "transformers")
-    engine = "torch"
+    exports = False
+
+    def _load(self) -> Any:
+        import torch
+
+        from accel.bundle import Bundle
+        from accel.engines.torch_reference import build_model
+
+        torch.set_num_threads(self.threads)
+        model, _ = build_model(Bundle.open(self.artifact), self.threads)
+        # The reference engine computes attention step by step, for its exactness; users of PyTorch run sdpa.
+        model.set_attn_implementation("sdpa")
+        return model
+
+    def open_encoder(self) -> BindForward:
+        import torch
+
+        model = self._load()
+
+        def bind(feeds: Feeds) -> Forward:
+            tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
+
+            def forward() -> NDArray[np.float32]:
+                with torch.inference_mode():
+                    return model(**tensors)[0].numpy()
+
+            return forward
+
+        return bind
+
+    def open_decoder(self) -> Generate:
+        return transformers_generate(self._load())

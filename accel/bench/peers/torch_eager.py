@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from accel.bench.peers.base import BindForward, Feeds, Forward, Generate, Peer, transformers_generate
 
 
@@ -23,7 +26,7 @@ class TorchEager(Peer):
         def bind(feeds: Feeds) -> Forward:
             tensors = {name: torch.from_numpy(value) for name, value in feeds.items()}
 
-            def forward():  # type: ignore[no-untyped-def]
+            def forward() -> NDArray[np.float32]:
                 with torch.inference_mode():
                     return model(**tensors).last_hidden_state.numpy()
 

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from accel.bench import SHAPES
+from accel.bench.bundle import BenchReport, BenchRow, cases_of
+from accel.bench.limits import Limits
+from accel.bench.stats import Ratio
+from accel.errors import InputError
+from accel.spec import ArchSpec, Kind, Task
+
+
+def arch_of(kind: Kind, positions: int) -> ArchSpec:
+    task: Task = "text-generation" if kind == "decoder" else "feature-extraction"
+    return ArchSpec("bert", "BertModel", kind, task, 8, 100, positions, 0, False, ())
+
+
+def test_encoder_shapes_are_cut_to_the_positions() -> None:
+    cases = cases_of(arch_of("encoder", 128), SHAPES, 128, 32)
+    assert [(case.batch, case.seq) for case in cases] == [(1, 8), (1, 128), (8, 128)]
+    assert {case.role for case in cases} == {"encoder"}
+
+
+def test_decoder_has_one_case_with_two_metrics() -> None:
+    (case,) = cases_of(arch_of("decoder", 161), SHAPES, 128, 32)
+    assert case.metrics == ("128+32 tokens: first token", "128+32 tokens: per token")
+
+
+@pytest.mark.parametrize(
+    ("kind", "positions", "arguments"),
+    [
+        ("decoder", 160, (SHAPES, 128, 32)),
+        ("decoder", 160, (SHAPES, 0, 32)),
+        ("encoder", 4, (SHAPES, 128, 32)),
+        ("encoder", 512, (((0, 8),), 128, 32)),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(kind: Kind, positions: int, arguments: Any) -> None:
+    with pytest.raises(InputError, match="fit"):
+        cases_of(arch_of(kind, positions), *arguments)
+
+
+def test_report_as_table_and_as_data() -> None:
+    rows = (
+        BenchRow("forward 1x8", 2.0, 8.0, Ratio(0.25, 0.26, 7), 1.0),
+        BenchRow("forward 1x128", 20.0, None, None, None),
+    )
+    report = BenchReport("minilm", 7, 2, rows, "torch not installed", Limits(28e9, 215e9), {"cpu": "a CPU"})
+    lines = str(report).splitlines()
+    assert lines[0] == "minilm on a CPU, 2 threads, medians of 7 rounds"
+    assert lines[2].split() == ["forward", "1x8", "2.00", "8.00", "0.250", "50%"]
+    assert lines[3].split() == ["forward", "1x128", "20.00", "-", "-", "-"]
+    assert "torch not installed" in lines[4]
+    assert "28.0 GB/s" in lines[5] and "215 GFLOP/s" in lines[5]
+    assert report.to_json()["rows"][0]["ratio"]["upper"] == 0.26
