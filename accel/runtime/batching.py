@@ -19,11 +19,12 @@ from accel.runtime.results import Timings
 Row = tuple[Sequence[int], Sequence[int], bool]  # ids, type ids, truncated
 Feeds = dict[str, NDArray]
 
-# Tokens per micro-batch. Enough rows to keep the matrix products efficient, few enough that a
-# micro-batch stays in the caches and that two workers end at about the same time. To be tuned by measurement.
+# Tokens per micro-batch. MiniLM's time per token is flat from about 32 tokens per run on (one thread, ONNX
+# Runtime), so more rows gain nothing; fewer let the workers end at about the same time.
 TOKEN_BUDGET = 384
-# Rows share a micro-batch when padding adds at most this share of the longest row (or this many tokens):
-# an exactly filled micro-batch takes the attention path without a mask.
+# For engines that run padding: rows share a micro-batch when it adds at most this share of the longest row (or
+# this many tokens), which costs less than the fixed part of another run. Engines with ``run_many`` get rows of
+# exactly one length: they take the attention path without a mask.
 PADDING_SHARE = 1 / 16
 PADDING_TOKENS = 2
 # Model outputs held at once: micro-batches run in waves of at most this many bytes.
@@ -92,6 +93,11 @@ class SessionGuard:
             if self._closed:
                 self._changed.notify_all()
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether the engine runs several micro-batches at a time, and for the true length of their rows."""
+        return self._run_many is not None
+
     def run(self, feeds: Feeds) -> Feeds:
         """Runs one micro-batch on all of the engine's threads."""
         return self._session.run(feeds)
@@ -115,7 +121,7 @@ class SessionGuard:
 
 
 def plan_batches(
-    lengths: Sequence[int], batch_size: int | None = None, token_budget: int | None = None
+    lengths: Sequence[int], batch_size: int | None = None, token_budget: int | None = None, pad: bool = True
 ) -> list[NDArray[np.int64]]:
     """Groups texts of (nearly) equal length, longest first.
 
@@ -123,6 +129,7 @@ def plan_batches(
         lengths: Tokens of each text, all at least 1.
         batch_size: Rows per micro-batch, whatever the padding; None: by the token budget.
         token_budget: Padded tokens per micro-batch; a longer text stands alone. None: ``TOKEN_BUDGET``.
+        pad: Whether texts of nearly equal length may share one; False: only of equal length.
 
     Returns:
         Indices into ``lengths``, one int64 array per micro-batch.
@@ -137,7 +144,7 @@ def plan_batches(
     batches, start = [], 0
     while start < len(order):
         longest = descending[start]
-        shortest = longest - max(PADDING_TOKENS, int(longest * PADDING_SHARE))
+        shortest = longest - max(PADDING_TOKENS, int(longest * PADDING_SHARE)) if pad else longest
         fits = start + max(1, budget // longest)
         stop = min(fits, bisect_right(negated, -shortest, lo=start))
         batches.append(order[start:stop])

@@ -227,7 +227,7 @@ class EncoderCore:
         if min(lengths) == 0:
             what = "The tokenizer makes no token of the text"
             raise InputError(what, where=f"texts[{lengths.index(0)}]", remedy="Leave it out")
-        batches = plan_batches(lengths, batch_size)
+        batches = plan_batches(lengths, batch_size, pad=not self._guard.side_by_side)
         pad = self.tokenizer.pad_token_id or 0
         width = self.arch.vocab_size if self.arch.task == "fill-mask" else self.arch.hidden_size
         watch.lap_prepost()

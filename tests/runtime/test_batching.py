@@ -25,6 +25,11 @@ def test_a_text_longer_than_the_budget_stands_alone() -> None:
     assert [batch.tolist() for batch in plan_batches([900, 10, 900, 10], token_budget=384)] == [[0], [2], [1, 3]]
 
 
+def test_without_padding_only_equal_lengths_share() -> None:
+    batches = plan_batches([10, 9, 10, 10, 9], token_budget=20, pad=False)
+    assert [batch.tolist() for batch in batches] == [[0, 2], [3], [1, 4]]
+
+
 def test_batch_size_overrides_the_budget() -> None:
     assert [batch.tolist() for batch in plan_batches([1, 9, 500, 2, 8], batch_size=2)] == [[2, 1], [4, 3], [0]]
 
