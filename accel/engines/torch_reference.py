@@ -201,10 +201,7 @@ class TorchDecoderSession:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
         self._lifetime.check()
-        copy = self._new_cache()
-        for index, layer in enumerate(self._caches[source].layers):
-            copy.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
-        self._caches[target] = copy
+        self._caches[target] = self._cut(self._caches[source], length)
 
     def close(self) -> None:
         """Frees the model and the caches."""
@@ -217,9 +214,9 @@ class TorchDecoderSession:
         past = int(inputs.past_lengths[row])
         if past == 0:
             self._caches[row] = self._new_cache()
+        elif self._caches[row].get_seq_length() > past:  # a step that failed half way is being repeated
+            self._caches[row] = self._cut(self._caches[row], past)
         cache = self._caches[row]
-        if cache.get_seq_length() > past:  # a step that failed half way is being repeated
-            cache.crop(past)
         try:
             with torch.inference_mode():
                 output = self._model(
@@ -233,6 +230,13 @@ class TorchDecoderSession:
                 return output.logits[0].float().numpy()[: len(wanted)]
         except RuntimeError as error:
             raise EngineError(f"PyTorch failed: {error}", where=f"cache row {row}") from error
+
+    def _cut(self, cache: Any, length: int) -> Any:
+        """A copy of a cache's first positions (``crop`` counts differently from release to release)."""
+        copy = self._new_cache()
+        for index, layer in enumerate(cache.layers):
+            copy.update(layer.keys[:, :, :length].clone(), layer.values[:, :, :length].clone(), index)
+        return copy
 
     @staticmethod
     def _new_cache() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,7 +153,8 @@ class Sequence:
         """The next token, from logits [V]. Changes no state but the random one and the log probabilities."""
         assert self.sampler is not None
         banned = self._banned if self.length - len(self.prompt) < self.min_new_tokens else ()
-        token = self.sampler.pick(logits, self.tokens[: self.length], banned)
+        history: Any = self.tokens[: self.length]  # an array costs less than a list
+        token = self.sampler.pick(logits, history, banned)
         if self.logprobs is not None:
             top = tuple(top_logprobs(logits, self.logprobs))
             self.records.append(TokenLogprob(token, float(log_softmax(logits)[token]), top))

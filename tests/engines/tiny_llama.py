@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import tokenizers
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
@@ -96,9 +97,7 @@ def reference_logits(weights: dict[str, NDArray[np.float32]], ids: list[int]) ->
     for i in range(LAYERS):
         p = f"model.layers.{i}."
         h = norm(x, f"{p}input_layernorm.weight")
-        q, k, v = (
-            (h @ w[f"{p}self_attn.{n}_proj.weight"].T).reshape(len(ids), -1, HEAD_DIM) for n in ("q", "k", "v")
-        )
+        q, k, v = ((h @ w[f"{p}self_attn.{n}_proj.weight"].T).reshape(len(ids), -1, HEAD_DIM) for n in ("q", "k", "v"))
         k, v = (np.repeat(t, HEADS // KV_HEADS, axis=1) for t in (rotate(k), v))
         scores = np.einsum("qhd,khd->hqk", rotate(q), k) * SCALE
         scores[:, future] = -np.inf
@@ -131,7 +130,9 @@ class _Graph:
 
     def add(self, op: str, *inputs: str, outputs: tuple[str, ...] = (), domain: str = "", **attributes: object) -> str:
         outputs = outputs or (f"n{len(self.nodes)}",)
-        node = helper.make_node(op, list(inputs), list(outputs), name=f"n{len(self.nodes)}", domain=domain, **attributes)
+        node = helper.make_node(
+            op, list(inputs), list(outputs), name=f"n{len(self.nodes)}", domain=domain, **attributes
+        )
         self.nodes.append(node)
         return outputs[0]
 
@@ -201,7 +202,10 @@ def _finish(g: _Graph) -> onnx.ModelProto:
 
 
 def write_bundle(
-    out: Path, weights: dict[str, NDArray[np.float32]], generation: dict[str, object] | None = None
+    out: Path,
+    weights: dict[str, NDArray[np.float32]],
+    generation: dict[str, object] | None = None,
+    tokenizer: bool = False,
 ) -> Bundle:
     """A bundle that both engines can open."""
     with BundleWriter(out) as writer:
@@ -209,6 +213,8 @@ def write_bundle(
         (writer.path / "config.json").write_text(json.dumps(CONFIG))
         if generation is not None:
             (writer.path / "generation_config.json").write_text(json.dumps(generation))
+        if tokenizer:
+            _write_tokenizer(writer.path)
         parameters, offset = {}, 0
         with (writer.path / "fp32.weights").open("wb") as stream:
             for name, value in weights.items():
@@ -226,3 +232,14 @@ def write_bundle(
             parameters=parameters,
         )
         return writer.commit(manifest)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Words w0 to w59 and <eos>; a chat is the words of all its messages."""
+    words = {f"w{i}": i for i in range(VOCAB - 1)} | {"<eos>": EOS}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for message in messages %}{{ message['content'] + ' ' }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": template}))

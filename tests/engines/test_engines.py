@@ -1,0 +1,130 @@
+"""The registry: order, reasons, strictness, names."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+
+import accel.engines as engines
+from accel.bundle import Bundle
+from accel.engines import open_session
+from accel.engines.ort import common
+from accel.engines.session import SessionOptions
+from accel.errors import BundleError, DependencyError, EngineError, EngineUnavailableError, InputError
+from tests.engines.tiny_llama import draw_weights, write_bundle
+
+OPTIONS = SessionOptions(threads=1, capacity=32, max_batch=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("registry") / "bundle", draw_weights())
+
+
+@pytest.fixture
+def without_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise DependencyError("onnxruntime cannot be imported: gone", remedy=f"Install it: {common.INSTALL}")
+
+    monkeypatch.setattr(common, "import_onnxruntime", fail)
+
+
+def test_onnxruntime_comes_first(bundle: Bundle) -> None:
+    opened = open_session(bundle, options=OPTIONS)
+    assert opened.session.info.name == "ort-cpu"
+    assert opened.session.info.threads == 1 and opened.session.info.variant == "fp32"
+    assert opened.fallbacks == ()
+    opened.session.close()
+
+
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_the_reference_is_the_fallback_and_says_why(bundle: Bundle, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        opened = open_session(bundle, options=OPTIONS)
+    assert opened.session.info.name == "torch"
+    assert [fallback.engine for fallback in opened.fallbacks] == ["ort-cpu"]
+    assert 'pip install "accelrt[cpu]"' in opened.fallbacks[0].reason
+    assert "gone" in caplog.text
+
+
+@pytest.mark.usefixtures("without_onnxruntime")
+def test_strict_and_named_engines_do_not_fall_back(bundle: Bundle) -> None:
+    with pytest.raises(EngineUnavailableError, match="first engine cannot.*gone"):
+        open_session(bundle, options=OPTIONS, strict=True)
+    with pytest.raises(EngineUnavailableError, match="ort-cpu: .*gone"):
+        open_session(bundle, engine="ort-cpu", options=OPTIONS)
+
+
+def test_cuda_has_an_honest_reason_per_engine(bundle: Bundle) -> None:
+    with pytest.raises(EngineUnavailableError) as caught:
+        open_session(bundle, device="cuda", options=OPTIONS)
+    assert "ort-cpu: it runs on cpu only" in str(caught.value) and "torch: it runs on cpu only" in str(caught.value)
+
+
+def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:
+    with pytest.raises(InputError, match="unknown engine 'ort-cup'.*'ort-cpu'"):
+        open_session(bundle, engine="ort-cup")
+    with pytest.raises(InputError, match="unknown device 'cuda:0'.*'cuda'"):
+        open_session(bundle, device="cuda:0")
+    with pytest.raises(BundleError, match="no variant 'int8'"):
+        open_session(bundle, variant="int8")
+    with pytest.raises(InputError, match="threads must be an integer of at least 1"):
+        open_session(bundle, options=SessionOptions(threads=0))
+
+
+def test_a_bundle_without_a_lowered_graph_runs_on_the_reference(bundle: Bundle) -> None:
+    variant = dataclasses.replace(bundle.manifest.variants["fp32"], graphs={})
+    bare = Bundle(bundle.path, dataclasses.replace(bundle.manifest, variants={"fp32": variant}))
+    opened = open_session(bare, options=OPTIONS)
+    assert opened.session.info.name == "torch"
+    assert "no ort-cpu graph" in opened.fallbacks[0].reason
+
+
+def test_a_graph_that_does_not_open_is_a_reason(bundle: Bundle, tmp_path: Path) -> None:
+    damaged = write_bundle(tmp_path / "bundle", draw_weights())
+    graph = damaged.path / "ort-cpu.onnx"
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
+    with pytest.raises(EngineUnavailableError, match="ONNX Runtime failed"):
+        open_session(damaged, options=OPTIONS, strict=True)
+    assert open_session(damaged, options=OPTIONS).fallbacks[0].engine == "ort-cpu"
+
+
+def test_old_onnxruntime_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
+    with pytest.raises(DependencyError, match=r"1\.31\.1 is too old.*--upgrade"):
+        common.import_onnxruntime()
+
+
+def test_the_reference_needs_its_parameters(bundle: Bundle) -> None:
+    bare = Bundle(bundle.path, dataclasses.replace(bundle.manifest, parameters={}))
+    with pytest.raises(EngineUnavailableError, match="where the PyTorch parameters lie"):
+        open_session(bare, engine="torch", options=OPTIONS)
+
+
+def test_parameters_that_do_not_fit_are_refused(bundle: Bundle) -> None:
+    entry = bundle.manifest.parameters["lm_head.weight"]
+    wrong = {**bundle.manifest.parameters, "lm_head.weight": dataclasses.replace(entry, shape=(32, 61))}
+    with pytest.raises(BundleError, match="lm_head.weight has shape"):
+        open_session(Bundle(bundle.path, dataclasses.replace(bundle.manifest, parameters=wrong)), engine="torch")
+    fewer = {name: entry for name, entry in bundle.manifest.parameters.items() if name != "model.norm.weight"}
+    with pytest.raises(BundleError, match=r"lacks the parameter model\.norm\.weight"):
+        open_session(Bundle(bundle.path, dataclasses.replace(bundle.manifest, parameters=fewer)), engine="torch")
+
+
+def test_ort_errors_become_engine_errors() -> None:
+    with pytest.raises(EngineError, match="ran out of memory.*smaller batch"), common.translated_errors("here"):
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+    with pytest.raises(EngineError, match=r"RuntimeError: odd \(at here\)"), common.translated_errors("here"):
+        raise RuntimeError("odd")
+
+
+def test_registry_names_are_what_sessions_say(bundle: Bundle) -> None:
+    for engine in engines.ENGINES:
+        opened = open_session(bundle, engine=engine.name, options=OPTIONS)
+        assert opened.session.info.name == engine.name and opened.session.info.device == engine.device
+        opened.session.close()
