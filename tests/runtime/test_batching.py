@@ -71,8 +71,6 @@ def test_stopwatch_splits_the_whole() -> None:
     watch.lap_system()
     time.sleep(0.01)
     timings = watch.timings()
-    assert timings.compute == pytest.approx(0.03, abs=0.008)
-    assert timings.prepost == pytest.approx(0.02, abs=0.008)
-    assert timings.system == pytest.approx(0.02, abs=0.008)
+    assert timings.compute >= 0.03 and timings.prepost >= 0.02 and timings.system >= 0.02
     assert timings.total == pytest.approx(timings.compute + timings.prepost + timings.system)
     assert timings.steps == 3

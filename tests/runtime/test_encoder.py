@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from accel.bundle import Bundle
 from accel.errors import BundleError, EngineError, InputError
 from accel.runtime.encoder import Encoder, TruncationWarning
+from accel.runtime.results import Timings
 from tests.runtime.encoder_samples import ARCH, HIDDEN, FakeSession, Opened, hidden_states, model_folder, write_bundle
 
 PHRASE = "the quick brown fox jumps over a lazy dog while unbelievable electroencephalographers watch in silence"
@@ -46,6 +47,20 @@ def token_vectors(text: str, limit: int = 256) -> np.ndarray:
     """[S, H] of one text run alone."""
     ids = np.array([token_ids(text, limit)])
     return hidden_states(ids, np.ones_like(ids), np.zeros_like(ids))[0]
+
+
+def measured(call: Callable[[], Timings | None]) -> Timings:
+    """The call's timings, which agree with this function's clock within 2 % (one of five tries: machines are shared)."""
+    differences = []
+    for _ in range(5):
+        start = time.perf_counter()
+        timings = call()
+        whole = time.perf_counter() - start
+        assert timings is not None and timings.total <= whole
+        differences.append(1 - timings.total / whole)
+        if differences[-1] <= 0.02:
+            return timings
+    raise AssertionError(differences)
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -132,10 +147,7 @@ class TestCall:
     def test_timings_match_an_independent_clock(self, encoder: Encoder, session: FakeSession) -> None:
         plain = session.run
         session.run = lambda feeds: (time.sleep(0.05), plain(feeds))[1]  # type: ignore[method-assign]
-        start = time.perf_counter()
-        timings = encoder([[101, 102]]).timings
-        whole = time.perf_counter() - start
-        assert timings.total == pytest.approx(whole, rel=0.02)
+        timings = measured(lambda: encoder([[101, 102]]).timings)
         assert timings.compute + timings.prepost + timings.system == pytest.approx(timings.total)
         assert 0.05 <= timings.compute <= timings.total
         assert timings.steps == 1
@@ -278,16 +290,11 @@ class TestEmbed:
         session.run_many = lambda feeds: (time.sleep(0.1), plain(feeds))[1]  # type: ignore[method-assign]
         encoder = Encoder(bundle, Opened(session))
         encoder.embed(texts[:1])  # reads the files and the tokenizer
-        start = time.perf_counter()
-        encoder.embed(texts)
-        whole = time.perf_counter() - start
-        timings = encoder.last_timings
-        assert timings is not None
-        assert timings.total == pytest.approx(whole, rel=0.02)
+        timings = measured(lambda: (encoder.embed(texts), encoder.last_timings)[1])
         assert 0.1 < timings.compute < timings.total
         assert 0 < timings.prepost < timings.total - timings.compute
-        assert 0 <= timings.system < 0.005
-        assert timings.steps == len(session.seen) - 1
+        assert 0 <= timings.system < 0.01
+        assert timings.steps == session.waves[-1]
 
 
 def test_similarity(encoder: Encoder) -> None:
