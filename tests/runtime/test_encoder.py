@@ -50,7 +50,7 @@ def token_vectors(text: str, limit: int = 256) -> np.ndarray:
 
 
 def measured(call: Callable[[], Timings | None]) -> Timings:
-    """The call's timings, which agree with this function's clock within 2 % (one of five tries: machines are shared)."""
+    """The call's timings, agreeing with this clock within 2 % in one of five tries (machines are shared)."""
     differences = []
     for _ in range(5):
         start = time.perf_counter()
