@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_embed(sub.add_parser("embed", help="embed texts with a bundle"))
     _add_inspect(sub.add_parser("inspect", help="show what is in a bundle"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
-    _add_bench(sub.add_parser("bench", help="measure against other runtimes, in interleaved rounds"))
+    _add_bench(sub.add_parser("bench", help="measure a bundle beside eager PyTorch"))
     return parser
 
 
@@ -123,16 +123,21 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("suite", help="what to measure; an unknown name lists the suites")
-    parser.add_argument("--peers", nargs="+", help="only these peers; default: all of the suite")
-    parser.add_argument("--rounds", type=int, metavar="N", help="interleaved rounds")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="threads of each peer (default 2)")
-    parser.add_argument("--quick", action="store_true", help="two rounds: checks that everything runs, proves nothing")
-    parser.add_argument("--refresh", action="store_true", help="make all exports anew")
-    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="models, exports and peers' environments")
-    parser.add_argument("--out", type=Path, metavar="JSON", help="write the result here")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the result here")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="interleaved rounds (default 7)")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    shapes = "encoders: batch and tokens, e.g. 1x8 8x128"
+    parser.add_argument("--shapes", type=_shape, nargs="+", metavar="BxS", help=shapes)
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="decoders (default 128)")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders (default 32)")
+    parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave eager PyTorch out")
+    parser.add_argument("--limits", action="store_true", help="also measure how near the machine's limits it comes")
     _finish(parser, commands.bench)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:

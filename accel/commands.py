@@ -141,18 +141,15 @@ def doctor(options: Namespace) -> int:
 
 
 def bench(options: Namespace) -> int:
-    """Measures one suite against its peers."""
-    from accel.bench.main import measure_suite
-    from accel.bench.plot import plot_results
-    from accel.bench.report import markdown, write_result
+    """Measures a bundle on this machine, beside eager PyTorch where that is installed."""
+    from accel.bench import SHAPES
+    from accel.bench import bench as measure
 
-    pace = {"rounds": options.rounds, "threads": options.threads, "quick": options.quick, "refresh": options.refresh}
-    result = measure_suite(options.suite, options.cache, options.peers, **pace)
-    out = options.out or options.cache / "bench" / "results" / f"{options.suite}.json"
-    write_result(result, out)
-    if options.plot is not None:
-        plot_results([result], options.plot)
-    print(out.read_text(encoding="utf-8") if options.json else markdown(result))
+    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits")
+    report = measure(
+        options.bundle, shapes=options.shapes or SHAPES, **{name: getattr(options, name) for name in names}
+    )
+    print(json.dumps(report.to_json()) if options.json else report)
     return 0
 
 

@@ -230,9 +230,17 @@ def test_inspect(tiny_decoder_bundle: Path, tmp_path: Path, capsys: Output) -> N
     assert "sha256 differs" in capsys.readouterr().err
 
 
-def test_bench_names_the_suites(capsys: Output) -> None:
-    assert run("bench", "unknown-suite") == 1
-    assert "Choose among" in capsys.readouterr().err
+@pytest.mark.slow
+def test_bench(tiny_decoder_bundle: Path, capsys: Output) -> None:
+    sizes = ("--prompt-tokens", 16, "--new-tokens", 4, "--rounds", 1, "--threads", 1)
+    assert run("bench", tiny_decoder_bundle, *sizes, "--no-compare", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["metric"] for row in report["rows"]] == ["16+4 tokens: first token", "16+4 tokens: per token"]
+    assert all(row["accel_ms"] > 0 for row in report["rows"])
+    assert run("bench", tiny_decoder_bundle, *sizes[:2], "--new-tokens", 0) == 1
+    assert "do not fit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("bench", tiny_decoder_bundle, "--shapes", "8by128")
 
 
 def test_every_generation_option_reaches_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
