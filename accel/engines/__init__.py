@@ -181,4 +181,4 @@ def _unavailable(bundle: Bundle, passed_over: list[Fallback], strict: bool) -> E
     return EngineUnavailableError(f"{what} ({reasons})", where=str(bundle.path), remedy=remedy)
 
 
-__all__ = ["DEVICES", "ENGINES", "Engine", "OpenedSession", "open_session", "pick_variant"]
+__all__ = ["DEVICES", "ENGINES", "Engine", "OpenedSession", "SessionOptions", "open_session", "pick_variant"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import mmap
 import threading
 from collections.abc import Iterator, Sequence
@@ -148,20 +149,24 @@ class TorchEncoderSession:
     def __init__(self, model: Any, info: EngineInfo, outputs: tuple[str, ...]) -> None:
         self.info, self._model, self._outputs = info, model, outputs
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
+        taken = inspect.signature(type(model).forward).parameters
+        self._inputs = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in taken]
 
     def run(self, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
         """See ``EncoderSession.run``."""
         import torch
 
         self._lifetime.check()
+        unknown = sorted(set(feeds) - set(self._inputs))
+        if unknown:
+            remedy = f"It takes {', '.join(self._inputs)}"
+            raise InputError(f"this model takes no {unknown[0]}", where=unknown[0], remedy=remedy)
         tensors = {name: torch.from_numpy(np.array(array, dtype=np.int64)) for name, array in feeds.items()}
         try:
             with self._lock, torch.inference_mode():
                 output = self._model(**tensors)
                 return {name: getattr(output, name).float().numpy() for name in self._outputs}
-        except TypeError as error:
-            raise InputError(f"the model refuses its inputs: {error}", where=", ".join(feeds)) from error
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise EngineError(f"PyTorch failed: {error}", where="encoder batch") from error
 
     def run_many(self, batches: Sequence[dict[str, NDArray]]) -> list[dict[str, NDArray]]:
@@ -228,7 +233,7 @@ class TorchDecoderSession:
                     logits_to_keep=torch.from_numpy(wanted.copy()) if len(wanted) else 1,
                 )
                 return output.logits[0].float().numpy()[: len(wanted)]
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:
             raise EngineError(f"PyTorch failed: {error}", where=f"cache row {row}") from error
 
     def _cut(self, cache: Any, length: int) -> Any:
