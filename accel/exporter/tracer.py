@@ -7,6 +7,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -83,7 +84,7 @@ def probe_layers(model: PreTrainedModel, kind: Kind) -> list[AttentionSpec]:
     """Runs two tokens eagerly and reads every attention layer's spec off its tensors, in call order."""
     ids = torch.ones((1, 2), dtype=torch.long)
     context = AttentionContext(causal=kind == "decoder")
-    arguments: dict[str, object] = {"input_ids": ids}
+    arguments: dict[str, Any] = {"input_ids": ids}
     if kind == "decoder":
         arguments |= {"past_key_values": PassThroughCache(), "use_cache": True, "position_ids": torch.arange(2)[None]}
     else:
@@ -127,12 +128,18 @@ def trace_decoder(model: PreTrainedModel, layers: list[AttentionSpec]) -> ir.Mod
     t, b, c, r = (Dim(name, min=1) for name in ("T", "B", "C", "R"))
     row = {0: b, 2: c}
     shapes = {
-        "input_ids": {0: t}, "position_ids": {0: t}, "past_lengths": {0: b}, "query_lengths": {0: b},
-        "logits_positions": {0: r}, "past": [(row, row)] * len(layers),
+        "input_ids": {0: t},
+        "position_ids": {0: t},
+        "past_lengths": {0: b},
+        "query_lengths": {0: b},
+        "logits_positions": {0: r},
+        "past": [(row, row)] * len(layers),
     }
     names = [f"{{}}.{i}.{part}" for i in range(len(layers)) for part in ("key", "value")]
     return _export(
-        PackedDecoder(model), example, shapes,
+        PackedDecoder(model),
+        example,
+        shapes,
         inputs=[*list(example)[:-1], *(name.format("past") for name in names)],
         outputs=["logits", *(name.format("present") for name in names)],
     )
@@ -160,16 +167,23 @@ def takes_token_types(model: PreTrainedModel) -> bool:
 
 def _export(
     module: torch.nn.Module,
-    example: dict[str, object],
-    shapes: dict[str, object],
+    example: dict[str, Any],
+    shapes: dict[str, Any],
     inputs: list[str],
     outputs: list[str],
 ) -> ir.Model:
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                module.eval(), kwargs=example, dynamic_shapes=shapes, input_names=inputs, output_names=outputs,
-                opset_version=OPSET, dynamo=True, optimize=False, verbose=False,
+                module.eval(),
+                kwargs=example,
+                dynamic_shapes=shapes,
+                input_names=inputs,
+                output_names=outputs,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
             )
     except Exception as error:  # torch.onnx raises many types; the innermost cause is what helps
         if isinstance(error, ExportError):

@@ -33,7 +33,9 @@ def check_attention(model: ir.Model, arch: ArchSpec) -> tuple[str, ...]:
         node.name = f"layers.{index}.attention"
         found = {name: attribute.value for name, attribute in node.attributes.items()}
         expected: dict[str, int | float] = {
-            "num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "scale": layer.scale,
+            "num_heads": layer.heads,
+            "kv_num_heads": layer.kv_heads,
+            "scale": layer.scale,
         }
         if layer.window is not None:
             expected["window"] = layer.window

@@ -121,7 +121,9 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """Whether two values provably have one shape, with at most one dimension inferred from the others."""
     if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
-    unequal = [(x, y) for x, y in zip(a.shape, b.shape, strict=True) if x != y or (not isinstance(x, int) and x.value is None)]
+    unequal = [
+        (x, y) for x, y in zip(a.shape, b.shape, strict=True) if x != y or (not isinstance(x, int) and x.value is None)
+    ]
     if any(isinstance(x, int) and isinstance(y, int) for x, y in unequal):
         return False
     return len(unequal) <= 1  # equal element counts leave one dimension no freedom

@@ -127,9 +127,7 @@ def _attention(node: ir.Node) -> ir.Function:
     assert dim is not None
     query, key, value = body.inputs[:3]
     # [B, KV, G, S, D]: queries in groups that share a key head
-    grouped = op.Transpose(
-        op.Reshape(query, body.ints(0, 0, kv_heads, heads // kv_heads, dim)), perm=[0, 2, 3, 1, 4]
-    )
+    grouped = op.Transpose(op.Reshape(query, body.ints(0, 0, kv_heads, heads // kv_heads, dim)), perm=[0, 2, 3, 1, 4])
     keys = op.Transpose(op.Reshape(key, body.ints(0, 0, kv_heads, 1, dim)), perm=[0, 2, 3, 4, 1])
     values = op.Transpose(op.Reshape(value, body.ints(0, 0, kv_heads, 1, dim)), perm=[0, 2, 3, 1, 4])
     scores = _scores(body, node, grouped, keys)

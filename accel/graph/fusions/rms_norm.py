@@ -28,7 +28,7 @@ def _lift_above_transpose(norm: ir.Node) -> None:
     if transpose is None or norm.outputs[0].is_graph_output():
         return
     perm = transpose.attributes.get_ints("perm", ())
-    source, output = transpose.inputs[0], norm.outputs[0]
+    source = transpose.inputs[0]
     if not perm or perm[-1] != len(perm) - 1 or source is None:
         return
     lifted = ir.node("RMSNormalization", [source, norm.inputs[1]], dict(norm.attributes))

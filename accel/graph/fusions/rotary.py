@@ -152,9 +152,7 @@ def _rewrite(graph: ir.Graph, rotation: _Rotation) -> bool:
         attributes["rotary_embedding_dim"] = rotation.dim
     rotary = ir.node("RotaryEmbedding", [flat.outputs[0], cos, sin], attributes)
     rotary.outputs[0].shape = flat.outputs[0].shape
-    back_shape = make_constant(
-        graph, f"shape_{batch}_m1_{heads}_{dim}", np.array([batch, -1, heads, dim], np.int64)
-    )
+    back_shape = make_constant(graph, f"shape_{batch}_m1_{heads}_{dim}", np.array([batch, -1, heads, dim], np.int64))
     back = ir.node("Reshape", [rotary.outputs[0], back_shape])
     back.outputs[0].shape = shape
     heads_first = ir.node("Transpose", [back.outputs[0]], {"perm": _HEADS_FIRST})

@@ -134,12 +134,22 @@ def _group_query_attention(
     if "softcap" in node.attributes:
         attributes["softcap"] = node.attributes["softcap"].as_float()
     operands: list[ir.Value | None] = [
-        *qkv, node.inputs[3], node.inputs[4], inputs.seqlens_k, inputs.total_length, cos, sin,
+        *qkv,
+        node.inputs[3],
+        node.inputs[4],
+        inputs.seqlens_k,
+        inputs.total_length,
+        cos,
+        sin,
     ]
     operands += [None] * (_QUERY_SEQLENS - len(operands))
     made = ir.node(
-        "GroupQueryAttention", [*operands, inputs.query_seqlens], attributes,
-        domain="com.microsoft", num_outputs=3, name=f"layers.{index}.attention",
+        "GroupQueryAttention",
+        [*operands, inputs.query_seqlens],
+        attributes,
+        domain="com.microsoft",
+        num_outputs=3,
+        name=f"layers.{index}.attention",
     )
     for mine, theirs in zip(made.outputs[1:], node.outputs[1:], strict=True):
         mine.type, mine.shape = theirs.type, theirs.shape
@@ -165,10 +175,10 @@ def _one_projection(
         source = ranges[0][0]  # type: ignore[index]
         bounds = [(found[1], found[2]) for found in ranges if found is not None and found[0] is source]
         width = source.shape[-1] if source.shape is not None else None
-        if len(bounds) == 3 and bounds[0][0] == 0 and bounds[2][1] == width:
-            if bounds[0][1] == bounds[1][0] and bounds[1][1] == bounds[2][0]:
-                return through_reshapes(source)
-        return None
+        # q | k | v next to each other, covering the whole width
+        edges = [0, *(stop for _, stop in bounds)]
+        covers = len(bounds) == 3 and [start for start, _ in bounds] == edges[:-1] and edges[-1] == width
+        return through_reshapes(source) if covers else None
     return merge_linears(graph, before, parts, name)
 
 

@@ -43,7 +43,9 @@ def _fuse_skip(norm: ir.Node) -> bool:
     made = ir.node(
         "SkipSimplifiedLayerNormalization" if simplified else "SkipLayerNormalization",
         [x, skip, *weights, *([bias] if bias is not None else [])],
-        {"epsilon": epsilon}, domain=MICROSOFT, num_outputs=4,
+        {"epsilon": epsilon},
+        domain=MICROSOFT,
+        num_outputs=4,
     )
     total = made.outputs[3]
     for value in (made.outputs[0], total):

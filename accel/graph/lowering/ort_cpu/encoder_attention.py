@@ -50,9 +50,7 @@ class _Shared:
         self._length = self._op("Squeeze", [shape, axis], {}, ir.DataType.INT64, ())
         self._windows: dict[int, tuple[ir.Value, ir.Value]] = {}
 
-    def _op(
-        self, op_type: str, inputs: list[ir.Value], attributes: dict, dtype: ir.DataType, shape: tuple
-    ) -> ir.Value:
+    def _op(self, op_type: str, inputs: list[ir.Value], attributes: dict, dtype: ir.DataType, shape: tuple) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), ir.Shape(shape)
         self.graph.insert_before(self._before, node)
@@ -71,14 +69,25 @@ class _Shared:
 
         zero, one = number(0, np.int64), number(1, np.int64)
         positions = self._op("Range", [zero, self._length, one], {}, ir.DataType.INT64, ("S",))
-        column = self._op("Unsqueeze", [positions, make_constant(self.graph, "axis_1", np.array([1], np.int64))],
-                          {}, ir.DataType.INT64, ("S", 1))
-        distance = self._op("Abs", [self._op("Sub", [column, positions], {}, ir.DataType.INT64, ("S", "S"))],
-                            {}, ir.DataType.INT64, ("S", "S"))
+        column = self._op(
+            "Unsqueeze",
+            [positions, make_constant(self.graph, "axis_1", np.array([1], np.int64))],
+            {},
+            ir.DataType.INT64,
+            ("S", 1),
+        )
+        distance = self._op(
+            "Abs",
+            [self._op("Sub", [column, positions], {}, ir.DataType.INT64, ("S", "S"))],
+            {},
+            ir.DataType.INT64,
+            ("S", "S"),
+        )
         hidden = self._op("Greater", [distance, number(size, np.int64)], {}, ir.DataType.BOOL, ("S", "S"))
         # Finite, so that a padded row with nothing in its window still gives numbers.
-        bias = self._op("Where", [hidden, number(-1e9, np.float32), number(0.0, np.float32)],
-                        {}, ir.DataType.FLOAT, ("S", "S"))
+        bias = self._op(
+            "Where", [hidden, number(-1e9, np.float32), number(0.0, np.float32)], {}, ir.DataType.FLOAT, ("S", "S")
+        )
         axes = make_constant(self.graph, "axes_0_1", np.array([0, 1], np.int64))
         bias = self._op("Unsqueeze", [bias, axes], {}, ir.DataType.FLOAT, (1, 1, "S", "S"))
         fits = self._op("LessOrEqual", [self._length, number(size + 1, np.int64)], {}, ir.DataType.BOOL, ())
@@ -103,7 +112,10 @@ def _lower_layer(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) ->
     graphs = []
     for name, (mask, score_bias) in zip(("dense", "masked"), branches, strict=True):
         made = ir.node(
-            "MultiHeadAttention", [*qkv, projection_bias, mask, score_bias], attributes, domain=MICROSOFT,
+            "MultiHeadAttention",
+            [*qkv, projection_bias, mask, score_bias],
+            attributes,
+            domain=MICROSOFT,
             name=f"layers.{index}.attention.{name}",
         )
         made.outputs[0].name = f"layers.{index}.attention.{name}.output"

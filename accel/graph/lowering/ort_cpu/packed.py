@@ -49,7 +49,10 @@ def merge_rows(graph: ir.Graph, values: Sequence[ir.Value], name: str) -> ir.Val
     tensors = [value.const_value for value in values]
     assert all(tensor is not None for tensor in tensors)
     merged.const_value = ir.LazyTensor(
-        lambda: ir.tensor(_concatenate(tensors)), dtype=tensors[0].dtype, shape=merged.shape, name=name  # type: ignore[union-attr]
+        lambda: ir.tensor(_concatenate(tensors)),
+        dtype=tensors[0].dtype,
+        shape=merged.shape,
+        name=name,  # type: ignore[union-attr]
     )
     graph.register_initializer(merged)
     return merged
@@ -63,9 +66,26 @@ def _concatenate(tensors: Sequence[ir.TensorProtocol | None]):  # type: ignore[n
 
 # Ops that treat every row of [1, T, W] alike: without the unit batch they do the same on [T, W].
 _ROW_WISE = {
-    "Add", "Mul", "Sub", "Div", "Tanh", "Sigmoid", "Gelu", "Cast", "FusedMatMul", "MatMul", "LayerNormalization",
-    "SimplifiedLayerNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "RMSNormalization",
-    "BiasGelu", "FastGelu", "QuickGelu", "Relu", "Neg",
+    "Add",
+    "Mul",
+    "Sub",
+    "Div",
+    "Tanh",
+    "Sigmoid",
+    "Gelu",
+    "Cast",
+    "FusedMatMul",
+    "MatMul",
+    "LayerNormalization",
+    "SimplifiedLayerNormalization",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+    "RMSNormalization",
+    "BiasGelu",
+    "FastGelu",
+    "QuickGelu",
+    "Relu",
+    "Neg",
 }
 
 
@@ -85,7 +105,7 @@ def drop_unit_batch(model: ir.Model) -> int:
             if role == "squeeze":
                 node.inputs[0].name = "logits"  # type: ignore[union-attr]
         elif role == "reshape":
-            target = [size for size in ints(node.inputs[1]) or []][1:]
+            target = (ints(node.inputs[1]) or [])[1:]
             name = "shape_" + "_".join(str(size).replace("-", "m") for size in target)
             node.replace_input_with(1, make_constant(graph, name, _array(target)))
         elif role == "gather_rows":
