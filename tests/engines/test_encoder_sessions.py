@@ -143,24 +143,39 @@ def test_threads_get_their_own_results(session: OrtEncoderSession) -> None:
             check(feeds, outputs)
 
 
-def test_nothing_but_real_tokens_is_computed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = OrtEncoderSession(path, "fp32", 2)
-    shapes: list[tuple[int, ...]] = []
+def runs(path: Path, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:
+    """Rows, width and masking of every run that a batch takes, widest first."""
+    session = OrtEncoderSession(path, "fp32", threads)
+    seen: list[tuple[int, int, bool]] = []
     original = session._run_group
 
     def note(opened: Any, batches: Any, group: module.RowGroup) -> Any:
-        width = group.length or batches[group.feed]["input_ids"].shape[1]
-        shapes.append((len(group.rows), width))
+        seen.append((len(group.rows), group.length or 0, group.ragged))
         return original(opened, batches, group)
 
     monkeypatch.setattr(session, "_run_group", note)
-    session.run(batch([7, 3, 3, 3, 3]))
-    assert sorted(shapes) == [(1, 7), (2, 3), (2, 3)]
-    shapes.clear()
-    session.run(batch([300] * 4))
-    assert sorted(shapes) == [(1, 300)] * 2 + [(2, 300)] or sum(r for r, _ in shapes) == 4
-    assert max(rows * width for rows, width in shapes) <= 600
+    check(feeds := batch(lengths), session.run(feeds))
     session.close()
+    return sorted(seen, key=lambda run: (-run[1], -run[0]))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "threads", "expected"),
+    [
+        ([7, 3, 3, 3, 3], 2, [(2, 7, True), (3, 3, False)]),  # 4 tokens of padding beside a run saved
+        ([20, 3, 3, 3, 3], 2, [(1, 20, False), (4, 3, False)]),  # 17 would be too many
+        ([8] * 9, 2, [(5, 8, False), (4, 8, False)]),  # one share for each thread
+        ([8] * 9, 1, [(9, 8, False)]),
+        ([100, 99, 98, 100], 1, [(2, 100, False), (1, 99, False), (1, 98, False)]),  # long rows are never padded
+        ([20, 19, 18, 17, 16], 1, [(4, 20, True), (1, 16, False)]),  # 6 tokens of padding, not 10
+        ([300] * 3, 2, [(1, 300, False)] * 3),
+        ([128] * 4, 2, [(2, 128, False)] * 2),
+    ],
+)
+def test_which_rows_run_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch, lengths: list[int], threads: int, expected: list[Any]
+) -> None:
+    assert runs(path, lengths, threads, monkeypatch) == expected
 
 
 def test_errors_in_a_worker_reach_the_caller(session: OrtEncoderSession) -> None:
