@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 
 CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
-TEST = ["pytest", "pytest-xdist", "psutil", "gguf", "build", *EXPORT]
+TEST = ["pytest", "pytest-xdist", "psutil", "gguf", "accelerate", *EXPORT]  # transformers reads GGUF with both
 EXTRAS = {
     "cpu": CPU,
     "export": EXPORT,

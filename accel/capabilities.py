@@ -216,7 +216,8 @@ def _packages(has_gpu: bool) -> tuple[Package, ...]:
 
     for name in ("torch", "transformers", "onnx", "onnx-ir", "onnxscript"):
         add(name, "exporting models", export)
-    add("gguf", "exporting GGUF files", "pip install gguf")
+    for name in ("gguf", "accelerate"):
+        add(name, "exporting GGUF files", "pip install gguf accelerate")
     swap = "pip uninstall -y onnxruntime && " if version_of("onnxruntime") is not None else ""
     add("onnxruntime-gpu", "running on NVIDIA GPUs", f'{swap}pip install "accelrt[cuda]"' if has_gpu else None)
     add("triton", "own GPU kernels", 'pip install "accelrt[cuda]"' if has_gpu else None)

@@ -4,5 +4,5 @@
 # Settings: see scripts/install.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/install.sh export gguf
+bash scripts/install.sh export gguf accelerate  # transformers reads GGUF files with both
 exec .venv/bin/python scripts/quickstart.py "$@"
