@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
@@ -287,6 +288,26 @@ def test_closing_ends_the_calls_under_way(path: Path) -> None:
         thread.join(20)
         assert not thread.is_alive()
     assert len(errors) == 4 and all("closed" in str(error) for error in errors)
+
+
+def _generate_in_child(lm: Decoder, queue: Any) -> None:
+    try:
+        queue.put(repr(lm.generate(PROMPTS[0], max_new_tokens=2)))
+    except EngineError as error:
+        queue.put(str(error))
+
+
+def test_a_forked_child_is_refused_even_while_another_thread_runs(lm: Decoder) -> None:
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_generate_in_child, args=(lm, queue))
+    busy = threading.Thread(target=lambda: lm.generate(PROMPTS[0], max_new_tokens=100, eos_token_id=[]))
+    busy.start()
+    child.start()
+    assert "fork" in queue.get(timeout=30)
+    child.join(30)
+    busy.join(30)
+    assert single(lm.generate(PROMPTS[0], max_new_tokens=12)).ids == EXPECTED[0]
 
 
 def test_an_interrupt_leaves_the_model_usable(lm: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:

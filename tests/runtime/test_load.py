@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import onnx
 import pytest
 
 import accel
+from accel.bundle import BundleWriter
 from accel.errors import BundleError, CapacityError, EngineUnavailableError, InputError
+from accel.manifest import GraphEntry, Variant
 from accel.runtime.decoder import Decoder
+from accel.runtime.encoder import Encoder
+from accel.spec import TensorSpec
+from tests import bundle_samples
+from tests.engines import test_encoder_sessions as tiny_encoder
 from tests.engines.tiny_llama import ARCH, POSITIONS, draw_weights, write_bundle
 
 
@@ -44,3 +52,21 @@ def test_bad_arguments(path: Path, tmp_path: Path) -> None:
         accel.load(path, variant="int4")
     with pytest.raises(BundleError, match="no bundle directory"):
         accel.load(tmp_path / "nothing")
+
+
+def test_an_encoder_comes_back_as_one_and_takes_no_cache_options(tmp_path: Path) -> None:
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    inputs = tuple(TensorSpec(name, "int64", ("batch", "sequence")) for name in names)
+    with BundleWriter(tmp_path / "bundle") as writer:
+        onnx.save(tiny_encoder.graph(), writer.path / "g.onnx")
+        variants = {"fp32": Variant("float32", (), {"ort-cpu": GraphEntry("g.onnx", 20, inputs, (), ())})}
+        arch = dataclasses.replace(bundle_samples.ARCH, vocab_size=tiny_encoder.VOCAB)
+        manifest = dataclasses.replace(bundle_samples.manifest(), arch=arch, variants=variants, parameters={})
+        path = writer.commit(manifest).path
+    with accel.load(path, threads=2) as encoder:
+        assert isinstance(encoder, Encoder) and encoder.engine.name == "ort-cpu"
+        feeds = tiny_encoder.batch([5, 3])
+        tiny_encoder.check(feeds, dict(encoder(**feeds)))
+    for option in ("capacity", "max_batch"):
+        with pytest.raises(InputError, match=f"{option} sizes a decoder's cache"):
+            accel.load(path, **{option: 4})
