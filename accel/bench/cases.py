@@ -79,8 +79,11 @@ _GPT2 = Case("GPT-2 124M", "decoder", prompt=PROMPT_TOKENS, new=NEW_TOKENS)
 
 WEIGHT_BYTES_QWEN = 1_976_131_072  # fp32, tied embeddings once
 PEAK_RSS = "Qwen2.5-0.5B fp32: peak RSS"
+PEAK_ANONYMOUS = "Qwen2.5-0.5B fp32: peak RSS without file pages"
 EXPORT_SECONDS = "Qwen2.5-0.5B export: wall time"
 EXPORT_RSS = "Qwen2.5-0.5B export: peak RSS"
+EXPORT_ANONYMOUS = "Qwen2.5-0.5B export: peak RSS without file pages"
+EXPORT_SIZE = "Qwen2.5-0.5B export: size on disk"
 
 SUITES: dict[str, Suite] = {
     suite.name: suite

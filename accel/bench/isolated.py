@@ -7,9 +7,17 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel.bench.cases import EXPORT_RSS, EXPORT_SECONDS, PEAK_RSS, Suite
+from accel.bench.cases import (
+    EXPORT_ANONYMOUS,
+    EXPORT_RSS,
+    EXPORT_SECONDS,
+    EXPORT_SIZE,
+    PEAK_ANONYMOUS,
+    PEAK_RSS,
+    Suite,
+)
 from accel.bench.client import WorkerFailure
-from accel.bench.machine import tree_rss_bytes
+from accel.bench.machine import tree_resident
 from accel.bench.peers import PEERS
 from accel.bench.prepare import EXPORT_LIMIT_S, Workspace, ensure_export
 from accel.bench.runner import OPEN_LIMIT_S, TURN_LIMIT_S, Outcome, Say
@@ -18,10 +26,15 @@ SAMPLE_SECONDS = 0.02
 
 
 class PeakSampler:
-    """Highest resident memory, in MB, of a process and its descendants while the block runs."""
+    """Highest resident memory, in MB, of a process and its descendants while the block runs.
+
+    Attributes:
+        peak_megabytes: All resident pages.
+        peak_anonymous: Those that belong to no file; its peak may fall at another moment.
+    """
 
     def __init__(self, pid: int) -> None:
-        self.peak_megabytes = 0.0
+        self.peak_megabytes = self.peak_anonymous = 0.0
         self._pid = pid
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
@@ -36,7 +49,9 @@ class PeakSampler:
 
     def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):
-            self.peak_megabytes = max(self.peak_megabytes, tree_rss_bytes(self._pid) / 1e6)
+            resident = tree_resident(self._pid)
+            self.peak_megabytes = max(self.peak_megabytes, resident.total / 1e6)
+            self.peak_anonymous = max(self.peak_anonymous, resident.anonymous / 1e6)
 
 
 def run_isolated(
@@ -69,11 +84,12 @@ def _measure_memory(workspace: Workspace, suite: Suite, peer: str) -> tuple[dict
     """Loads the model, generates from a full prompt, and asks for the peak of the process's whole life."""
     worker = workspace.start(peer, suite.model)
     try:
-        worker.ask("open", limit_s=OPEN_LIMIT_S, role=suite.cases[0].role)
-        for case in suite.cases:
-            worker.ask("measure", limit_s=TURN_LIMIT_S, case=case.to_json())
+        with PeakSampler(worker.pid) as sampler:
+            worker.ask("open", limit_s=OPEN_LIMIT_S, role=suite.cases[0].role)
+            for case in suite.cases:
+                worker.ask("measure", limit_s=TURN_LIMIT_S, case=case.to_json())
         peak = worker.ask("memory")["peak_rss"]
-        return {PEAK_RSS: peak}, worker.ask("versions")["versions"]
+        return {PEAK_RSS: peak, PEAK_ANONYMOUS: sampler.peak_anonymous}, worker.ask("versions")["versions"]
     finally:
         worker.close()
 
@@ -90,7 +106,8 @@ def _measure_export(workspace: Workspace, suite: Suite, peer: str) -> tuple[dict
         figures = {
             EXPORT_SECONDS: answer["seconds"],
             EXPORT_RSS: max(sampler.peak_megabytes, answer["peak_rss"]),
-            "Qwen2.5-0.5B export: size on disk": folder_megabytes(artifact),
+            EXPORT_ANONYMOUS: sampler.peak_anonymous,
+            EXPORT_SIZE: folder_megabytes(artifact),
         }
         return figures, worker.ask("versions")["versions"]
     finally:

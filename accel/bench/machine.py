@@ -5,15 +5,18 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from accel.machine import available_cores, probe_cpu
 
 
 def describe_machine() -> dict[str, Any]:
     """CPU model, cores this process may use, memory in GB (1e9 bytes), kernel and Python."""
     return {
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cpu": probe_cpu().model,
+        "cores": available_cores(),
         "memory_gb": round(meminfo_bytes("MemTotal") / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -40,28 +43,39 @@ def use_cores(count: int) -> None:
         os.sched_setaffinity(0, allowed[:count])
 
 
-def tree_rss_bytes(root: int) -> int:
-    """Resident bytes of a process and all its descendants, summed (pages they share count once for each)."""
-    page = os.sysconf("SC_PAGE_SIZE")
+@dataclass(frozen=True)
+class Resident:
+    """Resident bytes: all of them, and those that belong to no file (file pages can be dropped and read again)."""
+
+    total: int
+    anonymous: int
+
+
+def tree_resident(root: int) -> Resident:
+    """Resident memory of a process and all its descendants, summed (pages they share count once for each)."""
     parents: dict[int, int] = {}
-    resident: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = (entry / "stat").read_text(encoding="utf-8", errors="replace").rsplit(") ", 1)[1].split()
             except (OSError, IndexError):  # it ended meanwhile
                 continue
-            parents[int(entry.name)], resident[int(entry.name)] = int(fields[1]), int(fields[21]) * page
-    total, pending = 0, [root]
+            parents[int(entry.name)] = int(fields[1])
+    total = anonymous = 0
+    pending = [root]
     while pending:
         pid = pending.pop()
-        total += resident.get(pid, 0)
+        status = process_status(pid)
+        total += status.get("VmRSS", 0)
+        anonymous += status.get("RssAnon", 0)
         pending += [child for child, parent in parents.items() if parent == pid]
-    return total
+    return Resident(total, anonymous)
 
 
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+def process_status(pid: int | str = "self") -> dict[str, int]:
+    """The sizes in /proc/PID/status, in bytes by name; empty when the process has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith(" kB")}

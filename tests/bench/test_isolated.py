@@ -12,15 +12,16 @@ from accel.bench import isolated
 from accel.bench.cases import EXPORT_RSS, SUITES
 from accel.bench.client import WorkerFailure
 from accel.bench.isolated import PeakSampler, folder_megabytes, run_isolated
-from accel.bench.machine import describe_machine, meminfo_bytes, tree_rss_bytes
+from accel.bench.machine import describe_machine, meminfo_bytes, tree_resident
 
 
 def test_sampler_sees_what_a_child_process_held_and_let_go() -> None:
     code = "import time; data = bytearray(b'x') * 80_000_000; time.sleep(0.3)"
     with PeakSampler(os.getpid()) as sampler:
-        before = tree_rss_bytes(os.getpid()) / 1e6
+        before = tree_resident(os.getpid()).total / 1e6
         subprocess.run([sys.executable, "-c", code], check=True)
     assert 80 < sampler.peak_megabytes - before < 160
+    assert 80 < sampler.peak_anonymous < sampler.peak_megabytes
 
 
 def test_hard_links_count_once(tmp_path: Path) -> None:
