@@ -1,0 +1,8 @@
+"""What a bundle holds, read from its manifest and graphs without its weights: text, JSON or one HTML page."""
+
+from __future__ import annotations
+
+from accel.inspection.collect import inspect
+from accel.inspection.report import Inspection
+
+__all__ = ["Inspection", "inspect"]

@@ -1,0 +1,165 @@
+"""Gathers an ``Inspection`` from a bundle."""
+
+from __future__ import annotations
+
+from accel.bundle import ITEM_BYTES, Bundle
+from accel.engines.kv_cache import bytes_per_token
+from accel.errors import DependencyError
+from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
+from accel.inspection.report import (
+    AttentionLayer,
+    CacheReport,
+    CacheRow,
+    FileReport,
+    GraphReport,
+    Inspection,
+    WeightReport,
+)
+from accel.inspection.weights import count_weights
+from accel.manifest import GraphEntry
+from accel.spec import AttentionSpec
+
+CAPACITIES = (1024, 4096)  # positions; the model's own maximum is added
+# Attributes of an attention node beside the field of AttentionSpec that each must agree with.
+_AGREEING = (
+    ("num_heads", "heads"),
+    ("kv_num_heads", "kv_heads"),
+    ("window", "window"),
+    ("local_window_size", "window"),
+    ("softcap", "softcap"),
+)
+
+
+def inspect(bundle: Bundle) -> Inspection:
+    """Looks into a bundle. Weight files are not read; graph files are, where onnx is installed.
+
+    Raises:
+        BundleError: A graph file is junk, or leads out of the bundle.
+    """
+    return _Collector(bundle).collect()
+
+
+class _Collector:
+    """One inspection; gathers warnings on the way."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle, self.manifest = bundle, bundle.manifest
+        self.left_out: list[str] = []
+        self.warnings: list[str] = []
+
+    def collect(self) -> Inspection:
+        manifest = self.manifest
+        files = self._read_graphs()
+        graphs = [
+            self._graph(variant, target, entry, files.get((variant, target)))
+            for variant, content in manifest.variants.items()
+            for target, entry in content.graphs.items()
+        ]
+        weights = [self._weights(variant, files) for variant in manifest.variants]
+        if not manifest.parity:
+            self.warnings.append("No parity result: the numbers were not checked when this bundle was exported")
+        for key, result in manifest.parity.items():
+            if result.max_rel_error > result.limit:
+                self.warnings.append(f"{key}: the error {result.max_rel_error:.1e} exceeds {result.limit:.0e}")
+        return Inspection(
+            path=str(self.bundle.path),
+            source=manifest.source,
+            accel_version=manifest.accel_version,
+            schema_version=manifest.schema_version,
+            arch=manifest.arch,
+            variants={name: variant.dtype for name, variant in manifest.variants.items()},
+            graphs=tuple(graphs),
+            weights=tuple(weights),
+            cache=self._cache(),
+            files=tuple(FileReport(name, entry.size, entry.sha256) for name, entry in sorted(manifest.files.items())),
+            parity=manifest.parity,
+            tied=manifest.tied,
+            versions=manifest.versions,
+            left_out=tuple(self.left_out),
+            warnings=tuple(self.warnings),
+        )
+
+    def _read_graphs(self) -> dict[tuple[str, str], GraphFile]:
+        found = {}
+        for variant, content in self.manifest.variants.items():
+            for target, entry in content.graphs.items():
+                try:
+                    found[variant, target] = read_graph(self.bundle.file(entry.file))
+                except DependencyError as error:
+                    lost = "Left out: operators, attention kernels, and weights that are no parameters of the model"
+                    self.left_out.append(f"{error.what}. {lost}. {error.remedy}")
+                    return {}
+        return found
+
+    def _graph(self, variant: str, target: str, entry: GraphEntry, file: GraphFile | None) -> GraphReport:
+        names = entry.attention_nodes
+        if len(names) != len(self.manifest.arch.layers):
+            count = len(self.manifest.arch.layers)
+            self.warnings.append(f"{variant}/{target}: {len(names)} attention nodes for {count} layers")
+        layers = []
+        for index, (name, spec) in enumerate(zip(names, self.manifest.arch.layers)):
+            node = None if file is None else file.attention.get(name)
+            if file is not None and node is None:
+                self.warnings.append(f"{variant}/{target}: the graph has no attention node {name!r} (layer {index})")
+            layers.append(self._layer(f"{variant}/{target}", index, name, spec, node))
+        return GraphReport(
+            variant=variant,
+            target=target,
+            file=entry.file,
+            size=self.manifest.files[entry.file].size,
+            opset=entry.opset,
+            inputs=entry.inputs,
+            outputs=entry.outputs,
+            passes=entry.passes,
+            attention=tuple(layers),
+            nodes=None if file is None else file.nodes,
+        )
+
+    def _layer(
+        self, where: str, index: int, name: str, spec: AttentionSpec, node: AttentionNode | None
+    ) -> AttentionLayer:
+        for attribute, field in _AGREEING if node is not None else ():
+            found, expected = node.attributes.get(attribute), getattr(spec, field)  # type: ignore[union-attr]
+            absent = found in (0, -1)  # how a kernel says that it has no window or softcap
+            if found is not None and (None if absent else found) != expected:
+                self.warnings.append(
+                    f"{where}: layer {index} has {attribute} {found:g}, the manifest says {field} {expected}"
+                )
+        return AttentionLayer(
+            index, name, spec.heads, spec.kv_heads, spec.head_dim, spec.scale, spec.window, spec.softcap, spec.causal,
+            *((node.op, node.branch, node.rotary, node.packed_qkv) if node is not None else ()),
+        )  # fmt: skip
+
+    def _weights(self, variant: str, files: dict[tuple[str, str], GraphFile]) -> WeightReport:
+        stored: dict[tuple[str, int, int], StoredTensor] = {}
+        for (owner, target), file in files.items():
+            for tensor in file.stored if owner == variant else ():
+                self._check_reference(f"{variant}/{target}", variant, tensor)
+                stored.setdefault((tensor.file, tensor.offset, tensor.size), tensor)
+        return count_weights(self.manifest, variant, stored.values())
+
+    def _check_reference(self, where: str, variant: str, tensor: StoredTensor) -> None:
+        """A graph may only point into the variant's own weight files, inside their size."""
+        if tensor.file not in self.manifest.variants[variant].weights:
+            self.warnings.append(f"{where}: {tensor.name!r} lies in {tensor.file!r}, no weight file of this variant")
+        elif tensor.offset < 0 or tensor.offset + tensor.size > self.manifest.files[tensor.file].size:
+            self.warnings.append(f"{where}: {tensor.name!r} lies outside {tensor.file!r}")
+
+    def _cache(self) -> CacheReport | None:
+        arch = self.manifest.arch
+        if arch.kind != "decoder":
+            return None
+        graphs = [entry for variant in self.manifest.variants.values() for entry in variant.graphs.values()]
+        pasts = [spec for entry in graphs for spec in entry.inputs if spec.name.startswith("past.")]
+        dtype = pasts[0].dtype if pasts else "float32"
+        token = bytes_per_token(arch, ITEM_BYTES.get(dtype, 4))
+        capacities = [*(size for size in CAPACITIES if size < arch.max_positions), arch.max_positions]
+        return CacheReport(
+            dtype=dtype,
+            shapes=tuple(("rows", layer.kv_heads, "capacity", layer.head_dim) for layer in arch.layers),
+            bytes_per_token=token,
+            rows=tuple(CacheRow(capacity, capacity * token) for capacity in capacities),
+        )
+
+
+__all__ = ["inspect"]

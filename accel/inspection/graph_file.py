@@ -1,0 +1,172 @@
+"""Reads a graph file's structure; external weights are never touched. The only module here that uses onnx."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accel.errors import BundleError, DependencyError
+from accel.inspection.report import GraphNodes, Rotary
+
+ATTENTION = {"CachedAttention", "Attention", "CrossAttention", "GroupQueryAttention", "MultiHeadAttention"}
+PROJECTIONS = {"Linear", "MatMul", "FusedMatMul", "Gemm", "MatMulNBits"}  # where a search for rotary nodes ends
+MAX_SEARCH = 256  # nodes between an attention node and its projections; a crafted graph may have more
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Bytes of an external file that an initializer refers to."""
+
+    name: str
+    file: str
+    offset: int
+    size: int  # bytes
+    elements: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class AttentionNode:
+    """A kernel's node, as found in a graph."""
+
+    op: str
+    branch: str | None
+    rotary: Rotary
+    packed_qkv: bool
+    attributes: dict[str, int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One graph file's content."""
+
+    nodes: GraphNodes
+    attention: dict[str, AttentionNode]  # by the name of the node in the main graph
+    stored: tuple[StoredTensor, ...]
+
+
+def read_graph(path: Path) -> GraphFile:
+    """Reads a graph.
+
+    Raises:
+        DependencyError: onnx is not installed.
+        BundleError: The file is not an ONNX graph.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        remedy = "Install it: pip install onnx"
+        raise DependencyError("Reading graph files needs onnx, which is not installed", remedy=remedy) from error
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        remedy = "Check the file's permissions"
+        raise BundleError(f"Cannot read the file: {error.strerror}", where=str(path), remedy=remedy) from error
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # what protobuf raises depends on its implementation
+        remedy = "Export the model again, or copy the bundle again from its source"
+        raise BundleError("The file is not an ONNX graph", where=str(path), remedy=remedy) from error
+    return _Reader(model).read()
+
+
+class _Reader:
+    """Walks one ``onnx.ModelProto``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.nodes = list(_walk(model.graph))
+        self.producers = {output: node for node in self.nodes for output in node.output if output}
+
+    def read(self) -> GraphFile:
+        graph = self.model.graph
+        operators = Counter(_op(node) for node in self.nodes)
+        ordered = dict(sorted(operators.items(), key=lambda item: (-item[1], item[0])))
+        initializers = [tensor for inner in _graphs(graph) for tensor in inner.initializer]
+        inline = sum(tensor.ByteSize() for tensor in initializers if not tensor.external_data)
+        counts = GraphNodes(
+            top=len(graph.node),
+            inner=len(self.nodes) - len(graph.node),
+            functions=len(self.model.functions),
+            operators=ordered,
+            inline_bytes=inline,
+        )
+        attention = {node.name: found for node in graph.node if (found := self._attention(node)) is not None}
+        stored = tuple(_stored(tensor) for tensor in initializers if tensor.external_data)
+        return GraphFile(counts, attention, stored)
+
+    def _attention(self, node: Any) -> AttentionNode | None:
+        kernels = [inner for graph in _subgraphs(node) for inner in _walk(graph) if inner.op_type in ATTENTION]
+        branch = _op(node) if kernels else None
+        if node.op_type in ATTENTION:
+            kernels = [node]
+        if not kernels:
+            return None
+        kernel = kernels[0]
+        attributes = {item.name: item.f if item.type == item.FLOAT else item.i for item in kernel.attribute}
+        inputs = [*kernel.input, "", "", ""][:3]
+        packed = bool(inputs[0]) and not inputs[1] and not inputs[2]
+        op = " / ".join(sorted({_op(item) for item in kernels}))
+        return AttentionNode(op, branch, self._rotary(inputs, attributes), packed, attributes)
+
+    def _rotary(self, inputs: list[str], attributes: dict[str, int | float]) -> Rotary:
+        if attributes.get("do_rotary"):
+            return "inside"
+        waiting, seen = [name for name in inputs if name], set[str]()
+        while waiting and len(seen) < MAX_SEARCH:
+            name = waiting.pop(0)
+            node = self.producers.get(name)
+            if node is None or name in seen or node.op_type in PROJECTIONS or node.op_type in ATTENTION:
+                continue
+            if node.op_type == "RotaryEmbedding":
+                return "outside"
+            seen.add(name)
+            waiting += node.input
+        return "none"
+
+
+def _op(node: Any) -> str:
+    return f"{node.domain}::{node.op_type}" if node.domain else str(node.op_type)
+
+
+def _subgraphs(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    waiting = [graph]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        waiting += [inner for node in current.node for inner in _subgraphs(node)]
+
+
+def _walk(graph: Any) -> Iterator[Any]:
+    for inner in _graphs(graph):
+        yield from inner.node
+
+
+def _stored(tensor: Any) -> StoredTensor:
+    import onnx
+
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        offset = int(entries.get("offset", "0"))
+        elements = int(np.prod(tensor.dims, dtype=np.float64)) if 0 not in tensor.dims else 0
+        size = int(entries["length"]) if "length" in entries else elements * dtype.itemsize
+    except (KeyError, ValueError) as error:
+        what = f"The external data of {tensor.name!r} is not described as ONNX asks"
+        raise BundleError(what, where=tensor.name, remedy="Export the model again") from error
+    return StoredTensor(tensor.name, entries.get("location", ""), offset, size, elements, dtype.name)
+
+
+__all__ = ["AttentionNode", "GraphFile", "StoredTensor", "read_graph"]
