@@ -57,6 +57,9 @@ def open_graph(path: Path, threads: int) -> Any:
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = _WARNING
+    # The lowered graph is what we measured as fastest; ONNX Runtime's own passes would fuse its
+    # residual adds into SkipLayerNormalization again, whose CPU kernel is several times slower.
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if threads > 1:

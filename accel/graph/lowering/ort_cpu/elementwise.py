@@ -1,16 +1,21 @@
-"""Norms, skips and activations -> ONNX Runtime's fused CPU kernels."""
+"""Norms and activations -> ONNX Runtime's fused CPU kernels, where they are faster than their parts.
+
+A residual add stays an Add before its norm: ONNX Runtime 1.32's SkipLayerNormalization took
+508 us for [128, 384] on one Zen 4 core where Add and LayerNormalization took 32, its
+SkipSimplifiedLayerNormalization 53 where the parts took 19, and both lose for one row too.
+"""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from accel.graph.edit import operands, producer, rank, replace_value, sole_consumer, substitute
+from accel.graph.edit import operands, producer, rank, sole_consumer, substitute
 
 MICROSOFT = "com.microsoft"
 
 
 def lower_rms_norm(model: ir.Model) -> int:
-    """RMSNormalization-23 -> SimplifiedLayerNormalization, the same formula, which the skip fusion builds on."""
+    """RMSNormalization-23 -> SimplifiedLayerNormalization, ONNX Runtime's own name for the same formula."""
     count = 0
     for node in list(model.graph):
         if node.op_type != "RMSNormalization":
@@ -20,57 +25,6 @@ def lower_rms_norm(model: ir.Model) -> int:
         substitute(node, [made], [made.outputs[0]])
         count += 1
     return count
-
-
-def fuse_skip_norms(model: ir.Model) -> int:
-    """norm(x + skip) -> Skip(Simplified)LayerNormalization, which also hands the sum on; returns how many."""
-    return sum(
-        _fuse_skip(node)
-        for node in list(model.graph)
-        if node.op_type in ("LayerNormalization", "SimplifiedLayerNormalization")
-    )
-
-
-def _fuse_skip(norm: ir.Node) -> bool:
-    add = producer(norm.inputs[0], "Add")
-    pair = operands(add, "Add")
-    if add is None or pair is None or not _same_rows(*pair):
-        return False
-    x, skip, bias = _with_bias(*pair)
-    simplified = norm.op_type == "SimplifiedLayerNormalization"
-    weights = [norm.inputs[1]] if simplified else [norm.inputs[1], norm.inputs[2] if len(norm.inputs) > 2 else None]
-    epsilon = norm.attributes.get_float("epsilon", 1e-5)
-    made = ir.node(
-        "SkipSimplifiedLayerNormalization" if simplified else "SkipLayerNormalization",
-        [x, skip, *weights, *([bias] if bias is not None else [])],
-        {"epsilon": epsilon},
-        domain=MICROSOFT,
-        num_outputs=4,
-    )
-    total = made.outputs[3]
-    for value in (made.outputs[0], total):
-        value.type, value.shape = norm.outputs[0].type, norm.outputs[0].shape
-    graph = norm.graph
-    assert graph is not None
-    # At the sum's place, so that readers of the sum between it and the norm stay behind their input.
-    graph.insert_before(add, made)
-    replace_value(norm.outputs[0], made.outputs[0])
-    replace_value(add.outputs[0], total)
-    graph.remove([norm, add], safe=True)
-    return True
-
-
-def _same_rows(a: ir.Value, b: ir.Value) -> bool:
-    return a.shape is not None and b.shape is not None and list(a.shape) == list(b.shape) and len(a.shape) == 3
-
-
-def _with_bias(a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """(x, skip, bias) where one summand is a product plus a bias vector that nothing else reads."""
-    for x, skip in ((a, b), (b, a)):
-        found = _biased(x)
-        if found is not None:
-            return found[0], skip, found[1]
-    return a, b, None
 
 
 def _biased(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:

@@ -9,7 +9,7 @@ from accel.errors import FusionError
 from accel.graph.checks import attention_nodes
 from accel.graph.clean import clean
 from accel.graph.lowering.ort_cpu.decoder_attention import lower_cached_attention
-from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, fuse_skip_norms, lower_rms_norm
+from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, lower_rms_norm
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import leave_tied_head_unpacked, lower_linear
 from accel.graph.lowering.ort_cpu.packed import drop_unit_batch
@@ -46,7 +46,6 @@ def lower(model: ir.Model, arch: ArchSpec, max_positions: int) -> tuple[ir.Model
         (
             ("linear", lower_linear),
             ("rms_norm", lower_rms_norm),
-            ("skip_norm", fuse_skip_norms),
             ("bias_gelu", fuse_bias_gelu),
             ("silu", fuse_silu),
             ("unit_batch", drop_unit_batch if arch.kind == "decoder" else _nothing),
