@@ -135,44 +135,6 @@ def memory_megabytes() -> dict[str, float]:
     }
 
 
-def _versions(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"versions": {name: _version(name) for name in (*self.peer.packages, "numpy")}}
-
-    def _work(self, case: Case) -> Work:
-        if case.role == "embedder":
-            texts = json.loads(Path(os.environ["ACCEL_BENCH_SENTENCES"]).read_text(encoding="utf-8"))
-            return lambda: self._opened(texts[: case.sentences])
-        if case.role == "decoder":
-            return lambda: self._opened(prompt(case.prompt, self._vocabulary), 1 + case.new)
-        shape = (case.batch, case.seq)
-        if shape not in self._forwards:
-            feeds = encoder_inputs(*shape, self._vocabulary)
-            names = self._manifest_inputs() if self.peer.model == "bundle" else set(feeds)
-            self._forwards[shape] = self._opened({name: feeds[name] for name in feeds if name in names})
-        return self._forwards[shape]
-
-    @cached_property
-    def _vocabulary(self) -> int:
-        if self.peer.model != "bundle":
-            return VOCABULARY[self.peer.model]
-        from accel.bundle import Bundle
-
-        return Bundle.open(self.peer.source).manifest.arch.vocab_size
-
-    def _manifest_inputs(self) -> set[str]:
-        from accel.bundle import Bundle
-
-        variants = Bundle.open(self.peer.source).manifest.variants.values()
-        return {spec.name for variant in variants for graph in variant.graphs.values() for spec in graph.inputs}
-
-
-def memory_megabytes() -> dict[str, float]:
-    """Resident set of this process in MB (1e6 bytes): now (``rss``) and at its peak (``peak_rss``)."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.startswith("Vm")}
-    return {"rss": kilobytes["VmRSS"] * 1.024e-3, "peak_rss": kilobytes["VmHWM"] * 1.024e-3}
-
-
 def _version(distribution: str) -> str:
     if distribution == "accelrt":  # often run from a checkout, without its metadata
         return accel.__version__
