@@ -88,6 +88,8 @@ def ensure_export(workspace: Workspace, peer: str, model: str, refresh: bool = F
     if refresh or record.get("key") != key:
         record = {"key": key, **_export(workspace, peer, model)}
         record_path.parent.mkdir(parents=True, exist_ok=True)
+        if "error" in record and PEERS[peer].environment == "host":
+            raise WorkerFailure(record["error"], record["unsupported"])  # sources under work: try again next time
         record_path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if "error" in record:
         raise WorkerFailure(record["error"], record["unsupported"])
