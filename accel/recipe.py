@@ -7,23 +7,11 @@ from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accel.errors import RecipeError
 from accel.schema import from_dict, suggest, to_dict
 from accel.spec import Task
-
-
-@dataclass(frozen=True)
-class GraphRecipe:
-    """What the graph passes do.
-
-    Attributes:
-        skip: Names of passes left out, as ``accel inspect`` prints them. For finding the pass
-            that breaks a model; a skipped pass costs speed, never correctness.
-    """
-
-    skip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,16 +39,12 @@ class Recipe:
 
     Attributes:
         task: None: read from the architecture's class name.
-        dtype: Precision of weights and arithmetic.
         max_positions: Longest sequence; None: what the model's position scheme covers.
-        graph: The graph passes.
         parity: The parity gate.
     """
 
     task: Task | None = None
-    dtype: Literal["float32"] = "float32"
     max_positions: int | None = None
-    graph: GraphRecipe = field(default_factory=GraphRecipe)
     parity: ParityRecipe = field(default_factory=ParityRecipe)
 
 
@@ -173,4 +157,4 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
     return recipe
 
 
-__all__ = ["GraphRecipe", "ParityRecipe", "Recipe", "load_recipe", "read_recipe", "recipe_names"]
+__all__ = ["ParityRecipe", "Recipe", "load_recipe", "read_recipe", "recipe_names"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from accel.errors import RecipeError
-from accel.recipe import GraphRecipe, ParityRecipe, Recipe, load_recipe, recipe_names
+from accel.recipe import ParityRecipe, Recipe, load_recipe, recipe_names
 
 
 def test_packaged_recipes_are_found_by_name() -> None:
@@ -16,11 +16,11 @@ def test_packaged_recipes_are_found_by_name() -> None:
 
 
 def test_mapping_and_file_are_laid_over_the_default(tmp_path: Path) -> None:
-    data = {"task": "fill-mask", "graph": {"skip": ["fuse-gelu"]}, "parity": {"cases": 5}}
+    data = {"task": "fill-mask", "max_positions": 64, "parity": {"cases": 5}}
     recipe = load_recipe(data)
-    assert recipe == Recipe(task="fill-mask", graph=GraphRecipe(("fuse-gelu",)), parity=ParityRecipe(cases=5))
+    assert recipe == Recipe(task="fill-mask", max_positions=64, parity=ParityRecipe(cases=5))
     path = tmp_path / "own.yaml"
-    path.write_text("task: fill-mask\ngraph: {skip: [fuse-gelu]}\nparity:\n  cases: 5\n")
+    path.write_text("task: fill-mask\nmax_positions: 64\nparity:\n  cases: 5\n")
     assert load_recipe(path) == load_recipe(str(path)) == recipe
     assert load_recipe(recipe) is recipe
     path.write_text("")
@@ -33,7 +33,7 @@ def test_mapping_and_file_are_laid_over_the_default(tmp_path: Path) -> None:
         ({"max_position": 20}, "Unknown key 'max_position'.*Did you mean 'max_positions'"),
         ({"parity": {"limt": 1}}, "Unknown key 'limt'.*Did you mean 'limit'"),
         ({"task": "fill_mask"}, "Expected.*'fill-mask'"),
-        ({"dtype": "float16"}, "Expected one of 'float32'"),
+        ({"parity": {"enabled": 1}}, "Expected true or false"),
         ({"max_positions": "20"}, "Expected an integer"),
         ({"max_positions": 0}, "max_positions must be at least 1"),
         ({"parity": {"limit": float("nan")}}, "Expected a number"),
@@ -42,7 +42,6 @@ def test_mapping_and_file_are_laid_over_the_default(tmp_path: Path) -> None:
         ({"parity": {"greedy_tokens": -1}}, "parity.greedy_tokens"),
         ({"parity": {"seed": -1}}, "parity.seed"),
         ({"parity": 3}, "Expected a mapping, found 3"),
-        ({"graph": {"skip": "fuse-gelu"}}, "Expected a list"),
     ],
 )
 def test_bad_keys_and_values(data: dict[str, Any], message: str) -> None:
@@ -53,7 +52,7 @@ def test_bad_keys_and_values(data: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dtype: float32\ndtype: float16\n", "Key 'dtype' stands twice"),
+        ("max_positions: 8\nmax_positions: 9\n", "Key 'max_positions' stands twice"),
         ("- 1\n", "not a mapping"),
         ("a: [", "not YAML"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),

@@ -170,7 +170,8 @@ class _Gate:
                 f"The exported graph differs from PyTorch by {relative:.2e} of the largest value, "
                 f"more than the limit {self.limit:.1e}",
                 where=where,
-                remedy="Find the pass with the recipe's graph.skip; raise parity.limit only if you know why",
+                remedy="Export without parity and see its passes with accel inspect; "
+                "raise parity.limit only if you know why",
             )
         self.max_abs, self.max_rel = max(self.max_abs, error), max(self.max_rel, relative)
         return error
