@@ -22,12 +22,13 @@ def draw_passes(graph: GraphReport, base: GraphReport | None) -> str:
     parts = [text(left - 12, 17, "traced", "label end")]
     parts += [rectangle(left, 4, passes[0].nodes_before * scale, 16, "bar start", f"{passes[0].nodes_before:,} nodes")]
     parts.append(text(left + passes[0].nodes_before * scale + 8, 17, f"{passes[0].nodes_before:,}", "number"))
+    parts.append(text(WIDTH, 17, "times applied, or what was fused", "faint end"))
     y = height
     for index, item in enumerate(passes):
         if base is not None and index == len(base.passes):
-            parts.append(line(0, y + 8, WIDTH, y + 8, "rule"))
-            parts.append(text(WIDTH, y + 4, f"{base.target} graph above, {graph.target} below", "faint end"))
-            y += 14
+            parts += [line(0, y + 11, WIDTH, y + 11, "rule")]
+            parts.append(text(0, y + 27, f"on from {_shorten(base.target, 40)}:", "faint"))
+            y += 32
         parts.append(_draw_pass(item, y, left, scale))
         y += height
     first, last = passes[0].nodes_before, passes[-1].nodes_after
@@ -48,13 +49,14 @@ def _draw_pass(item: PassReport, y: float, left: float, scale: float) -> str:
     fused = wording.fused(item)
     parts.append(text(left + max(before, after) + 8, y + 17, number, "number" if change else "number faint"))
     if fused:
-        parts.append(text(WIDTH, y + 17, _shorten(fused, 34), "faint end"))
+        room = (WIDTH - left - max(before, after) - 110) / 6.6
+        parts.append(text(WIDTH, y + 17, _shorten(fused, int(room)), "faint end"))
     return element("g", *parts)
 
 
 def draw_layers(graph: GraphReport) -> str:
     """A tile per layer with a picture of what its queries see."""
-    size, gap, columns = 54, 8, 15
+    size, gap, columns = 53, 8, 16
     rows = math.ceil(len(graph.attention) / columns)
     parts = []
     for index, layer in enumerate(graph.attention):
@@ -65,7 +67,7 @@ def draw_layers(graph: GraphReport) -> str:
         for numbers, layer in wording.kinds(graph)
     )
     height = rows * (size + gap + 16)
-    return picture(WIDTH, height, f"Attention layers, {graph.variant}/{graph.target}", about, parts)
+    return picture(WIDTH, height, "Attention layers", about, parts)
 
 
 def _draw_layer(layer: AttentionLayer, x: float, y: float, size: float) -> str:
@@ -148,10 +150,10 @@ def _module(name: str) -> str:
 def draw_cache(cache: CacheReport, weights: int) -> str:
     """Bytes over positions for a few rows, with the weights' size as a measure."""
     left, top, height = 80, 14, 220
-    capacity = cache.rows[-1].capacity
+    capacity = max(1, cache.rows[-1].capacity)
     largest = capacity * cache.bytes_per_token * max(CACHE_ROWS)
     step = _nice_step(largest / 4)
-    ceiling = step * math.ceil(largest / step)
+    ceiling = step * max(1, math.ceil(largest / step))
     right = WIDTH - 130
 
     def at(position: float, size: float) -> tuple[float, float]:
@@ -163,7 +165,7 @@ def draw_cache(cache: CacheReport, weights: int) -> str:
         parts += [line(left, y, right, y, "grid"), text(left - 10, y + 4, wording.size(index * step), "number end")]
     for row in cache.rows:
         x, bottom = at(row.capacity, 0)
-        if row is cache.rows[-1] or x < right - 60:
+        if row is cache.rows[-1] or left + 45 < x < right - 60:
             parts += [line(x, top, x, bottom, "grid"), text(x, bottom + 18, f"{row.capacity:,}", "number middle")]
     parts.append(text(left, top + height + 18, "0", "number middle"))
     parts.append(text((left + right) / 2, top + height + 38, "positions of a row", "faint middle"))
@@ -184,7 +186,7 @@ def draw_parity(parity: dict[str, ParityResult]) -> str:
     """Relative errors on a logarithmic axis, each with its limit."""
     left, height = 160, 46
     values = [value for item in parity.values() for value in (item.max_rel_error, item.limit) if value > 0]
-    low = math.floor(math.log10(min([1e-7, *values])))
+    low = math.floor(math.log10(min([1e-6, *values]) / 2))
     high = math.ceil(math.log10(max([1e-3, *values])))
     right = WIDTH - 150
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
 from accel.bundle import ITEM_BYTES, Bundle
 from accel.engines.kv_cache import bytes_per_token
-from accel.errors import DependencyError
+from accel.errors import BundleError, DependencyError
 from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
 from accel.inspection.report import (
     AttentionLayer,
@@ -16,26 +19,34 @@ from accel.inspection.report import (
     WeightReport,
 )
 from accel.inspection.weights import count_weights
-from accel.manifest import GraphEntry
+from accel.inspection.wording import printable
+from accel.manifest import MANIFEST_NAME, GraphEntry
+from accel.schema import to_dict
 from accel.spec import AttentionSpec
 
 CAPACITIES = (1024, 4096)  # positions; the model's own maximum is added
-# Attributes of an attention node beside the field of AttentionSpec that each must agree with.
-_AGREEING = (
-    ("num_heads", "heads"),
-    ("kv_num_heads", "kv_heads"),
-    ("window", "window"),
-    ("local_window_size", "window"),
-    ("softcap", "softcap"),
-)
+MAX_NUMBER = 1 << 63  # of a manifest's numbers: no ONNX size or count reaches it
+_OWN = {"num_heads": "heads", "kv_num_heads": "kv_heads", "scale": "scale", "window": "window", "softcap": "softcap"}
+# Attributes of a kernel's node, and the field of AttentionSpec that each must agree with. MultiHeadAttention
+# has neither window nor softcap: the window is a bias.
+_AGREEING: dict[str, dict[str, str]] = {
+    "accel::Attention": _OWN,
+    "accel::CachedAttention": _OWN,
+    "com.microsoft::GroupQueryAttention": {
+        **{name: field for name, field in _OWN.items() if name != "window"},
+        "local_window_size": "window",
+    },
+    "com.microsoft::MultiHeadAttention": {"num_heads": "heads", "scale": "scale"},
+}
 
 
 def inspect(bundle: Bundle) -> Inspection:
     """Looks into a bundle. Weight files are not read; graph files are, where onnx is installed.
 
     Raises:
-        BundleError: A graph file is junk, or leads out of the bundle.
+        BundleError: A graph file is junk, or leads out of the bundle; the manifest's numbers are absurd.
     """
+    _check_numbers(to_dict(bundle.manifest), MANIFEST_NAME)
     return _Collector(bundle).collect()
 
 
@@ -118,13 +129,9 @@ class _Collector:
     def _layer(
         self, where: str, index: int, name: str, spec: AttentionSpec, node: AttentionNode | None
     ) -> AttentionLayer:
-        for attribute, field in _AGREEING if node is not None else ():
-            found, expected = node.attributes.get(attribute), getattr(spec, field)  # type: ignore[union-attr]
-            absent = found in (0, -1)  # how a kernel says that it has no window or softcap
-            if found is not None and (None if absent else found) != expected:
-                self.warnings.append(
-                    f"{where}: layer {index} has {attribute} {found:g}, the manifest says {field} {expected}"
-                )
+        if node is not None:
+            for difference in _differences(node, spec):
+                self.warnings.append(f"{where}: layer {index}: {difference}")
         return AttentionLayer(
             index, name, spec.heads, spec.kv_heads, spec.head_dim, spec.scale, spec.window, spec.softcap, spec.causal,
             *((node.op, node.branch, node.rotary, node.packed_qkv) if node is not None else ()),
@@ -160,6 +167,37 @@ class _Collector:
             bytes_per_token=token,
             rows=tuple(CacheRow(capacity, capacity * token) for capacity in capacities),
         )
+
+
+def _differences(node: AttentionNode, spec: AttentionSpec) -> Iterator[str]:
+    """Where a kernel's node says something else than the manifest."""
+    for attribute, field in _AGREEING.get(node.op, {}).items():
+        found, expected = node.attributes.get(attribute), getattr(spec, field)
+        if found in (0, -1):  # how a kernel says that it has no window, softcap or scale of its own
+            found = None
+        if found is None and field == "scale":  # 1 / sqrt(head size)
+            found = spec.head_dim**-0.5 if spec.head_dim > 0 else None
+        same = found == expected
+        if found is not None and expected is not None:
+            same = math.isclose(found, expected, rel_tol=1e-5)
+        if not same:
+            yield f"the node has {attribute} {found}, the manifest says {field} {expected}"
+
+
+def _check_numbers(data: object, where: str) -> None:
+    """Refuses integers that no real bundle has and arithmetic on floats cannot take.
+
+    Raises:
+        BundleError: There is one.
+    """
+    if isinstance(data, int) and abs(data) >= MAX_NUMBER:
+        raise BundleError("A number of the manifest is out of range", where=where, remedy="Export the model again")
+    if isinstance(data, dict):
+        for key, value in data.items():
+            _check_numbers(value, f"{where}: {printable(key)}")
+    elif isinstance(data, list):
+        for value in data:
+            _check_numbers(value, where)
 
 
 __all__ = ["inspect"]

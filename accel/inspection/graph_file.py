@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from accel.errors import BundleError, DependencyError
 from accel.inspection.report import GraphNodes, Rotary
@@ -161,7 +160,7 @@ def _stored(tensor: Any) -> StoredTensor:
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         offset = int(entries.get("offset", "0"))
-        elements = int(np.prod(tensor.dims, dtype=np.float64)) if 0 not in tensor.dims else 0
+        elements = math.prod(tensor.dims)
         size = int(entries["length"]) if "length" in entries else elements * dtype.itemsize
     except (KeyError, ValueError) as error:
         what = f"The external data of {tensor.name!r} is not described as ONNX asks"

@@ -17,7 +17,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 def render_page(found: Inspection) -> str:
     """The page."""
     name = escape(PurePath(found.path).name)
-    body = [_header(found), _cards(found), _messages(found), *_passes(found), *map(_layers, found.graphs)]
+    body = [_header(found), _cards(found), _messages(found), *_passes(found), _attention(found)]
     body += [_operators(found), *map(_weights, found.weights), _cache(found), _parity(found)]
     body += [*map(_io, found.graphs), _files(found)]
     accel = escape(found.accel_version)
@@ -55,7 +55,7 @@ def _cards(found: Inspection) -> str:
         cards.append((wording.size(found.cache.bytes_per_token), "of cache per token"))
     for name, result in list(found.parity.items())[:1]:
         cards.append((f"{result.max_rel_error:.1e}", f"relative error of {name}"))
-    cards.append((f"{arch.max_positions:,}", f"positions; vocabulary {arch.vocab_size:,}"))
+    cards += [(f"{arch.max_positions:,}", "positions"), (f"{arch.vocab_size:,}", "tokens in the vocabulary")]
     shown = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
     return f'<div class="cards">{shown}</div>'
 
@@ -93,24 +93,25 @@ def _passes(found: Inspection) -> list[str]:
     return sections
 
 
-def _layers(graph: GraphReport) -> str:
-    if not graph.attention:
+def _attention(found: Inspection) -> str:
+    shown = [graph for graph in found.graphs if graph.attention]
+    if not shown:
         return ""
     rows = []
-    for numbers, layer in wording.kinds(graph):
-        softcap = "none" if layer.softcap is None else f"{layer.softcap:g}"
-        heads = (str(layer.heads), str(layer.kv_heads), str(layer.head_dim))
-        rows.append(
-            (wording.span(numbers), wording.kernel(layer), *heads, wording.mask(layer), softcap, f"{layer.scale:.6g}",
-             layer.rotary or "not read", wording.yes_no(layer.packed_qkv))
-        )  # fmt: skip
-    head = ("layers", "node", "heads", "kv heads", "head size", "sees", "softcap", "scale", "rotary", "packed QKV")
-    keys = [("full", "every key" + (" up to the query" if graph.attention[0].causal else ""))]
-    keys += [("window", "sliding window")] if any(layer.window is not None for layer in graph.attention) else []
-    keys += [("softcap", "softcap")] if any(layer.softcap is not None for layer in graph.attention) else []
-    content = charts.draw_layers(graph) + _legend(keys) + _table(head, rows, right=(2, 3, 4))
+    for graph in shown:
+        for numbers, layer in wording.kinds(graph):
+            softcap = "none" if layer.softcap is None else f"{layer.softcap:g}"
+            heads = f"{layer.heads} / {layer.kv_heads} x {layer.head_dim}"
+            kernel = (wording.kernel(layer), heads, wording.mask(layer), softcap, f"{layer.scale:.6g}")
+            state = (layer.rotary or "not read", wording.yes_no(layer.packed_qkv))
+            rows.append((f"{graph.variant}/{graph.target}", wording.span(numbers), *kernel, *state))
+    head = ("graph", "layers", "node", "heads / kv x size", "sees", "softcap", "scale", "rotary", "packed QKV")
+    layers = shown[0].attention
+    keys = [("full", "every key" + (" up to the query" if layers[0].causal else ""))]
+    keys += [("window", "sliding window")] if any(layer.window is not None for layer in layers) else []
+    keys += [("softcap", "softcap")] if any(layer.softcap is not None for layer in layers) else []
     note = "One tile per layer: rows are queries, columns are keys, filled where a query sees a key."
-    return _section(f"Attention of {graph.variant}/{graph.target}", note, content)
+    return _section("Attention", note, charts.draw_layers(shown[0]) + _legend(keys) + _table(head, rows))
 
 
 def _operators(found: Inspection) -> str:
@@ -141,13 +142,13 @@ def _weights(report: WeightReport) -> str:
         ]
         head = (kind, "tensors", "elements", "bytes", "share")
         columns.append(f"<div>{_table(head, rows, right=(1, 2, 3, 4))}</div>")
-    groups = [
+    tensors = [
         (item.name, item.part, item.dtype, f"{item.share.tensors:,}", f"{item.share.elements:,}",
          f"{item.share.bytes:,}", wording.percent(item.share.bytes, whole))
         for item in report.groups
     ]  # fmt: skip
-    head = ("tensors (* is the layer)", "part", "format", "count", "elements", "bytes", "share")
-    details = _details("Every tensor", _table(head, groups, right=(3, 4, 5, 6)))
+    names = ("tensors (* is the layer)", "part", "format", "count", "elements", "bytes", "share")
+    details = _details("Every tensor", _table(names, tensors, right=(3, 4, 5, 6)))
     unused = report.file_bytes - whole
     note = f"{', '.join(report.files)}: {report.file_bytes:,} bytes, {unused:,} of them unused. Areas are bytes."
     legend = _legend([(part, part) for part in report.parts])

@@ -17,12 +17,13 @@ main{max-width:1060px;margin:0 auto;padding:32px 20px 56px}
 header p{margin:2px 0 0;color:var(--soft)}
 h1{font-size:28px;line-height:1.2;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:19px;margin:0 0 4px}
-h3{font-size:15px;margin:22px 0 8px}
+h3{font-size:15px;margin:8px 0 2px}
 section{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:20px 22px;margin-top:18px}
 .note{color:var(--soft);margin:0 0 14px}
 .tags{display:flex;flex-wrap:wrap;gap:6px;margin-top:12px}
 .tags span{border:1px solid var(--line);background:var(--card);border-radius:99px;padding:2px 11px;font-size:13px}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:18px}
+.cards{display:flex;flex-wrap:wrap;gap:12px;margin-top:18px}
+.card{flex:1 1 clamp(140px,22%,210px);min-width:0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
 .card b{display:block;font-size:24px;line-height:1.25;font-variant-numeric:tabular-nums;letter-spacing:-.01em}
 .card span{color:var(--soft);font-size:13px}
@@ -34,7 +35,7 @@ section{background:var(--card);border:1px solid var(--line);border-radius:12px;p
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th{color:var(--soft);font-weight:600;text-align:left;white-space:nowrap}
 th,td{padding:5px 14px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
-td{overflow-wrap:anywhere}
+td{overflow-wrap:break-word;max-width:52ch}
 tr:last-child td{border-bottom:0}
 .right{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 th:last-child,td:last-child{padding-right:0}
@@ -68,6 +69,7 @@ details>*:not(summary){margin-top:10px}
 .swatch-other{background:var(--other)}.swatch-after{background:var(--accent)}.swatch-ghost{background:var(--ghost)}
 .swatch-same{background:var(--same)}.swatch-grown{background:var(--grown)}
 footer{color:var(--soft);font-size:13px;margin-top:22px}
+@media (max-width:600px){main{padding:20px 12px}section{padding:16px 14px}.card b{font-size:20px}}
 @media print{section,.card{break-inside:avoid}body{background:#fff}}
 """
 

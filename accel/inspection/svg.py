@@ -39,16 +39,8 @@ def rectangle(
 ) -> str:
     """A rectangle with a tooltip."""
     children = [element("title", escape(title))] if title else []
-    return element(
-        "rect",
-        *children,
-        x=x,
-        y=y,
-        width=max(0.0, float(width)),
-        height=max(0.0, float(height)),
-        rx=radius,
-        class_=kind,
-    )
+    size = {"width": max(0.0, float(width)), "height": max(0.0, float(height))}
+    return element("rect", *children, x=x, y=y, **size, rx=radius, class_=kind)
 
 
 def line(x1: Number, y1: Number, x2: Number, y2: Number, kind: str) -> str:

@@ -14,6 +14,7 @@ from accel.inspection.graph_file import StoredTensor
 from accel.inspection.report import PARTS, WeightGroup, WeightReport, WeightShare
 from accel.manifest import Manifest
 
+MAX_NAME = 256  # characters of a name that are looked at; the patterns are not made for more
 # By name, the first match counts. The names are those of PyTorch modules, in the families that are exported.
 _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"(^|[._])(\w*norm|ln_?\w{1,2}|norm\d)\.(weight|bias)$", re.IGNORECASE)),
@@ -28,7 +29,8 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
 
 def part_of(name: str) -> str:
     """The part of the model that a tensor belongs to, one of ``PARTS``, from its name alone."""
-    return next((part for part, pattern in _RULES if pattern.search(name)), PARTS[-1])
+    tail = name[-MAX_NAME:]
+    return next((part for part, pattern in _RULES if pattern.search(tail)), PARTS[-1])
 
 
 def count_weights(manifest: Manifest, variant: str, stored: Iterable[StoredTensor]) -> WeightReport:
