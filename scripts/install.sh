@@ -3,8 +3,8 @@
 # Usage: scripts/install.sh EXTRA [PACKAGE...]      e.g. scripts/install.sh export gguf
 #
 #   PYTHON                 the interpreter (default: the first of python3.12, 3.13, 3.11, python3 that is >= 3.11)
-#   ACCEL_TORCH_INDEX_URL  where torch comes from (default: pip's own configuration), for instance
-#                          https://download.pytorch.org/whl/cpu for the small build without CUDA
+#   ACCEL_TORCH_INDEX_URL  where torch comes from (default: pip's own configuration); an index with
+#                          CPU builds gives the small one without CUDA
 set -euo pipefail
 cd "$(dirname "$0")/.."
 EXTRA=$1; shift
