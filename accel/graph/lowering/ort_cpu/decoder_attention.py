@@ -25,6 +25,7 @@ from accel.graph.lowering.ort_cpu.rotary_tables import RotaryTables
 from accel.spec import ArchSpec
 
 _QUERY_SEQLENS = 16  # index of the last input
+_ROTATED_STEP = 16  # the kernel rotates heads, and parts of heads, of whole multiples of this only
 
 
 @dataclass
@@ -97,7 +98,7 @@ def _lower_layer(
     query, key, value = (through_reshapes(item) for item in node.inputs[:3])
     rotations = [producer(item, "RotaryEmbedding") for item in (query, key)]
     cos = sin = None
-    if all(rotations) and rotations[0].inputs[1:3] == rotations[1].inputs[1:3]:  # type: ignore[union-attr]
+    if _kernel_rotates(node, rotations):
         folded = tables.fold(rotations[0])  # type: ignore[arg-type]
         if folded is not None:
             cos, sin = folded
@@ -113,6 +114,16 @@ def _lower_layer(
         replace_value(before, after)
     graph.remove(node, safe=True)
     return whole is not None, cos is not None
+
+
+def _kernel_rotates(node: ir.Node, rotations: list[ir.Node | None]) -> bool:
+    """Whether query and key turn by the same angles, in sizes that the kernel takes; else they turn before it."""
+    query, key = rotations
+    if query is None or key is None or query.inputs[1:3] != key.inputs[1:3]:
+        return False
+    head = node.inputs[3].shape[3]  # type: ignore[union-attr, index]
+    parts = [rotation.attributes.get_int("rotary_embedding_dim", 0) for rotation in (query, key)]
+    return parts[0] == parts[1] and all(size % _ROTATED_STEP == 0 for size in (head, parts[0]))  # type: ignore[operator]
 
 
 def _group_query_attention(
