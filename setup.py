@@ -14,7 +14,7 @@ README = ROOT / "README.md"
 
 CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
-TEST = ["pytest", "pytest-xdist", "psutil", "gguf", "accelerate", *EXPORT]  # transformers reads GGUF with both
+TEST = ["pytest", "pytest-xdist", "psutil", "matplotlib", "gguf", "accelerate", *EXPORT]  # GGUF: both
 EXTRAS = {
     "cpu": CPU,
     "export": EXPORT,
@@ -26,7 +26,7 @@ EXTRAS = {
     # What runs beside this distribution; scripts/peers.sh builds the environments of those that exclude one another.
     "peers": ["matplotlib", "psutil", "ctranslate2", "onnxruntime-genai", "sentence-transformers"],
     "test": TEST,
-    "dev": ["ruff", "mypy", "types-PyYAML", *TEST],
+    "dev": ["ruff", "mypy", *TEST],
 }
 
 setup(

@@ -11,7 +11,7 @@ import pytest
 
 import accel
 from accel import commands
-from accel.cli import build_parser, main
+from accel.cli import main
 from accel.errors import BundleError, InputError
 
 ROOT = Path(accel.__file__).parents[1]
@@ -267,14 +267,3 @@ def test_every_generation_option_reaches_the_runtime(monkeypatch: pytest.MonkeyP
         "prompt": "p", "stop": ["a", "b"], "do_sample": True, "strict": True,
         "engine": "auto", "device": "auto", "variant": "auto",
     }  # fmt: skip
-
-
-def test_scripts_are_the_same_commands() -> None:
-    script = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "export.py", "--help"], capture_output=True, text=True, cwd="/"
-    )
-    assert script.returncode == 0
-    assert "--no-parity" in script.stdout
-    assert build_parser().prog == "accel"
-    for path in sorted((ROOT / "scripts").glob("*.sh")):
-        assert subprocess.run(["bash", "-n", path]).returncode == 0, path
