@@ -98,7 +98,7 @@ def resolve_source(model: str | Path | PreTrainedModel, trust_remote_code: bool 
         InputError: It is none of these.
         CheckpointError: Files are missing, truncated or corrupt.
         UnsupportedArchitectureError: transformers does not know the architecture.
-        DependencyError: ``gguf`` is needed and missing.
+        DependencyError: ``gguf`` or ``accelerate`` is needed and missing.
     """
     if not isinstance(model, (str, Path)):
         return _from_module(model)
@@ -165,8 +165,10 @@ def _from_gguf(path: Path, trust_remote_code: bool) -> Source:
     from importlib.util import find_spec
 
     check_weight_file(path)
-    if find_spec("gguf") is None:
-        raise DependencyError("Reading a GGUF file needs the package gguf", remedy="Install it: pip install gguf")
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]  # transformers needs both
+    if missing:
+        what = f"Reading a GGUF file needs the package {' and '.join(missing)}"
+        raise DependencyError(what, remedy=f"Install it: pip install {' '.join(missing)}")
     options = {"gguf_file": path.name, "trust_remote_code": trust_remote_code}
     try:
         config = _read_config(path.parent, options)

@@ -154,7 +154,7 @@ class _Writer:
     def write(self, array: np.ndarray) -> None:
         if array.size == 0:
             return
-        view = memoryview(array.reshape(-1)).cast("B")
+        view = array.reshape(-1).data.cast("B")
         for start in range(0, len(view), CHUNK):
             part = view[start : start + CHUNK]
             self._stream.write(part)
@@ -186,7 +186,8 @@ def _plan_blocks(models: Sequence[ir.Model], parameters: Parameters) -> list[_Bl
                 raise ExportError(f"The merged weight is made of {name!r}, which is no parameter", where=value.name)
             if groups.setdefault(name, parts) != parts or len(set(parts)) != len(parts):
                 raise ExportError(f"Two merged weights share {name!r}", where=value.name)
-    blocks, placed = [], set()
+    blocks = []
+    placed: set[str] = set()
     for name in parameters.tensors:
         if name not in placed:
             members = groups.get(name, (name,))
