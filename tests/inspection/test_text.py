@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from accel.inspection import inspect
@@ -66,8 +67,6 @@ def test_notes_of_a_pass_are_shown(tmp_path: Path) -> None:
     passes = (PassReport("linear", 5, 4, {"linear": 1}, ("first note", "second")),)
     variants = made.manifest().variants
     graphs = {"canonical": made.entry("canonical", passes)}
-    import dataclasses
-
     text = inspect(
         made.write(tmp_path / "b", variants={"fp32": dataclasses.replace(variants["fp32"], graphs=graphs)})
     ).to_text()

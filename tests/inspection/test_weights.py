@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import onnx
@@ -11,6 +10,7 @@ from accel.inspection import inspect
 from accel.inspection.graph_file import StoredTensor
 from accel.inspection.report import WeightShare
 from accel.inspection.weights import count_weights, part_of
+from accel.manifest import FileEntry
 from tests.inspection import decoder_bundle as made
 
 
@@ -73,7 +73,7 @@ def test_shares(tmp_path: Path) -> None:
 
 
 def test_overlapping_references_count_once() -> None:
-    manifest = made.manifest(files={made.WEIGHTS: dataclasses.replace(_entry(), size=1000)}, parameters={})
+    manifest = made.manifest(files={made.WEIGHTS: FileEntry(1000, "")}, parameters={})
     stored = [
         StoredTensor("a", made.WEIGHTS, 0, 100, 25, "float32"),
         StoredTensor("b", made.WEIGHTS, 40, 100, 50, "float16"),  # 60 bytes of its own
@@ -89,7 +89,7 @@ def test_bytes_between_parameters_count_once() -> None:
     parameters = {
         name: entry for name, entry in made.manifest().parameters.items() if "up_proj" not in name
     }  # leaves 5376 to 6400 to the graph
-    manifest = made.manifest(files={made.WEIGHTS: dataclasses.replace(_entry(), size=made.SIZE)}, parameters=parameters)
+    manifest = made.manifest(files={made.WEIGHTS: FileEntry(made.SIZE, "")}, parameters=parameters)
     stored = [StoredTensor("mlp.fused", made.WEIGHTS, 3328, 3200, 800, "float32")]
     report = count_weights(manifest, "fp32", stored)
     assert report.parts["mlp"].bytes == 1024
@@ -119,9 +119,3 @@ def test_parts_sum_to_what_is_referenced(fixture: str, request: pytest.FixtureRe
     assert sum(share.bytes for share in report.formats.values()) == referenced
     assert sum(group.share.bytes for group in report.groups) == referenced
     assert report.file_bytes == len(used)
-
-
-def _entry():  # type: ignore[no-untyped-def]
-    from accel.manifest import FileEntry
-
-    return FileEntry(0, "")
