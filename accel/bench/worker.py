@@ -7,8 +7,10 @@ worker blocks in a read; whoever drives it may stop the process meanwhile, so th
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -27,6 +29,7 @@ from accel.bench.models import VOCABULARY, encoder_inputs, prompt
 from accel.bench.peers import PEERS, Peer, Unsupported
 
 Work = Callable[[], Any]
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Worker:
@@ -151,8 +154,15 @@ def _private_stdout() -> TextIO:
     return answers
 
 
+def _die_with_parent() -> None:
+    """Has the kernel end this process with the one that drives it: a stopped orphan would hold its memory for ever."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(arguments: list[str]) -> None:
     name, model, source, artifact, threads = arguments
+    _die_with_parent()
     answers = _private_stdout()
     worker = Worker(PEERS[name](model, Path(source), Path(artifact), int(threads)))
     for line in sys.stdin:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from accel.bench.client import WorkerFailure, WorkerProcess
+from accel.bench.client import PACKAGE_ROOT, WorkerFailure, WorkerProcess
 
 
 @pytest.fixture
@@ -63,3 +64,19 @@ def test_a_peer_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(WorkerFailure, match="KeyError: 'nobody'"):
         process.ask("memory")
     process.close()
+
+
+def test_a_stopped_worker_ends_with_the_process_that_drives_it(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from accel.bench.client import WorkerProcess; "
+        "worker = WorkerProcess(Path(sys.executable), ['torch', 'minilm', '', '', '1'], {}, Path(sys.argv[1])); "
+        "worker.ask('memory'); print(worker.pid, flush=True); import os; os._exit(1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE_ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE, env=environment, check=False
+    )
+    pid, deadline = int(done.stdout), time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and state_of(pid) != "Z" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z"
