@@ -232,12 +232,12 @@ def test_inspect(tiny_decoder_bundle: Path, tmp_path: Path, capsys: Output) -> N
 
 @pytest.mark.slow
 def test_bench(tiny_decoder_bundle: Path, capsys: Output) -> None:
-    sizes = ("--prompt-tokens", 16, "--new-tokens", 4, "--rounds", 1, "--threads", 1)
-    assert run("bench", tiny_decoder_bundle, *sizes, "--no-compare", "--json") == 0
+    sizes = ("--prompt-tokens", 16, "--rounds", 3, "--threads", 1)
+    assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 64, "--no-compare", "--json") == 0
     report = json.loads(capsys.readouterr().out)
-    assert [row["metric"] for row in report["rows"]] == ["16+4 tokens: first token", "16+4 tokens: per token"]
+    assert [row["metric"] for row in report["rows"]] == ["16+64 tokens: first token", "16+64 tokens: per token"]
     assert all(row["accel_ms"] > 0 for row in report["rows"])
-    assert run("bench", tiny_decoder_bundle, *sizes[:2], "--new-tokens", 0) == 1
+    assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 0) == 1
     assert "do not fit" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("bench", tiny_decoder_bundle, "--shapes", "8by128")
