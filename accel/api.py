@@ -119,6 +119,14 @@ class _Export:
     progress: ExportProgress
 
     def run(self) -> Bundle:
+        manifest, cases = self._write()
+        gc.collect()  # modules and graphs refer to each other; the engine wants the memory
+        manifest.parity.update(self._check(manifest.arch, cases, manifest))
+        with self._stage("Hashing and syncing"):
+            return self.writer.commit(manifest)
+
+    def _write(self) -> tuple[Manifest, list[Case]]:
+        """Everything that needs the PyTorch model; when it returns, model and graphs are garbage."""
         from accel.exporter.source import load_model
         from accel.exporter.weights import collect_parameters, total_bytes, write_weights
 
@@ -132,16 +140,9 @@ class _Export:
                 written = write_weights(self.writer.path / WEIGHTS, graphs, parameters, self.progress.advance)
         finally:
             loaded.release()
-        del parameters, loaded
-        gc.collect()  # the model's modules refer to each other; the engine wants the memory
         with self._stage("Saving the graphs"):
-            graphs_by_target = self._save_graphs(traced)
-        manifest = self._manifest(traced.arch, graphs_by_target, written.parameters, written.tied)
-        cases, arch = traced.cases, traced.arch
-        del traced
-        manifest.parity.update(self._check(arch, cases, manifest))
-        with self._stage("Hashing and syncing"):
-            return self.writer.commit(manifest)
+            entries = self._save_graphs(traced)
+        return self._manifest(traced.arch, entries, written.parameters, written.tied), traced.cases
 
     def _trace(self, loaded: LoadedModel, parameters: Parameters) -> _Traced:
         from accel.exporter.arch import read_arch
@@ -243,7 +244,8 @@ def run_parity(
     """
     import dataclasses
 
-    from accel.engines import SessionOptions, open_session
+    from accel.engines import open_session
+    from accel.engines.session import SessionOptions
     from accel.graph.parity import ROWS, capacity_of, check_parity
 
     files = {path.name: FileEntry(path.stat().st_size, "") for path in folder.iterdir() if path.is_file()}
@@ -262,9 +264,7 @@ def _lowered_names(model: ir.Model, canonical: tuple[str, ...]) -> tuple[str, ..
     return tuple(name for name in canonical if name in present)
 
 
-def _save_graph(
-    model: ir.Model, path: Path, attention: tuple[str, ...], passes: tuple[PassReport, ...]
-) -> GraphEntry:
+def _save_graph(model: ir.Model, path: Path, attention: tuple[str, ...], passes: tuple[PassReport, ...]) -> GraphEntry:
     """Saves a graph without anything that differs between two exports of one model."""
     import onnx_ir as ir
 
