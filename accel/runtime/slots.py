@@ -15,6 +15,7 @@ from accel.runtime.sampling import log_softmax
 from accel.runtime.sequence import Event, Sequence
 
 DEFAULT_CHUNK = 256  # prompt tokens per step, all rows together
+_LEAST_WIDTH = 32  # a row near its capacity may narrow the others' chunks down to this; then they take turns
 _SCORE_BYTES = 64 << 20  # logits of one scoring step
 
 Plan = list[tuple[Sequence, int]]  # who takes part, with how many tokens, in row order
@@ -53,7 +54,7 @@ class SlotLoop:
         self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row
         self._query = np.zeros(session.max_batch, np.int32)
         self._past = np.zeros(session.max_batch, np.int32)
-        self._prefilled_last = False
+        self._prefilled_last = self._ending_last = False
         self.steps = 0
 
     @property
@@ -155,8 +156,23 @@ class SlotLoop:
             self._prefilled_last = not decoding or not self._prefilled_last
             plan = self._share_budget(prefilling[:1]) if self._prefilled_last else decoding
         if len(plan) > 1:
+            plan = self._within_capacity(plan)
             plan.sort(key=lambda entry: entry[0].row or 0)
         return plan
+
+    def _within_capacity(self, plan: Plan) -> Plan:
+        """Keeps every row's past plus the step's widest row within the capacity, as the padded attention needs."""
+        widest = max(count for _, count in plan)
+        room = self._session.capacity - max(s.computed for s, _ in plan)
+        if widest <= room:
+            return plan
+        if room < _LEAST_WIDTH:
+            ending = [(s, n) for s, n in plan if self._session.capacity - s.computed < widest]
+            others = [entry for entry in plan if entry not in ending]
+            self._ending_last = not others or not self._ending_last
+            plan = ending if self._ending_last else others
+            room = self._session.capacity - max(s.computed for s, _ in plan)
+        return [(s, min(n, room)) for s, n in plan]
 
     def _share_budget(self, prefilling: list[Sequence]) -> Plan:
         """Cuts a step's prompt tokens off the oldest prompts; scored ones bring logits for each, so fewer."""

@@ -250,3 +250,21 @@ def test_log_probabilities_are_recorded(session: Recorder) -> None:
 def test_the_chunk_is_checked(session: Recorder) -> None:
     with pytest.raises(InputError, match="chunk must be at least 1"):
         SlotLoop(session, SlotOptions(chunk=0))
+
+
+@pytest.mark.parametrize("lead", [40, 20, 1])
+def test_a_row_near_its_capacity_shares_with_a_long_prompt(session: Recorder, lead: int) -> None:
+    """The padded attention refuses past + width > capacity in any row: the loop narrows the step or takes turns."""
+    loop = SlotLoop(session)
+    near = sequence(RNG.integers(0, VOCAB, 70).tolist(), 128 - 70)
+    loop.submit(near)
+    while near.computed < session.capacity - lead:
+        loop.step()
+    late = [sequence(RNG.integers(0, VOCAB, 60).tolist(), 4), sequence(RNG.integers(0, VOCAB, 90).tolist(), 4)]
+    for other in late:
+        loop.submit(other)
+    drain(loop)
+    for one in (near, *late):
+        assert one.error is None and one.finish_reason == "length"
+        prompt = one.prompt.tolist()
+        assert one.new_ids == greedy(WEIGHTS, prompt, len(one.new_ids))
