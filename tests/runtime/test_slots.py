@@ -35,12 +35,15 @@ class Recorder:
         self._session, self.mixed_steps = session, mixed
         self.max_batch, self.capacity, self.vocab_size = session.max_batch, session.capacity, session.vocab_size
         self.steps: list[list[int]] = []
+        self.ends: list[int] = []  # largest past plus the widest row: what the padded attention spans
         self.copies: list[tuple[int, int, int]] = []
         self.poisoned: int | None = None  # a token whose row's logits become NaN
         self.refused: int | None = None  # a token at which the engine raises
 
     def step(self, inputs: StepInputs) -> np.ndarray:
         self.steps.append(inputs.query_lengths.tolist())
+        active = inputs.query_lengths > 0
+        self.ends.append(int(inputs.past_lengths[active].max() + inputs.query_lengths.max()))
         if self.refused is not None and self.refused in inputs.input_ids:
             raise RuntimeError("the engine broke")
         logits = self._session.step(inputs)
@@ -264,6 +267,7 @@ def test_a_row_near_its_capacity_shares_with_a_long_prompt(session: Recorder, le
     for other in late:
         loop.submit(other)
     drain(loop)
+    assert max(session.ends) <= session.capacity
     for one in (near, *late):
         assert one.error is None and one.finish_reason == "length"
         prompt = one.prompt.tolist()
