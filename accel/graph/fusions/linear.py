@@ -5,7 +5,8 @@ Cases:
        vector becomes the bias.
     2. ``Reshape -> Gemm(x, W, b) -> Reshape`` as transformers' Conv1D traces: W is [K, N]
        (attribute ``transposed`` 0); the reshapes only flatten leading dimensions and go.
-Refused: anything whose weight is not an initializer, Gemm with alpha, beta or transA.
+Refused: anything whose weight is not an initializer, a bias that is not one number per output, Gemm with alpha,
+beta or transA.
 
 The node keeps weights out of constant folding (a folded transpose would be a second copy)
 and lets each target choose its own matrix product.
@@ -29,6 +30,11 @@ def _is_weight(value: ir.Value | None) -> bool:
     return value is not None and value.is_initializer() and value.shape is not None and len(value.shape) == 2
 
 
+def _is_bias(value: ir.Value, weight: ir.Value, axis: int) -> bool:
+    """One number per output; a single number or a matrix would broadcast, and could not be merged row-wise."""
+    return value.shape is not None and weight.shape is not None and list(value.shape) == [weight.shape[axis]]
+
+
 def _linear(x: ir.Value, weight: ir.Value, bias: ir.Value | None, transposed: int, like: ir.Value) -> ir.Node:
     inputs = [x, weight] if bias is None else [x, weight, bias]
     node = ir.node("Linear", inputs, {"transposed": transposed}, domain=DOMAIN)
@@ -44,13 +50,15 @@ def _fuse_matmul(node: ir.Node) -> bool:
     transpose = producer(right, "Transpose")
     if x is None or transpose is None or not _is_weight(transpose.inputs[0]):
         return False
+    if tuple(transpose.attributes.get_ints("perm", (1, 0))) != (1, 0):
+        return False
     weight = transpose.inputs[0]
     assert weight is not None
     last, bias = node, None
     add = sole_consumer(node.outputs[0], "Add")
     if add is not None:
         other = add.inputs[1] if add.inputs[0] is node.outputs[0] else add.inputs[0]
-        if other is not None and other.is_initializer() and other.shape is not None and len(other.shape) == 1:
+        if other is not None and other.is_initializer() and _is_bias(other, weight, 0):
             last, bias = add, other
     fused = _linear(x, weight, bias, 1, last.outputs[0])
     substitute(last, [fused], [fused.outputs[0]])
@@ -66,6 +74,8 @@ def _fuse_gemm(node: ir.Node) -> bool:
     x, weight = node.inputs[0], node.inputs[1]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     assert x is not None and weight is not None
+    if bias is not None and not _is_bias(bias, weight, 0 if attributes.get("transB", 0) else 1):
+        return False
     before, after = producer(x, "Reshape"), sole_consumer(node.outputs[0], "Reshape")
     output = node.outputs[0]
     if before is not None and after is not None and _only_flattens(before, after):

@@ -31,6 +31,8 @@ def _lift_above_transpose(norm: ir.Node) -> None:
     source = transpose.inputs[0]
     if not perm or perm[-1] != len(perm) - 1 or source is None:
         return
+    if norm.attributes.get_int("axis", -1) not in (-1, len(perm) - 1):  # it normalises over axes that move
+        return
     lifted = ir.node("RMSNormalization", [source, norm.inputs[1]], dict(norm.attributes))
     lifted.outputs[0].shape, lifted.outputs[0].type = source.shape, source.type
     moved = ir.node("Transpose", [lifted.outputs[0]], {"perm": perm})
