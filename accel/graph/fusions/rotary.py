@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from accel.graph.edit import ints, make_constant, operands, producer, scalar, sole_consumer
+from accel.graph.edit import ints, make_constant, operands, producer, replace_value, scalar, sole_consumer
 
 _HEADS_FIRST = (0, 2, 1, 3)
 
@@ -81,7 +81,7 @@ def _over_heads(value: ir.Value) -> ir.Value | None:
 
 def _is_half_turn_of(value: ir.Value, x: ir.Value) -> bool:
     concat = producer(value, "Concat")
-    if concat is None or len(concat.inputs) != 2 or x.shape is None:
+    if concat is None or not _joins_columns(concat) or x.shape is None:
         return False
     negated = producer(concat.inputs[0], "Neg")
     width = x.shape[-1]
@@ -89,6 +89,13 @@ def _is_half_turn_of(value: ir.Value, x: ir.Value) -> bool:
         return False
     upper, lower = column_range(negated.inputs[0]), column_range(concat.inputs[1])
     return upper == (x, width // 2, width) and lower == (x, 0, width // 2)
+
+
+def _joins_columns(concat: ir.Node) -> bool:
+    """Whether it puts two values side by side, along the last axis."""
+    shape = concat.outputs[0].shape
+    last = -1 if shape is None else len(shape) - 1
+    return len(concat.inputs) == 2 and concat.attributes["axis"].as_int() in (-1, last)
 
 
 def column_range(value: ir.Value | None) -> tuple[ir.Value, int, int] | None:
@@ -125,7 +132,7 @@ def _whole_head(x: ir.Value, add: ir.Node) -> tuple[ir.Value, ir.Node]:
     if part is None or concat is None or part[1] != 0 or concat.inputs[0] is not add.outputs[0]:
         return x, add
     head, _, stop = part
-    rest = column_range(concat.inputs[1]) if len(concat.inputs) == 2 else None
+    rest = column_range(concat.inputs[1]) if _joins_columns(concat) else None
     width = head.shape[-1] if head.shape is not None else None
     return (head, concat) if rest == (head, stop, width) else (x, add)
 
@@ -161,7 +168,7 @@ def _rewrite(graph: ir.Graph, rotation: _Rotation) -> bool:
     for made in (flat, rotary, back, heads_first):
         made.outputs[0].type = output.type
     graph.insert_before(rotation.node, [*new, rotary, back, heads_first])
-    ir.convenience.replace_all_uses_with(output, heads_first.outputs[0])
+    replace_value(output, heads_first.outputs[0])
     return True
 
 
@@ -172,7 +179,7 @@ def _half(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value | None:
         return None
     if node.op_type == "Concat":
         first, second = node.inputs[0], node.inputs[-1]
-        return first if len(node.inputs) == 2 and first is second else None
+        return first if _joins_columns(node) and first is second else None
     if node.op_type == "Mul" and scalar(node.inputs[1]) is not None:
         inner, extra = _half(graph, node.inputs[0], before), [node.inputs[1]]  # type: ignore[arg-type]
     elif node.op_type in ("Cos", "Sin", "Cast"):
