@@ -84,7 +84,10 @@ def _covered_positions(model: Any) -> tuple[int | None, bool]:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         return None, False
-    return min([int(limit), *_switch_points(getattr(model.config, "rope_parameters", None) or {})]), False
+    switch = min(_switch_points(getattr(model.config, "rope_parameters", None) or {}), default=int(limit))
+    if switch < limit:
+        _log.warning("The rotary scheme changes beyond %d tokens: the bundle is limited to them", switch)
+    return min(int(limit), switch), False
 
 
 def _switch_points(rope: dict[str, Any]) -> Iterator[int]:
@@ -94,7 +97,6 @@ def _switch_points(rope: dict[str, Any]) -> Iterator[int]:
             yield from _switch_points(part)
     original = rope.get("original_max_position_embeddings")
     if rope.get("rope_type") == "longrope" and original:
-        _log.warning("longrope changes beyond %d tokens: the bundle is limited to them", original)
         yield int(original)
 
 
