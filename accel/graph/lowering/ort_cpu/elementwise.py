@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from accel.graph.edit import operands, producer, rank, sole_consumer, substitute
+from accel.graph.edit import last_dim, operands, producer, rank, sole_consumer, substitute
 
 MICROSOFT = "com.microsoft"
 
@@ -32,7 +32,8 @@ def _biased(value: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if pair is None or sole_consumer(value) is None:
         return None
     for x, bias in (pair, pair[::-1]):
-        if bias.is_initializer() and rank(bias) == 1 and producer(x, "FusedMatMul", "MatMul") is not None:
+        whole = bias.is_initializer() and rank(bias) == 1 and bias.shape[0] == last_dim(x)  # type: ignore[index]
+        if whole and producer(x, "FusedMatMul", "MatMul") is not None:
             return x, bias
     return None
 
