@@ -38,7 +38,7 @@ class Workspace:
         return self.bench / "sentences.json"
 
     def artifact(self, peer: str, model: str) -> Path:
-        return self.bench / "artifacts" / peer / model
+        return self.bench / "artifacts" / (PEERS[peer].export_of or peer) / model
 
     def start(self, peer: str, model: str, artifact: Path | None = None) -> WorkerProcess:
         """Starts a peer's worker. Raises WorkerFailure when its environment is not there."""

@@ -8,7 +8,7 @@ from accel.bench.peers.ctranslate2_peer import CTranslate2
 from accel.bench.peers.genai import Genai
 from accel.bench.peers.openvino_peer import OpenVINO
 from accel.bench.peers.optimum_onnx import Optimum, OrtO2
-from accel.bench.peers.ort_dynamo import OrtDynamo
+from accel.bench.peers.ort_dynamo import OrtDynamo, OrtDynamoValues
 from accel.bench.peers.sentence_transformers_peer import (
     SentenceTransformersOnnx,
     SentenceTransformersOnnxO2,
@@ -24,6 +24,7 @@ PEERS: dict[str, type[Peer]] = {
         TorchBundlePeer,
         TorchEager,
         OrtDynamo,
+        OrtDynamoValues,
         OrtO2,
         Optimum,
         TransformersOnnx,

@@ -38,6 +38,7 @@ class Peer:
     environment: ClassVar[str] = "host"  # "host": the benchmark's own; else a name of scripts/peers.sh
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose versions are recorded
     exports: ClassVar[bool] = True
+    export_of: ClassVar[str] = ""  # the peer whose export it runs, where that is not its own
 
     def __init__(self, model: str, source: Path, artifact: Path, threads: int) -> None:
         self.model, self.source, self.artifact, self.threads = model, source, artifact, threads

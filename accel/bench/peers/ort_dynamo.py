@@ -28,6 +28,17 @@ class OrtDynamo(Peer):
         return greedy_loop(open_session(self.artifact / "model.onnx", self.threads))
 
 
+class OrtDynamoValues(OrtDynamo):
+    """The same decoder graph under a loop that keeps the cache in OrtValues: a better loop than most would write."""
+
+    name = "ort-dynamo-values"
+    label = "plain ONNX Runtime, OrtValue loop"
+    export_of = "ort-dynamo"
+
+    def open_decoder(self) -> Generate:
+        return greedy_loop(open_session(self.artifact / "model.onnx", self.threads), keep_values=True)
+
+
 def _export_encoder(source: Any) -> Any:
     import torch
     from transformers import AutoModel

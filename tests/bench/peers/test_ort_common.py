@@ -26,6 +26,13 @@ class CountingSession:
     def get_outputs(self) -> list[Any]:
         return [SimpleNamespace(name="logits"), SimpleNamespace(name="present.0.key")]
 
+    def run(self, names: None, feeds: dict[str, Any]) -> list[Any]:
+        from onnxruntime import OrtValue
+
+        assert all(isinstance(value, np.ndarray) for value in feeds.values())
+        values = {name: OrtValue.ortvalue_from_numpy(value) for name, value in feeds.items()}
+        return [value.numpy() for value in self.run_with_ort_values([], values)]
+
     def run_with_ort_values(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
         from onnxruntime import OrtValue
 
@@ -38,10 +45,11 @@ class CountingSession:
         return [OrtValue.ortvalue_from_numpy(value) for value in (logits, present)]
 
 
-def test_greedy_loop_feeds_the_cache_back_and_counts_positions() -> None:
+@pytest.mark.parametrize("keep_values", [False, True])
+def test_greedy_loop_feeds_the_cache_back_and_counts_positions(keep_values: bool) -> None:
     pytest.importorskip("onnxruntime")
     session = CountingSession()
-    tokens = greedy_loop(session)(np.array([[1, 2, 4]], np.int64), 4)
+    tokens = greedy_loop(session, keep_values)(np.array([[1, 2, 4]], np.int64), 4)
     assert tokens == [7, 4, 8, 6]  # 7, then 14, 18, 26 modulo 10
     assert session.positions == [[0, 1, 2], [3], [4], [5]]
 
