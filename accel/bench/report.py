@@ -100,12 +100,15 @@ def markdown(result: Result) -> str:
     """A table of medians with accel's ratio to each peer, the targets, and what did not run."""
     lines = [_heading(result), ""]
     names = metrics_of(result)
-    lines += ["| | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    reference = next((s["agreement"]["reference"] for s in result["peers"].values() if "agreement" in s), None)
+    heads = [*names, *([f"answers against {result['peers'][reference]['label']}"] if reference else [])]
+    lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for peer, state in result["peers"].items():
         if state["status"] != "measured":
             continue
         label = f"**{state['label']}**" if peer == "accel" else state["label"]
-        lines.append(f"| {label} | " + " | ".join(_cell(result, metric, peer) for metric in names) + " |")
+        cells = [_cell(result, metric, peer) for metric in names] + ([_agreement(state)] if reference else [])
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", *_target_lines(result), *_missing_lines(result)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -125,6 +128,15 @@ def _cell(result: Result, metric: str, peer: str) -> str:
     text = f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
     ratio = ratios(result, metric).get(peer)
     return f"{text} ({ratio.median:.2f}, {ratio.upper:.2f})" if ratio else text
+
+
+def _agreement(state: dict[str, Any]) -> str:
+    """The distinct findings of a peer's cases; differences of numbers are summed up by the largest."""
+    findings = [text for case, text in state.get("agreement", {}).items() if case != "reference"]
+    numbers = [text for text in findings if text.startswith("max abs ")]
+    others = [text for text in findings if text not in numbers]
+    largest = [max(numbers, key=lambda text: float(text.split()[-1]))] if numbers else []
+    return ", ".join(dict.fromkeys([*others, *largest])) or "-"
 
 
 def _target_lines(result: Result) -> list[str]:

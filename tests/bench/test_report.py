@@ -88,6 +88,18 @@ def test_markdown_shows_medians_ratios_verdicts_and_failures() -> None:
     assert "- broken: failed: it does not install" in text
 
 
+def test_markdown_shows_how_far_the_answers_are_from_the_reference() -> None:
+    result = result_of({"accel": {"m": scaled(5)}, "torch": {"m": scaled(10)}, "odd": {"m": scaled(7)}})
+    findings = {"accel": ("max abs 2.0e-06", "max abs 1.0e-05"), "torch": ("max abs 0.0e+00",), "odd": ("shape [1]",)}
+    for peer, texts in findings.items():
+        agreement = {"reference": "torch", **{str(case): text for case, text in enumerate(texts)}}
+        result["peers"][peer]["agreement"] = agreement
+    text = markdown(result)
+    assert "| | m | answers against torch |" in text
+    assert "| **accel** | 5.00 | max abs 1.0e-05 |" in text
+    assert "| odd | 7.00 (0.71, 0.71) | shape [1] |" in text
+
+
 def test_results_survive_the_file_and_other_schemas_are_refused(tmp_path: Path) -> None:
     result = result_of({"accel": {"b": [1.0], "a": [2.0]}})
     write_result(result, tmp_path / "new" / "r.json")
