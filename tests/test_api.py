@@ -240,3 +240,16 @@ def test_progress_only_when_asked(tiny_model: Any, tmp_path: Path, capfd: pytest
     assert capfd.readouterr() == ("", "")
     accel.export(tiny_model, tmp_path / "shown", show_progress=True)
     assert "Tracing" in capfd.readouterr().err
+
+
+def test_an_encoder_without_a_pooler_runs_on_every_engine(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=50, max_position_embeddings=40, **sizes)
+    accel.export(BertModel(config, add_pooling_layer=False), tmp_path / "bundle")
+    ids = np.array([[3, 4, 5, 6]])
+    with accel.load(tmp_path / "bundle", engine="torch") as reference, accel.load(tmp_path / "bundle") as encoder:
+        assert (reference.engine.name, encoder.engine.name) == ("torch", "ort-cpu")
+        expected = reference(ids).last_hidden_state
+        np.testing.assert_allclose(encoder(ids).last_hidden_state, expected, atol=1e-5)

@@ -76,8 +76,12 @@ def build_model(bundle: Bundle, threads: int) -> tuple[Any, EngineInfo]:
         what = f"transformers {transformers.__version__} has no {arch.architecture}"
         raise DependencyError(what, remedy="Upgrade it: pip install --upgrade transformers")
     config = transformers.AutoConfig.for_model(**bundle.read_json("config.json"))
+    options = {"attn_implementation": "eager", "dtype": torch.float32}
+    has_pooler = any(name.startswith("pooler.") for name in bundle.manifest.parameters)
+    if not has_pooler and "add_pooling_layer" in inspect.signature(cls.__init__).parameters:
+        options["add_pooling_layer"] = False  # a checkpoint without one was exported without one
     with _build_lock, _parameters_on_meta(torch):
-        model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = cls._from_config(config, **options)
     _assign_parameters(torch, model, bundle)
     torch.set_num_threads(threads)
     return model.eval(), EngineInfo(NAME, torch.__version__, "cpu", _parameter_variant(bundle), threads)
