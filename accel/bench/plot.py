@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel.bench.report import Result, medians, metrics_of
+from accel.bench.report import Result, format_figure, medians, metrics_of
 from accel.errors import DependencyError
 
 OURS, THEIRS = "#c2410c", "#94a3b8"
@@ -47,7 +47,7 @@ def _draw_panel(axis, result: Result, metric: str) -> None:  # type: ignore[no-u
     bars = axis.barh(
         labels, [value for _, value in values], color=[OURS if p == "accel" else THEIRS for p, _ in values]
     )
-    axis.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+    axis.bar_label(bars, [format_figure(value) for _, value in values], fontsize=7, padding=2)
     axis.set_title(f"{metric}, {unit_of(metric, result)}", fontsize=9)
     axis.tick_params(labelsize=7)
     axis.margins(x=0.18)

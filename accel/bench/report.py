@@ -125,9 +125,14 @@ def _cell(result: Result, metric: str, peer: str) -> str:
     value = medians(result, metric).get(peer)
     if value is None:
         return "-"
-    text = f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    text = format_figure(value)
     ratio = ratios(result, metric).get(peer)
     return f"{text} ({ratio.median:.2f}, {ratio.upper:.2f})" if ratio else text
+
+
+def format_figure(value: float) -> str:
+    """Three or four significant digits, never an exponent."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"
 
 
 def _agreement(state: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from accel.bench.cases import Target
-from accel.bench.report import judge, markdown, medians, metrics_of, ratios, read_result, write_result
+from accel.bench.report import format_figure, judge, markdown, medians, metrics_of, ratios, read_result, write_result
 
 STEADY = list(np.linspace(0.98, 1.02, 15))
 
@@ -108,3 +108,7 @@ def test_results_survive_the_file_and_other_schemas_are_refused(tmp_path: Path) 
     write_result({**result, "schema": 2}, tmp_path / "r.json")
     with pytest.raises(ValueError, match="schema 2"):
         read_result(tmp_path / "r.json")
+
+
+def test_figures_keep_three_or_four_digits() -> None:
+    assert [format_figure(value) for value in (2.071, 131.26, 3495.4)] == ["2.07", "131.3", "3495"]
