@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from accel.graph.edit import ints, make_constant, producer
+from accel.graph.edit import ints, make_constant, producer, rank
 
 PARTS = "accel.parts"  # metadata of a merged initializer: the PyTorch parameters it is made of, row-wise, in order
 
@@ -145,7 +145,13 @@ def _role(node: ir.Node) -> str | None:
         return _reshape_role(node)
     if node.op_type in ("Split", "Concat", "Slice"):
         return _last_axis_role(node)
-    return "row_wise" if node.op_type in _ROW_WISE else None
+    return "row_wise" if node.op_type in _ROW_WISE and _keeps_rows(node) else None
+
+
+def _keeps_rows(node: ir.Node) -> bool:
+    """No operand would bring the batch back, and no axis is counted from the front."""
+    flat = all(_is_batched(value) or rank(value) in (0, 1, 2) for value in node.inputs if value is not None)
+    return flat and node.attributes.get_int("axis", -1) == -1
 
 
 def _is_batched(value: ir.Value) -> bool:
@@ -162,7 +168,7 @@ def _reshape_role(node: ir.Node) -> str | None:
 
 
 def _last_axis_role(node: ir.Node) -> str | None:
-    rank = len(node.inputs[0].shape or ()) if node.inputs[0] is not None else 0
+    last = len(node.inputs[0].shape or ()) - 1 if node.inputs[0] is not None else -1
     if node.op_type == "Slice":
         return "row_wise" if len(node.inputs) > 3 and ints(node.inputs[3]) == [-1] else None
-    return "last_axis" if node.attributes.get_int("axis", 0) in (-1, rank - 1) else None
+    return "last_axis" if node.attributes.get_int("axis", 0) in (-1, last) else None
