@@ -53,3 +53,27 @@ def mpnet_attention_by_name(model: torch.nn.Module) -> Iterator[None]:
         cls.forward = original
         for layer in layers:
             del layer.config
+
+
+@contextmanager
+def fixed_rotary_frequencies(model: torch.nn.Module) -> Iterator[None]:
+    """``dynamic`` and ``longrope`` modules look at the positions' maximum in each pass (transformers 5.17 to 5.23).
+
+    That is a branch on data, which torch.export refuses, or an update of a buffer, which it would leave behind
+    in the model. Below the length that ``accel.exporter.arch`` limits a bundle to, the frequencies never change:
+    while this is open the modules keep those they have.
+    """
+    kept: list[tuple[torch.nn.Module, Any]] = []
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, dict):  # one scheme per layer type
+            kept.append((module, kinds))
+            module.rope_type = dict.fromkeys(kinds, "default")  # type: ignore[assignment]
+        elif isinstance(kinds, str):
+            kept.append((module, kinds))
+            module.rope_type = "default"  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, kinds in kept:
+            module.rope_type = kinds

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from accel.errors import ExportError, UnsupportedArchitectureError
 from accel.exporter.attention import PROBE, TRACE, AttentionContext, StepTensors, attention_context
 from accel.exporter.cache import PassThroughCache
-from accel.exporter.patches import mpnet_attention_by_name
+from accel.exporter.patches import fixed_rotary_frequencies, mpnet_attention_by_name
 from accel.spec import AttentionSpec, Kind, Task
 
 OPSET = 23  # RMSNormalization and RotaryEmbedding need 23; torch 2.11 to 2.13 write at most 23
@@ -166,14 +166,14 @@ def takes_token_types(model: PreTrainedModel) -> bool:
 
 
 def _export(
-    module: torch.nn.Module,
+    module: PackedDecoder | MaskedEncoder,
     example: dict[str, Any],
     shapes: dict[str, Any],
     inputs: list[str],
     outputs: list[str],
 ) -> ir.Model:
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), fixed_rotary_frequencies(module.model):
             program = torch.onnx.export(
                 module.eval(),
                 kwargs=example,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from transformers import MPNetModel
+from transformers import AttentionInterface, MPNetModel
 
 from accel.errors import UnsupportedArchitectureError
 from accel.exporter.attention import PROBE, AttentionContext, attention_context
@@ -29,8 +30,6 @@ def mpnet() -> MPNetModel:
 
 def test_mpnet_still_computes_its_attention_inline(mpnet: MPNetModel) -> None:
     context = AttentionContext(causal=False)
-    with attention_context(mpnet, PROBE, context), pytest.raises(AttributeError, match="config"):
-        _ = mpnet.encoder.layer[0].attention.attn.config
     with torch.inference_mode(), attention_context(mpnet, PROBE, context):
         mpnet(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones((1, 2), dtype=torch.long))
     assert context.layers == []
@@ -38,28 +37,27 @@ def test_mpnet_still_computes_its_attention_inline(mpnet: MPNetModel) -> None:
 
 
 def test_mpnet_gives_the_same_numbers_by_name(mpnet: MPNetModel) -> None:
-    feeds = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 1]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-
     def attend(
-        module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, bias: Any, **_: Any
+        module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, bias: Any
     ) -> tuple[torch.Tensor, None]:
-        scores = query @ key.transpose(-1, -2) * scaling + bias + mask
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
+        weights = (query @ key.transpose(-1, -2) * scaling + bias).softmax(-1)
+        return (weights @ value).transpose(1, 2), None
 
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
-        expected = mpnet(**feeds).last_hidden_state
-        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "plain", attend)
-        patch.setattr(mpnet.config, "_attn_implementation_internal", "plain")
-        with mpnet_attention_by_name(mpnet):
-            found = mpnet(**feeds).last_hidden_state
+    AttentionInterface.register("accel_test_plain", attend)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 3]])
+    with torch.inference_mode():
+        expected = mpnet(input_ids=ids).last_hidden_state
+        with (
+            attention_context(mpnet, "accel_test_plain", AttentionContext(causal=False)),
+            mpnet_attention_by_name(mpnet),
+        ):
+            found = mpnet(input_ids=ids).last_hidden_state
     torch.testing.assert_close(found, expected)
     assert not hasattr(mpnet.encoder.layer[0].attention.attn, "config")
 
 
 def test_dynamic_frequencies_still_branch_on_data() -> None:
-    model = make_decoder(rope_parameters=DYNAMIC)
+    model: Any = make_decoder(rope_parameters=DYNAMIC)
     rotary, inputs = model.model.rotary_emb, (torch.zeros(1, 4, 32), torch.arange(4)[None])
     with pytest.raises(Exception, match="data-dependent"):
         torch.export.export(rotary, inputs)
@@ -69,9 +67,11 @@ def test_dynamic_frequencies_still_branch_on_data() -> None:
 
 
 @pytest.mark.parametrize(("family", "rope"), [("llama", DYNAMIC), ("phi3", LONGROPE)])
-def test_schemes_of_changing_frequencies_are_traced_and_leave_the_model_whole(family: str, rope: dict[str, Any]) -> None:
+def test_schemes_of_changing_frequencies_are_traced_and_leave_the_model_whole(
+    family: str, rope: dict[str, Any]
+) -> None:
     changes = {"original_max_position_embeddings": 32} if family == "phi3" else {}
-    model = make_decoder(family, rope_parameters=rope, **changes)
+    model: Any = make_decoder(family, rope_parameters=rope, **changes)
     ids = torch.arange(3, 9)[None]
     with torch.inference_mode():
         before = model(input_ids=ids).logits
@@ -82,9 +82,7 @@ def test_schemes_of_changing_frequencies_are_traced_and_leave_the_model_whole(fa
     assert model.model.rotary_emb.rope_type == rope["rope_type"]
 
 
-def test_other_models_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, mpnet: MPNetModel) -> None:
-    from contextlib import nullcontext
-
+def test_without_its_patch_mpnet_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, mpnet: MPNetModel) -> None:
     monkeypatch.setattr("accel.exporter.tracer.mpnet_attention_by_name", nullcontext)
     with pytest.raises(UnsupportedArchitectureError, match="past transformers' attention registry"):
         probe_layers(mpnet, "encoder")
