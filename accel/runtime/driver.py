@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Sequence as Sequences
 
 from accel.engines.lifetime import Lifetime
@@ -13,16 +12,19 @@ from accel.runtime.slots import SlotLoop
 
 
 class Client:
-    """One call's sequences and the events that came for them.
+    """One call's sequences and whether something came for them.
 
     Args:
         sequences: The call's sequences; each gets this client as its owner.
         every_token: Whether the call wants to be woken at every token (streams) or at the end.
+
+    Attributes:
+        news: Whether tokens came since the call last looked (``every_token`` alone).
     """
 
     def __init__(self, sequences: Sequences[Sequence], every_token: bool = False) -> None:
         self.sequences, self.every_token = sequences, every_token
-        self.tokens: deque[int] = deque()  # of a stream, which has one sequence
+        self.news = False
         self.condition: threading.Condition | None = None
         for sequence in sequences:
             sequence.owner = self
@@ -35,7 +37,7 @@ class Client:
     @property
     def ready(self) -> bool:
         """Whether its caller has something to do."""
-        return bool(self.tokens) or self.finished if self.every_token else self.finished
+        return self.news or self.finished
 
 
 class SlotDriver:
@@ -130,7 +132,7 @@ class SlotDriver:
         if not isinstance(client, Client):
             return
         if client.every_token and event.token is not None:
-            client.tokens.append(event.token)
+            client.news = True
         with self._lock:  # always: a client that is just about to wait must not miss this
             if client in self._waiting and client.ready:
                 assert client.condition is not None

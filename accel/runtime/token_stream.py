@@ -26,6 +26,7 @@ class TokenStream(Iterator[Piece]):
     ) -> None:
         self._driver, self._client, self._finish, self._as_text = driver, client, finish, as_text
         self._sequence = client.sequences[0]
+        self._taken = 0  # token ids handed out
         self._result: GenerateResult | None = None
         self._closed = False
 
@@ -42,10 +43,11 @@ class TokenStream(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         while not self._closed:
+            finished = self._sequence.finished  # read first: another thread may end it, with a last piece, meanwhile
             piece = self._take()
             if piece is not None:
                 return piece
-            if self._sequence.finished:
+            if finished:
                 self._end()
                 break
             self._driver.advance(self._client)
@@ -69,13 +71,20 @@ class TokenStream(Iterator[Piece]):
             self.close()
 
     def _take(self) -> Piece | None:
-        tokens = self._client.tokens
+        self._client.news = False
         if not self._as_text:
-            return tokens.popleft() if tokens else None  # type: ignore[return-value]
-        tokens.clear()
+            return self._take_id()  # type: ignore[return-value]
         watch = self._sequence.watch
         assert watch is not None
         return watch.pieces.popleft() if watch.pieces else None  # type: ignore[return-value]
+
+    def _take_id(self) -> int | None:
+        sequence = self._sequence
+        at = len(sequence.prompt) + self._taken
+        if at >= sequence.length:
+            return None
+        self._taken += 1
+        return int(sequence.tokens[at])
 
     def _end(self) -> None:
         self._closed = True

@@ -102,6 +102,23 @@ def test_streams(lm: Decoder) -> None:
     assert next(iter(lm.stream(TEXT, max_new_tokens=12))) == f"w{EXPECTED[0][0]}"
 
 
+def test_a_stream_keeps_its_end_while_another_thread_drives(lm: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader looks for a piece, finds none, and only then another thread's step ends the sequence."""
+    for prompt, expected in ((PROMPTS[0], EXPECTED[0]), (TEXT, [words(EXPECTED[0])])):
+        stream: Any = lm.stream(prompt, max_new_tokens=12)
+        take = stream._take
+
+        def take_late(take: Any = take, loop: Any = lm._driver.loop) -> Any:
+            piece = take()
+            while piece is None and loop.has_work:
+                loop.step()  # as another thread would, whose events have not been delivered yet
+            return piece
+
+        monkeypatch.setattr(stream, "_take", take_late)
+        found = list(stream)
+        assert (found if isinstance(prompt, list) else ["".join(found)]) == expected
+
+
 def test_abandoned_streams_free_their_rows(lm: Decoder) -> None:
     for _ in range(2 * lm.max_batch):
         stream = lm.stream(PROMPTS[0], max_new_tokens=100)
