@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle, BundleWriter
-from accel.errors import DependencyError
+from accel.errors import DependencyError, InputError
 from accel.manifest import SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, ParityResult, PassReport, Variant
 from accel.recipe import ParityRecipe, Recipe, load_recipe
 from accel.spec import ArchSpec, Task, TensorSpec
@@ -76,6 +76,9 @@ def export(
     from accel.exporter.source import resolve_source
 
     chosen = None if task is None else check_task(task)
+    if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
+        what = f"max_positions must be an integer of at least 1, not {max_positions!r}"
+        raise InputError(what, where="max_positions")
     with BundleWriter(out, overwrite) as writer, ExportProgress(show_progress) as progress:
         progress.stage("Reading the config")
         source = resolve_source(model, trust_remote_code)

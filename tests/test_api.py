@@ -134,6 +134,8 @@ def test_overwrite(tiny_model: Any, tmp_path: Path) -> None:
         ({"recipe": {"pariti": {}}}, RecipeError, "Did you mean 'parity'"),
         ({"recipe": "decodr"}, RecipeError, "Did you mean 'decoder'"),
         ({"max_positions": 41}, InputError, "more than the 40"),
+        ({"max_positions": 0}, InputError, "at least 1, not 0"),
+        ({"max_positions": True}, InputError, "at least 1, not True"),
         ({"tokenizer": 5}, InputError, "no tokenizer"),
         ({"tokenizer": "nowhere"}, InputError, "no tokenizer folder"),
     ],
