@@ -25,6 +25,7 @@ from accel.runtime.sequence import Sequence as Slot
 from accel.runtime.slots import SlotLoop, SlotOptions
 from accel.runtime.text import TOKENIZER_FILE, StopStrings, Tokenizer
 from accel.runtime.token_stream import TokenStream
+from accel.runtime.tokenizer_files import read_object, token_ids
 from accel.schema import suggest
 from accel.spec import ArchSpec
 
@@ -211,13 +212,13 @@ class Decoder:
         self.close()
 
     def _json(self, name: str) -> dict[str, Any]:
-        return self._bundle.read_json(name) if self._bundle.has(name) else {}
+        return read_object(self._bundle, name)
 
     def _default_eos(self) -> tuple[int, ...]:
         for name in ("generation_config.json", "config.json"):
             value = self._json(name).get("eos_token_id")
             if value is not None:
-                return tuple(value) if isinstance(value, list) else (value,)
+                return token_ids(value, "eos_token_id")
         return self.tokenizer.eos_token_ids if self._bundle.has(TOKENIZER_FILE) else ()
 
     def _settle(self, options: GenerateArguments) -> GenerationOptions:

@@ -22,6 +22,7 @@ from accel.runtime.encoder_inputs import TokenInputs, check_count
 from accel.runtime.results import Timings, TruncationReport
 from accel.runtime.sentence import SentenceConfig
 from accel.runtime.spans import SpanTokenizer
+from accel.runtime.tokenizer_files import read_object
 from accel.spec import ArchSpec
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class EncoderCore:
         self.bundle = bundle
         self.engine: EngineInfo = opened.session.info
         self.fallbacks = tuple(opened.fallbacks)
-        self.config: dict[str, Any] = bundle.read_json("config.json") if bundle.has("config.json") else {}
+        self.config: dict[str, Any] = read_object(bundle, "config.json")
         self._guard = SessionGuard(opened.session)
         self._local = threading.local()
         self._with_type_ids = "token_type_ids" in self._input_names()

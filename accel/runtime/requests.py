@@ -25,6 +25,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "epsilon_cutoff": (0, 0.0),
     "eta_cutoff": (0, 0.0),
     "no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "diversity_penalty": (0, 0.0),
     "encoder_repetition_penalty": (1, 1.0),
     "bad_words_ids": ([],),
     "suppress_tokens": ([],),
@@ -34,6 +36,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "sequence_bias": ({},),
     "exponential_decay_length_penalty": (),
     "guidance_scale": (1, 1.0),
+    "stop_strings": ([],),
+    "watermarking_config": ({},),
 }
 
 
@@ -76,7 +80,8 @@ class RequestReader:
         self, vocab_size: int, capacity: int, defaults: Mapping[str, Any], eos_token_ids: tuple[int, ...]
     ) -> None:
         self.vocab_size, self.capacity, self.defaults = vocab_size, capacity, defaults
-        self.eos_token_ids = frozenset(eos_token_ids)
+        # Some configs name ids that the model does not have, and so never makes.
+        self.eos_token_ids = frozenset(index for index in eos_token_ids if index < vocab_size)
         ignored = [
             name
             for name, off in _UNSUPPORTED.items()

@@ -164,16 +164,17 @@ class Sequence:
         """Adds a generated token and decides whether it is the last."""
         self.tokens[self.length] = token
         self.length += 1
-        if token in self.eos_token_ids:
-            self.finish_reason = "eos"
-        elif self.watch is not None and self.watch.push(token):
+        stopped = self.watch is not None and self.watch.push(token)
+        if stopped:
             self.finish_reason = "stop"
+        elif token in self.eos_token_ids:
+            self.finish_reason = "eos"
         elif self.length - len(self.prompt) >= self.max_new_tokens:
             self.finish_reason = "length"
 
     def end(self) -> None:
         """Marks it finished; the text that was held back comes out."""
-        if self.watch is not None and self.finish_reason in ("eos", "length"):
+        if self.watch is not None and self.error is None and self.finish_reason in ("eos", "length"):
             self.watch.flush()
             if self.watch.stopped:
                 self.finish_reason = "stop"

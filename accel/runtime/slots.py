@@ -256,10 +256,9 @@ class SlotLoop:
                     self._score(sequence, part)
                 elif wanted:
                     token = sequence.choose(part[0])
-            except Exception as error:
-                self._end(sequence, _as_accel_error(error))
-            else:
                 self._advance(sequence, count, token)
+            except Exception as error:  # its own logits or text: the other sequences go on
+                self._end(sequence, _as_accel_error(error))
             finished = sequence.finished
             if token is not None or finished:
                 events.append(Event(sequence, token, finished))

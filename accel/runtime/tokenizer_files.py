@@ -56,17 +56,17 @@ def read_settings(bundle: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> To
     Raises:
         BundleError: a config is not a JSON object or an entry has the wrong type.
     """
-    config = _read_object(bundle, "tokenizer_config.json")
-    legacy = _read_object(bundle, "special_tokens_map.json")
-    model = {**_read_object(bundle, "config.json"), **_set_values(_read_object(bundle, "generation_config.json"))}
+    config = read_object(bundle, "tokenizer_config.json")
+    legacy = read_object(bundle, "special_tokens_map.json")
+    model = {**read_object(bundle, "config.json"), **_set_values(read_object(bundle, "generation_config.json"))}
     named = {name: _content(config.get(name, legacy.get(name)), name) for name in _NAMED_TOKENS}
     special = {name: content for name, content in named.items() if content is not None}
     for name in _NAMED_TOKENS:  # gpt2 and its kin name their tokens by id, in config.json alone
-        ids = _token_ids(model.get(f"{name}_id"), f"{name}_id")
+        ids = token_ids(model.get(f"{name}_id"), f"{name}_id")
         if name not in special and ids and (content := tokenizer.id_to_token(ids[0])) is not None:
             special[name] = content
     _register(tokenizer, config, [*special.values(), *_extra_tokens(config, legacy)])
-    eos = _token_ids(model.get("eos_token_id"), "eos_token_id")
+    eos = token_ids(model.get("eos_token_id"), "eos_token_id")
     if not eos and "eos_token" in special:
         index = tokenizer.token_to_id(special["eos_token"])
         eos = () if index is None else (index,)
@@ -85,7 +85,12 @@ def read_settings(bundle: TokenizerFiles, tokenizer: tokenizers.Tokenizer) -> To
     )
 
 
-def _read_object(bundle: TokenizerFiles, name: str) -> dict[str, Any]:
+def read_object(bundle: TokenizerFiles, name: str) -> dict[str, Any]:
+    """The JSON object in a file; empty when the bundle has none.
+
+    Raises:
+        BundleError: the file holds something else.
+    """
     if not bundle.has(name):
         return {}
     value = bundle.read_json(name)
@@ -111,11 +116,16 @@ def _content(token: Any, name: str) -> str | None:
     raise _malformed(name, token)
 
 
-def _token_ids(value: Any, name: str) -> tuple[int, ...]:
+def token_ids(value: Any, name: str) -> tuple[int, ...]:
+    """A config's entry of one id or several; negative ones, which some configs write for none, are left out.
+
+    Raises:
+        BundleError: it holds something else than integers.
+    """
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(v, bool) or not isinstance(v, int) for v in values):
         raise _malformed(name, value)
-    return tuple(v for v in values if v >= 0)  # some configs write -1 for none
+    return tuple(v for v in values if v >= 0)
 
 
 def _extra_tokens(config: dict[str, Any], legacy: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from accel.engines import open_session
 from accel.engines.session import SessionOptions, StepInputs
 from accel.errors import EngineError, InputError
 from accel.runtime.sampling import Sampler, SamplingParams
-from accel.runtime.sequence import Event, Sequence
+from accel.runtime.sequence import Event, Sequence, TextWatch
 from accel.runtime.slots import SlotLoop, SlotOptions
 from tests.engines.tiny_llama import VOCAB, draw_weights, greedy, reference_logits, write_bundle
 
@@ -165,6 +165,24 @@ def test_bad_logits_end_their_own_row_only(session: Recorder) -> None:
     assert isinstance(bad.error, EngineError) and "logit is nan" in str(bad.error)
     assert bad.finished and bad.new_ids == [] and bad.row is None
     assert good.new_ids == greedy(WEIGHTS, PROMPTS[0], 6)
+
+
+def test_text_that_fails_ends_its_own_row_only(session: Recorder) -> None:
+    class Broken:
+        def push(self, token: int) -> str:
+            raise RuntimeError("no such token")
+
+        def flush(self) -> str:
+            raise RuntimeError("no such token")
+
+    loop = SlotLoop(session)
+    bad = sequence(PROMPTS[0], 4, watch=TextWatch(Broken(), None))
+    good = sequence(PROMPTS[1], 4)
+    loop.submit(bad)
+    loop.submit(good)
+    drain(loop)
+    assert isinstance(bad.error, EngineError) and "no such token" in str(bad.error) and bad.finished
+    assert good.new_ids == greedy(WEIGHTS, PROMPTS[1], 4) and good.error is None
 
 
 def test_an_engine_failure_ends_only_the_row_that_causes_it(session: Recorder) -> None:
