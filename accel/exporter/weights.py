@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = "accel.parts"  # metadata of an initializer that is several parameters, row under row
+ROWS = "accel.rows"  # metadata of an initializer that is a range of a parameter's rows: name, start, stop
 WRAPPER = "model."  # the traced module wraps the model in an attribute of this name
 INLINE_BYTES = 1024  # smaller constants stay in the graph file
 PAGE, LINE = 4096, 64  # alignments: tensors of 1 MiB and more can be mapped on their own, others share pages
@@ -201,7 +202,8 @@ def _collect_constants(models: Sequence[ir.Model], parameters: Parameters) -> di
     constants: dict[str, ir.TensorProtocol] = {}
     for value in _initializers(models):
         tensor, name = value.const_value, value.name or ""
-        if name in parameters.tensors or _parts(value) is not None or tensor is None or tensor.nbytes < INLINE_BYTES:
+        refers = name in parameters.tensors or _parts(value) is not None or ROWS in value.metadata_props
+        if refers or tensor is None or tensor.nbytes < INLINE_BYTES:
             continue
         other = constants.setdefault(name, tensor)
         if other is not tensor and not np.array_equal(other.numpy(), tensor.numpy()):
@@ -221,6 +223,8 @@ class _Externaliser:
 
     def _tensor(self, value: ir.Value) -> ir.TensorProtocol:
         name, parts = value.name or "", _parts(value)
+        if ROWS in value.metadata_props:
+            return self._rows(value)
         if parts is not None or name in self._parameters.tensors:
             return self._reference(value, self._offsets[parts[0] if parts else name], self._shape(value, parts))
         if value.const_value is None:
@@ -228,6 +232,16 @@ class _Externaliser:
         if name in self._constants:
             return self._reference(value, self._constants[name], tuple(value.const_value.shape.numpy()))
         return ir.tensor(np.array(value.const_value.numpy()), name=name)
+
+    def _rows(self, value: ir.Value) -> ir.TensorProtocol:
+        """A range of a parameter's rows: the same bytes, a window of them."""
+        name, first, last = value.metadata_props[ROWS].split("\n")
+        start, stop = int(first), int(last)
+        if name not in self._parameters.tensors:
+            raise ExportError(f"The range of rows is of {name!r}, which is no parameter", where=value.name)
+        tensor = self._parameters.tensors[name]
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        return self._reference(value, self._offsets[name] + start * row_bytes, (stop - start, *tensor.shape[1:]))
 
     def _shape(self, value: ir.Value, parts: tuple[str, ...] | None) -> tuple[int, ...]:
         shapes = [tuple(self._parameters.tensors[name].shape) for name in parts or (value.name or "",)]

@@ -11,7 +11,7 @@ from accel.graph.clean import clean
 from accel.graph.lowering.ort_cpu.decoder_attention import lower_cached_attention
 from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, lower_rms_norm
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
-from accel.graph.lowering.ort_cpu.linear import leave_tied_head_unpacked, lower_linear
+from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
 from accel.graph.lowering.ort_cpu.packed import drop_unit_batch
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
@@ -50,7 +50,7 @@ def lower(model: ir.Model, arch: ArchSpec, max_positions: int) -> tuple[ir.Model
             ("silu", fuse_silu),
             ("unit_batch", drop_unit_batch if arch.kind == "decoder" else _nothing),
             ("clean", clean),
-            ("tied_head", leave_tied_head_unpacked),
+            ("split_head", lambda model: split_head(model, arch)),
         ),
     )
     _check(lowered, arch)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from accel.graph.edit import ints, make_constant, producer, rank
 
 PARTS = "accel.parts"  # metadata of a merged initializer: the PyTorch parameters it is made of, row-wise, in order
+ROWS = "accel.rows"  # metadata of an initializer that is a range of a parameter's rows: name, start, stop
 
 
 def merge_linears(graph: ir.Graph, before: ir.Node, outputs: Sequence[ir.Value], name: str) -> ir.Value | None:
@@ -56,6 +57,22 @@ def merge_rows(graph: ir.Graph, values: Sequence[ir.Value], name: str) -> ir.Val
     )
     graph.register_initializer(merged)
     return merged
+
+
+def rows_of(graph: ir.Graph, value: ir.Value, start: int, stop: int) -> ir.Value:
+    """An initializer that stands for a range of another's rows: the same bytes of the weight file."""
+    name = f"{value.name}.rows_{start}_{stop}"
+    if name in graph.initializers:
+        return graph.initializers[name]
+    assert value.shape is not None and value.const_value is not None
+    tensor = value.const_value
+    part = ir.Value(name=name, type=value.type, shape=ir.Shape([stop - start, *value.shape[1:]]))
+    part.metadata_props[ROWS] = f"{value.name}\n{start}\n{stop}"
+    part.const_value = ir.LazyTensor(
+        lambda: ir.tensor(tensor.numpy()[start:stop]), dtype=tensor.dtype, shape=part.shape, name=name
+    )
+    graph.register_initializer(part)
+    return part
 
 
 def _concatenate(tensors: Sequence[ir.TensorProtocol | None]):  # type: ignore[no-untyped-def]

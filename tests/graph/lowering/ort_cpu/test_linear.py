@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from accel.graph.lowering.ort_cpu.linear import leave_tied_head_unpacked, lower_linear
+from accel.graph.lowering.ort_cpu import linear
+from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
+from accel.graph.lowering.ort_cpu.packed import ROWS
+from accel.spec import ArchSpec, AttentionSpec
 from tests.graph.small import apply, make, normal, ops, run
 
 
@@ -31,17 +36,37 @@ TIED = """main (int64[T] ids, float[11,8] w, float[11,8] other) => (float[T,11] 
 }"""
 
 
-def test_tied_head_becomes_an_input_that_need_not_be_given() -> None:
+def arch(kind: str) -> ArchSpec:
+    layer = AttentionSpec(heads=1, kv_heads=1, head_dim=8, scale=1.0, causal=kind == "decoder")
+    return ArchSpec("any", "Any", kind, "text-generation", 8, 11, 16, 88, True, (layer,))  # type: ignore[arg-type]
+
+
+def test_tied_head_reads_the_embedding_s_bytes_under_its_own_name() -> None:
     model = make(TIED % ("w", "w"), w=normal(11, 8), other=normal(11, 8))
     ids = np.array([3, 0, 10])
     before = run(model, ids=ids)
-    assert leave_tied_head_unpacked(model) == 1
-    assert [value.name for value in model.graph.inputs] == ["ids", "w"]
+    assert split_head(model, arch("decoder")) == 1
+    head = next(node for node in model.graph if node.op_type == "FusedMatMul").inputs[1]
+    assert head is not None and head.metadata_props[ROWS] == "w\n0\n11"
     assert np.array_equal(run(model, ids=ids)[0], before[0])
-    assert leave_tied_head_unpacked(model) == 0, "once is enough"
+    assert split_head(model, arch("decoder")) == 0, "once is enough"
 
 
-def test_untied_head_stays_constant() -> None:
+@pytest.mark.parametrize("kind,ranges", [("decoder", 2), ("encoder", 1)])
+def test_large_tied_head_is_cut_where_logits_are_few(kind: str, ranges: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "LARGEST_BYTES", 20 * 8 * 4)
+    text = TIED.replace("11", "37")
+    model = make(text % ("w", "w"), w=normal(37, 8), other=normal(37, 8))
+    ids = np.array([3, 36])
+    before = run(model, ids=ids)
+    decoder = dataclasses.replace(arch(kind), vocab_size=37)
+    assert split_head(model, decoder) == 1
+    assert ops(model).count("FusedMatMul") == ranges
+    found = run(model, ids=ids)[0]
+    assert found.shape == (2, 37) and np.allclose(found, before[0], atol=1e-6)
+
+
+def test_untied_head_of_ordinary_size_is_left_alone() -> None:
     model = make(TIED % ("w", "other"), w=normal(11, 8), other=normal(11, 8))
-    assert leave_tied_head_unpacked(model) == 0
-    assert [value.name for value in model.graph.inputs] == ["ids"]
+    assert split_head(model, arch("decoder")) == 0
+    assert ops(model) == ["Gather", "FusedMatMul"]
