@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import accel
-from accel.errors import AccelError, BundleError, CapacityError, EngineError, InputError
+from accel.errors import AccelError, CapacityError, EngineError, InputError
 from accel.runtime.decoder import Decoder
 from accel.runtime.results import GenerateResult
 from tests.engines.tiny_llama import EOS, VOCAB, draw_weights, greedy, reference_logits, write_bundle
@@ -139,6 +139,15 @@ def test_a_stop_string_cuts_the_text(lm: Decoder) -> None:
     assert "".join(map(str, stream)) == result.text
 
 
+def test_the_text_of_an_end_token_that_is_no_special_one(lm: Decoder) -> None:
+    at = next(i for i in range(2, 12) if EXPECTED[0][i] not in EXPECTED[0][:i])
+    options: Any = {"max_new_tokens": 12, "eos_token_id": EXPECTED[0][at]}
+    plain, watched = (single(lm.generate(TEXT, **options, stop=stop)) for stop in (None, "never"))
+    stream = lm.stream(TEXT, **options)
+    assert plain.text == watched.text == "".join(map(str, stream)) == words(EXPECTED[0][: at + 1])
+    assert {plain.finish_reason, watched.finish_reason, stream.result.finish_reason} == {"eos"}
+
+
 def test_chat_uses_the_template(lm: Decoder) -> None:
     messages = [{"role": "user", "content": words(PROMPTS[0][:4])}, {"role": "user", "content": words(PROMPTS[0][4:])}]
     assert single(lm.chat(messages, max_new_tokens=5)).ids == EXPECTED[0][:5]
@@ -171,51 +180,6 @@ def test_logprobs(lm: Decoder) -> None:
     result = single(lm.generate(PROMPTS[0], max_new_tokens=3, logprobs=4))
     assert result.logprobs is not None and [record.id for record in result.logprobs] == result.ids
     assert all(len(record.top) == 4 and record.top[0] == (record.id, record.logprob) for record in result.logprobs)
-
-
-def test_defaults_come_from_the_generation_config(tmp_path: Path) -> None:
-    eos = EXPECTED[0][3]
-    stop_at = EXPECTED[0].index(eos) + 1
-    generation = {"eos_token_id": [eos, EOS], "max_new_tokens": 7, "do_sample": True, "temperature": 3.0, "top_k": 1}
-    path = write_bundle(tmp_path / "bundle", WEIGHTS, generation).path
-    with accel.load(path, capacity=64, max_batch=1) as lm:
-        assert isinstance(lm, Decoder)
-        result = single(lm.generate(PROMPTS[0]))  # top_k 1 makes sampling greedy
-        assert result.ids == EXPECTED[0][: min(7, stop_at)] and result.text is None
-        assert single(lm.generate(PROMPTS[0], eos_token_id=[])).ids == EXPECTED[0][:7]
-        assert single(lm.generate(PROMPTS[0], eos_token_id=[], max_new_tokens=9)).ids == EXPECTED[0][:9]
-        hot = [single(lm.generate(PROMPTS[0], top_k=0, eos_token_id=[], seed=s)).ids for s in range(4)]
-        assert any(ids != EXPECTED[0][:7] for ids in hot)
-
-
-def test_an_end_of_sequence_id_that_the_model_lacks_is_left_out(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "bundle", WEIGHTS, {"eos_token_id": [VOCAB, -1]}).path
-    with accel.load(path, capacity=64, max_batch=1) as lm:
-        assert isinstance(lm, Decoder)
-        expected = greedy(WEIGHTS, PROMPTS[0], 5)
-        assert single(lm.generate(PROMPTS[0], max_new_tokens=5, min_new_tokens=5)).ids == expected
-
-
-@pytest.mark.parametrize("junk", [[], {"eos_token_id": "two"}, {"eos_token_id": [1.5]}])
-def test_a_junk_generation_config_is_a_bundle_error(tmp_path: Path, junk: Any) -> None:
-    path = write_bundle(tmp_path / "bundle", WEIGHTS, junk).path
-    with pytest.raises(BundleError):
-        accel.load(path, capacity=64)
-
-
-def test_the_text_of_an_end_token_that_is_no_special_one(lm: Decoder) -> None:
-    at = next(i for i in range(2, 12) if EXPECTED[0][i] not in EXPECTED[0][:i])
-    options: Any = {"max_new_tokens": 12, "eos_token_id": EXPECTED[0][at]}
-    plain, watched = (single(lm.generate(TEXT, **options, stop=stop)) for stop in (None, "never"))
-    stream = lm.stream(TEXT, **options)
-    assert plain.text == watched.text == "".join(map(str, stream)) == words(EXPECTED[0][: at + 1])
-    assert {plain.finish_reason, watched.finish_reason, stream.result.finish_reason} == {"eos"}
-
-
-def test_unsupported_generation_defaults_are_named(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "bundle", WEIGHTS, {"num_beams": 4, "no_repeat_ngram_size": 0}).path
-    with pytest.warns(UserWarning, match="sets num_beams, which"):
-        accel.load(path, capacity=64).close()
 
 
 def test_eight_threads_get_what_one_gets(lm: Decoder) -> None:
