@@ -110,18 +110,19 @@ def inspect(options: Namespace) -> int:
     """Shows what a bundle holds."""
     from accel.bundle import Bundle
     from accel.inspection import inspect as inspect_bundle
+    from accel.inspection import render_page, render_text
 
     inspection = inspect_bundle(Bundle.open(options.bundle, verify=options.verify))
     if options.html is not None:
         try:
-            options.html.write_text(inspection.to_html(), encoding="utf-8")
+            options.html.write_text(render_page(inspection), encoding="utf-8")
         except OSError as error:
             what = f"The page cannot be written: {error.strerror}"
             raise StorageError(what, where=str(options.html), remedy="Give another path") from error
     if options.json:
         print(inspection.to_json())
     elif options.html is None:
-        print(inspection.to_text())
+        print(render_text(inspection))
     else:
         print(options.html)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,13 @@ def test_imports_point_one_way(source: Source) -> None:
         return
     wrong = [name for name in imports(source) if not may_import(source.name, name)]
     assert not wrong, f"{source.name} must not import {wrong}"
+
+
+def test_imports_form_no_circle() -> None:
+    graph = {s.name: {name for name in imports(s, run_only=True) if name in MODULES - {s.name}} for s in PACKAGES}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    with pytest.raises(CycleError):
+        TopologicalSorter({**graph, "accel.errors": {"accel.bundle"}}).prepare()
 
 
 @pytest.mark.parametrize("source", PACKAGES, ids=lambda s: s.name)

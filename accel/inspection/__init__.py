@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from accel.inspection.collect import inspect
+from accel.inspection.page import render_page
 from accel.inspection.report import Inspection
+from accel.inspection.text import render_text
 
-__all__ = ["Inspection", "inspect"]
+__all__ = ["Inspection", "inspect", "render_page", "render_text"]

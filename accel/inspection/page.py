@@ -15,7 +15,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def render_page(found: Inspection) -> str:
-    """The page."""
+    """One page without any outside resource or script; every name in it is escaped."""
     name = escape(PurePath(found.path).name)
     body = [_header(found), _cards(found), _messages(found), *_passes(found), _attention(found)]
     body += [_operators(found), *map(_weights, found.weights), _cache(found), _parity(found)]

@@ -171,18 +171,6 @@ class Inspection:
         """One JSON object with everything."""
         return json.dumps(to_dict(self), indent=1, allow_nan=False)
 
-    def to_text(self) -> str:
-        """Plain text for a terminal; characters that could steer one are spelled out."""
-        from accel.inspection.text import render_text
-
-        return render_text(self)
-
-    def to_html(self) -> str:
-        """One page without any outside resource or script; every name in it is escaped."""
-        from accel.inspection.page import render_page
-
-        return render_page(self)
-
 
 __all__ = [
     "PARTS",

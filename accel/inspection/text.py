@@ -12,7 +12,7 @@ MAX_OPERATORS = 12  # operators listed on their own; the rest is summed up
 
 
 def render_text(found: Inspection) -> str:
-    """Every section, with a blank line between."""
+    """Every section, with a blank line between; characters that could steer a terminal are spelled out."""
     sections = [_head(found), *(_graph(graph, found.graphs) for graph in found.graphs)]
     sections += [_weights(report) for report in found.weights]
     if found.cache is not None:

@@ -9,7 +9,7 @@ import pytest
 
 from accel.bundle import Bundle
 from accel.errors import BundleError
-from accel.inspection import inspect
+from accel.inspection import inspect, render_page, render_text
 from accel.inspection.report import CacheRow
 from accel.manifest import ParityResult
 from tests.inspection import decoder_bundle as made
@@ -104,7 +104,7 @@ def test_without_onnx_the_manifest_still_speaks(tmp_path: Path, monkeypatch: pyt
     assert found.graphs[1].attention[0].window == 16
     assert found.weights[0].referenced_bytes == made.PARAMETERS_END  # all but the table that only the graph knows
     assert found.cache == whole.cache and found.graphs[1].passes == whole.graphs[1].passes
-    text, page = found.to_text(), found.to_html()
+    text, page = render_text(found), render_page(found)
     assert "pip install onnx" in text and "pip install onnx" in page
     assert "not read" in text and "not read" in page
     assert json.loads(found.to_json())["graphs"][1]["nodes"] is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from accel.bundle import Bundle
-from accel.inspection import inspect
+from accel.inspection import inspect, render_page, render_text
 from accel.manifest import ParityResult, PassReport
 from accel.spec import TensorSpec
 from tests.inspection import decoder_bundle as made
@@ -72,17 +72,17 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     path.write_text(path.read_text(encoding="utf-8").replace("SURROGATE", "\\ud800"), encoding="utf-8")
     found = inspect(Bundle.open(path.parent))
     assert "\ud800" in found.source
-    text = found.to_html()
+    text = render_page(found)
     text.encode("utf-8")  # a lone surrogate could not be written
     page = Page(text)
     assert not page.of("script") and not page.of("img")
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert text.count("alert(1)") > 40 and "<script" not in text
-    assert all(char.isprintable() or char == "\n" for char in found.to_text())
+    assert all(char.isprintable() or char == "\n" for char in render_text(found))
 
 
 def test_nothing_is_loaded_from_outside(tmp_path: Path) -> None:
-    text = inspect(made.write(tmp_path / "b")).to_html()
+    text = render_page(inspect(made.write(tmp_path / "b")))
     page = Page(text)
     for attribute in ("src", "href", "xlink:href", "action", "data"):
         assert not any(attribute in attributes for _, attributes in page.tags)
@@ -93,7 +93,7 @@ def test_nothing_is_loaded_from_outside(tmp_path: Path) -> None:
 
 
 def test_pictures_speak_to_screen_readers(tmp_path: Path) -> None:
-    page = Page(inspect(made.write(tmp_path / "b")).to_html())
+    page = Page(render_page(inspect(made.write(tmp_path / "b"))))
     pictures = page.of("svg")
     labels = [item["aria-label"] or "" for item in pictures]
     assert all(item["role"] == "img" for item in pictures)
@@ -107,7 +107,7 @@ def test_pictures_speak_to_screen_readers(tmp_path: Path) -> None:
 
 
 def test_the_tables_hold_the_numbers(tmp_path: Path) -> None:
-    page = Page(inspect(made.write(tmp_path / "b")).to_html())
+    page = Page(render_page(inspect(made.write(tmp_path / "b"))))
     for expected in ("1,600", "6,784", "256 B", "524,288", "2.00e-06", "40 of 41", "past.{0-1}.key", "causal, last 16"):
         assert expected in page.text or any(expected in piece for piece in page.text), expected
 
@@ -129,13 +129,13 @@ def test_sparse_bundles_make_a_page(tmp_path: Path, case: str) -> None:
         },
     }
     found = inspect(made.write(tmp_path / "b", **changes[case]))  # type: ignore[arg-type]
-    Page(found.to_html())
-    assert found.to_text()
+    Page(render_page(found))
+    assert render_text(found)
 
 
 def test_real_bundles_make_pages(tiny_decoder_bundle: Path, minilm_bundle: Path) -> None:
     for path in (tiny_decoder_bundle, minilm_bundle):
         found = inspect(Bundle.open(path))
-        page = Page(found.to_html())
+        page = Page(render_page(found))
         assert f"parameters ({found.arch.parameters:,})" in page.text
         assert len(page.of("svg")) >= 6

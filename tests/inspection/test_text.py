@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from accel.inspection import inspect
+from accel.inspection import inspect, render_text
 from accel.manifest import PassReport
 from tests.inspection import decoder_bundle as made
 
@@ -13,7 +13,7 @@ def rows(text: str) -> list[str]:
 
 
 def test_every_section(tmp_path: Path) -> None:
-    lines = rows(inspect(made.write(tmp_path / "b")).to_text())
+    lines = rows(render_text(inspect(made.write(tmp_path / "b"))))
     for expected in (
         "source models/tiny",
         "architecture LlamaForCausalLM (llama, decoder)",
@@ -41,7 +41,7 @@ def test_every_section(tmp_path: Path) -> None:
 
 
 def test_warnings_are_shown(tmp_path: Path) -> None:
-    lines = rows(inspect(made.write(tmp_path / "b", made.nodes()[:-1], parity={})).to_text())
+    lines = rows(render_text(inspect(made.write(tmp_path / "b", made.nodes()[:-1], parity={}))))
     assert "Warnings" in lines and "Parity: not checked at export" in lines
     assert "- fp32/ort-cpu: the graph has no attention node 'layers.1.attention' (layer 1)" in lines
 
@@ -58,7 +58,7 @@ def test_names_cannot_steer_a_terminal(tmp_path: Path) -> None:
             variants={evil: made.manifest().variants["fp32"]},
         )
     )
-    text = found.to_text()
+    text = render_text(found)
     assert all(char.isprintable() or char == "\n" for char in text)
     assert "\\x1b]0;owned" in text
 
@@ -67,7 +67,6 @@ def test_notes_of_a_pass_are_shown(tmp_path: Path) -> None:
     passes = (PassReport("linear", 5, 4, {"linear": 1}, ("first note", "second")),)
     variants = made.manifest().variants
     graphs = {"canonical": made.entry("canonical", passes)}
-    text = inspect(
-        made.write(tmp_path / "b", variants={"fp32": dataclasses.replace(variants["fp32"], graphs=graphs)})
-    ).to_text()
+    variant = dataclasses.replace(variants["fp32"], graphs=graphs)
+    text = render_text(inspect(made.write(tmp_path / "b", variants={"fp32": variant})))
     assert "linear 5 4 1 first note; second" in rows(text)
