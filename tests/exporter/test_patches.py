@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import inspect
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
 import torch
 from transformers import AttentionInterface, MPNetModel
+from transformers.models.mpnet import modeling_mpnet
 
 from accel.errors import UnsupportedArchitectureError
 from accel.exporter.attention import PROBE, AttentionContext, attention_context
@@ -86,3 +88,16 @@ def test_without_its_patch_mpnet_is_refused_by_name(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("accel.exporter.tracer.mpnet_attention_by_name", nullcontext)
     with pytest.raises(UnsupportedArchitectureError, match="past transformers' attention registry"):
         probe_layers(mpnet, "encoder")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_mpnet_is_restored(mpnet: MPNetModel, fails: bool) -> None:
+    assert "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(modeling_mpnet), "mpnet_attention_by_name can go"
+    original = modeling_mpnet.MPNetSelfAttention.forward
+    with suppress(KeyboardInterrupt), mpnet_attention_by_name(mpnet):
+        assert modeling_mpnet.MPNetSelfAttention.forward is not original
+        if fails:
+            raise KeyboardInterrupt
+    assert modeling_mpnet.MPNetSelfAttention.forward is original
+    attention = [module for module in mpnet.modules() if isinstance(module, modeling_mpnet.MPNetSelfAttention)]
+    assert len(attention) == 2 and not any("config" in vars(module) for module in attention)
