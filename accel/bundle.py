@@ -17,10 +17,22 @@ from typing import Any, Self
 from accel.errors import BundleError, StorageError
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, Variant
 from accel.schema import from_dict, suggest, to_dict
+from accel.spec import ArchSpec
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
 MAX_JSON_BYTES = 64 << 20  # the manifest of a large model has some 1e4 entries; a weight file is not read as JSON
-ITEM_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "uint8": 1}
+ITEM_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+MAX_SIZE = 1 << 28  # of a vocabulary, width or position count; far above every model there is
 RE_EXPORT = "Export the model again, or copy the bundle again from its source"
 
 
@@ -53,6 +65,7 @@ class Bundle:
             raise BundleError("There is no bundle directory", where=str(root), remedy=remedy)
         root = root.resolve()
         bundle = cls(root, _read_manifest(root))
+        _check_sizes(bundle.manifest.arch)
         _check_references(bundle.manifest)
         for name, entry in bundle.manifest.files.items():
             _check_file(root, name, entry, verify)
@@ -181,12 +194,21 @@ class BundleWriter:
             raise StorageError("The output path is a file", where=str(self.out), remedy="Give another path")
         if not any(self.out.iterdir()):
             return
-        if not (self.out / MANIFEST_NAME).is_file():
+        if not _has_manifest(self.out):
             what = "The output directory has other files in it and is no bundle"
             raise StorageError(what, where=str(self.out), remedy="Give a new path; it is never deleted for you")
         if not self.overwrite:
             what = "A bundle already stands at the output path"
             raise StorageError(what, where=str(self.out), remedy="Pass overwrite=True (--overwrite), or another path")
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether a manifest of ours lies there: other programs have files of that name too."""
+    try:
+        data = _read_json(folder / MANIFEST_NAME)
+    except BundleError:
+        return False
+    return isinstance(data, dict) and {"schema_version", "accel_version", "files"} <= data.keys()
 
 
 def _cannot_create(error: OSError, out: Path) -> StorageError:
@@ -239,6 +261,17 @@ def _read_manifest(root: Path) -> Manifest:
         newer = type(version) is int and version > SCHEMA_VERSION
         raise BundleError(what, where=str(path), remedy="Upgrade: pip install -U accelrt" if newer else RE_EXPORT)
     return from_dict(Manifest, data, str(path))
+
+
+def _check_sizes(arch: ArchSpec) -> None:
+    """The numbers that buffers and tables are made from are sizes."""
+    sizes = {"hidden_size": arch.hidden_size, "vocab_size": arch.vocab_size, "max_positions": arch.max_positions}
+    for index, layer in enumerate(arch.layers):
+        for name in ("heads", "kv_heads", "head_dim"):
+            sizes[f"layers[{index}].{name}"] = getattr(layer, name)
+    for name, size in sizes.items():
+        if not 1 <= size <= MAX_SIZE:
+            raise BundleError(f"arch.{name} is {size}, which is no size", where=MANIFEST_NAME, remedy=RE_EXPORT)
 
 
 def _check_references(manifest: Manifest) -> None:

@@ -170,6 +170,10 @@ def test_link_swapped_in_after_opening(bundle: Path, tmp_path: Path) -> None:
         lambda d: d["tied"].update(v="other"),
         lambda d: d["files"]["g.onnx"].update(size="5"),
         lambda d: d["arch"].update(kind="diffusion"),
+        lambda d: d["arch"].update(vocab_size=10**15),
+        lambda d: d["arch"].update(max_positions=-5),
+        lambda d: d["arch"].update(hidden_size=0),
+        lambda d: d["arch"]["layers"][0].update(kv_heads=-1),
         lambda d: d.pop("arch"),
     ],
 )

@@ -121,6 +121,9 @@ def test_never_replaces_what_is_no_bundle(tmp_path: Path) -> None:
     (other / "thesis.txt").write_text("precious")
     with pytest.raises(StorageError, match="never deleted"):
         write(other, overwrite=True)
+    (other / "manifest.json").write_text('{"name": "a browser extension"}')
+    with pytest.raises(StorageError, match="never deleted"):
+        write(other, overwrite=True)
     with pytest.raises(StorageError, match="is a file"):
         write(other / "thesis.txt", overwrite=True)
     assert (other / "thesis.txt").read_text() == "precious"

@@ -72,8 +72,8 @@ def build_model(bundle: Bundle, threads: int) -> tuple[Any, EngineInfo]:
         raise DependencyError(f"The PyTorch reference cannot be imported: {error}", remedy=INSTALL) from error
     arch = bundle.manifest.arch
     cls = getattr(transformers, arch.architecture, None)
-    if cls is None:
-        what = f"transformers {transformers.__version__} has no {arch.architecture}"
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        what = f"transformers {transformers.__version__} has no model {arch.architecture!r}"
         raise DependencyError(what, remedy="Upgrade it: pip install --upgrade transformers")
     config = transformers.AutoConfig.for_model(**bundle.read_json("config.json"))
     options = {"attn_implementation": "eager", "dtype": torch.float32}

@@ -106,6 +106,13 @@ def test_the_reference_needs_its_parameters(bundle: Bundle) -> None:
         open_session(bare, engine="torch", options=OPTIONS)
 
 
+def test_only_a_model_class_is_built(bundle: Bundle) -> None:
+    arch = dataclasses.replace(bundle.manifest.arch, architecture="AutoConfig")
+    forged = Bundle(bundle.path, dataclasses.replace(bundle.manifest, arch=arch))
+    with pytest.raises(EngineUnavailableError, match="no model 'AutoConfig'"):
+        open_session(forged, engine="torch")
+
+
 def test_parameters_that_do_not_fit_are_refused(bundle: Bundle) -> None:
     entry = bundle.manifest.parameters["lm_head.weight"]
     wrong = {**bundle.manifest.parameters, "lm_head.weight": dataclasses.replace(entry, shape=(32, 61))}

@@ -118,7 +118,7 @@ def test_sparse_bundles_make_a_page(tmp_path: Path, case: str) -> None:
     changes: dict[str, object] = {
         "no graphs": {"variants": {"fp32": dataclasses.replace(variant, graphs={})}},
         "no weights": {"variants": {}, "parameters": {}, "tied": {}, "parity": {}},
-        "no layers": {"arch": dataclasses.replace(made.ARCH, layers=(), max_positions=0)},
+        "no layers": {"arch": dataclasses.replace(made.ARCH, layers=())},
         "zero sizes": {
             "parity": {"x": ParityResult("r", 0, 0.0, 0.0, 0.0)},
             "variants": {
