@@ -71,10 +71,7 @@ def build_model(bundle: Bundle, threads: int) -> tuple[Any, EngineInfo]:
     except ImportError as error:
         raise DependencyError(f"The PyTorch reference cannot be imported: {error}", remedy=INSTALL) from error
     arch = bundle.manifest.arch
-    cls = getattr(transformers, arch.architecture, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        what = f"transformers {transformers.__version__} has no model {arch.architecture!r}"
-        raise DependencyError(what, remedy="Upgrade it: pip install --upgrade transformers")
+    cls = _model_class(transformers, arch.architecture)
     config = transformers.AutoConfig.for_model(**bundle.read_json("config.json"))
     options = {"attn_implementation": "eager", "dtype": torch.float32}
     has_pooler = any(name.startswith("pooler.") for name in bundle.manifest.parameters)
@@ -85,6 +82,15 @@ def build_model(bundle: Bundle, threads: int) -> tuple[Any, EngineInfo]:
     _assign_parameters(torch, model, bundle)
     torch.set_num_threads(threads)
     return model.eval(), EngineInfo(NAME, torch.__version__, "cpu", _parameter_variant(bundle), threads)
+
+
+def _model_class(transformers: Any, name: str) -> Any:
+    """The class of this name; the manifest may name nothing else of transformers."""
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    what = f"transformers {transformers.__version__} has no model {name!r}"
+    raise DependencyError(what, remedy="Upgrade it: pip install --upgrade transformers")
 
 
 @contextmanager
