@@ -57,6 +57,8 @@ class StepInputs:
         query_lengths: int32 [B], B = the session's max_batch.
         past_lengths: int32 [B].
         logits_positions: int64 [R], indices into the T tokens whose logits are wanted.
+        rows: One more than the last row that brings tokens; None: read it off query_lengths.
+        width: The largest of query_lengths; None: read it off them.
     """
 
     input_ids: NDArray[np.int64]
@@ -64,6 +66,8 @@ class StepInputs:
     query_lengths: NDArray[np.int32]
     past_lengths: NDArray[np.int32]
     logits_positions: NDArray[np.int64]
+    rows: int | None = None
+    width: int | None = None
 
 
 @dataclass

@@ -54,6 +54,8 @@ class SlotLoop:
         self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row
         self._query = np.zeros(session.max_batch, np.int32)
         self._past = np.zeros(session.max_batch, np.int32)
+        self._position = np.zeros(1, np.int64)
+        self._alone: int | None = None  # the row that the last step's arrays hold alone, with one token
         self._prefilled_last = self._ending_last = False
         self.steps = 0
 
@@ -215,14 +217,11 @@ class SlotLoop:
 
     def _build(self, plan: Plan) -> StepInputs:
         query, past = self._query, self._past
+        if len(plan) == 1 and plan[0][1] == 1 and plan[0][0].sampler is not None:  # one sequence, one token
+            return self._build_one(plan[0][0])
+        self._alone = None
         query.fill(0)
         past.fill(0)
-        if len(plan) == 1 and plan[0][1] == 1 and plan[0][0].sampler is not None:  # one sequence, one token
-            sequence = plan[0][0]
-            computed, row = sequence.computed, sequence.row
-            query[row], past[row] = 1, computed
-            wanted = _FIRST if sequence.remaining == 1 else _NONE
-            return StepInputs(sequence.tokens[computed : computed + 1], np.array([computed]), query, past, wanted)
         ids, positions, chosen, start = [], [], [], 0
         for sequence, count in plan:
             computed = sequence.computed
@@ -232,7 +231,22 @@ class SlotLoop:
             first, last = self._wanted(sequence, count)
             chosen.append(np.arange(start + first, start + last))
             start += count
-        return StepInputs(np.concatenate(ids), np.concatenate(positions), query, past, np.concatenate(chosen))
+        rows, width = (plan[-1][0].row or 0) + 1, max(count for _, count in plan)
+        return StepInputs(
+            np.concatenate(ids), np.concatenate(positions), query, past, np.concatenate(chosen), rows, width
+        )
+
+    def _build_one(self, sequence: Sequence) -> StepInputs:
+        """The usual step, with as few NumPy calls as can be: the arrays of the last one differ in two numbers."""
+        query, past, computed, row = self._query, self._past, sequence.computed, sequence.row
+        assert row is not None
+        if self._alone != row:
+            query.fill(0)
+            past.fill(0)
+            query[row], self._alone = 1, row
+        past[row] = self._position[0] = computed
+        wanted = _FIRST if sequence.remaining == 1 else _NONE
+        return StepInputs(sequence.tokens[computed : computed + 1], self._position, query, past, wanted, row + 1, 1)
 
     @staticmethod
     def _wanted(sequence: Sequence, count: int) -> tuple[int, int]:

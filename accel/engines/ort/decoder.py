@@ -44,10 +44,19 @@ class StepBuffers:
         self._full = width == 1 and tokens == rows  # every row brings one token: the indices never change
         if self._full:
             every["pad_index"][:, 0] = np.arange(rows)
+            every["query_seqlens"].fill(1)
+        self._single = self._full and tokens == 1 and len(logits) == 1
 
     def fill(self, inputs: StepInputs) -> None:
         """Writes one step's values."""
         arrays, rows = self.arrays, self.rows
+        if self._single:  # the usual step: next to every run each NumPy call costs microseconds, caches are cold
+            past = inputs.past_lengths[0]
+            arrays["input_ids"][0] = inputs.input_ids[0]
+            arrays["position_ids"][0] = inputs.position_ids[0]
+            arrays["seqlens_k"][0] = past
+            arrays["total_length"][()] = past + 1
+            return
         queries, past = inputs.query_lengths[:rows], inputs.past_lengths[:rows]
         arrays["input_ids"][:] = inputs.input_ids
         arrays["position_ids"][:] = inputs.position_ids
@@ -173,8 +182,8 @@ class OrtDecoderSession:
 
     def _buffers(self, inputs: StepInputs) -> tuple[RowBinding, StepBuffers]:
         tokens, wanted = len(inputs.input_ids), len(inputs.logits_positions)
-        rows = int(inputs.query_lengths.nonzero()[0][-1]) + 1
-        width = int(inputs.query_lengths.max())
+        rows = inputs.rows or int(inputs.query_lengths.nonzero()[0][-1]) + 1
+        width = inputs.width or int(inputs.query_lengths.max())
         binding = self._bindings.get(rows)
         if binding is None:
             with translated_errors("binding the cache"):
