@@ -13,6 +13,11 @@ class Lifetime:
     def __init__(self, name: str) -> None:
         self._name, self._pid, self._closed = name, os.getpid(), False
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that opened it: locks may be held by threads that are not here."""
+        return os.getpid() != self._pid
+
     def close(self) -> bool:
         """Marks it closed; whether it was open."""
         was_open, self._closed = not self._closed, True
@@ -26,7 +31,7 @@ class Lifetime:
         """
         if self._closed:
             raise EngineError(f"the {self._name} session is closed", remedy="Load the bundle again")
-        if os.getpid() != self._pid:
+        if self.forked:
             raise EngineError(
                 f"the {self._name} session was opened before a fork, which its threads did not survive",
                 where=f"process {os.getpid()}",

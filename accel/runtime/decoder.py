@@ -196,7 +196,12 @@ class Decoder:
         return scores[0] if single else scores
 
     def close(self) -> None:
-        """Ends calls under way with an EngineError and frees the engine and the cache. Safe to call twice."""
+        """Ends calls under way with an EngineError and frees the engine and the cache. Safe to call twice.
+
+        In a forked child it does nothing: what the parent opened is not the child's to close.
+        """
+        if self._driver.forked:
+            return
         with self._lock:
             already, self._closed = self._closed, True
         if not already:

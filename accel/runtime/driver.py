@@ -52,6 +52,11 @@ class SlotDriver:
         self._lifetime = Lifetime("decoder")
         self._waiting: list[Client] = []
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that loaded the model."""
+        return self._lifetime.forked
+
     def check(self) -> None:
         """Raises EngineError after ``close`` and in a forked child, before anything is done in vain."""
         self._lifetime.check()
@@ -93,7 +98,7 @@ class SlotDriver:
             self._driving = True
         try:
             while not client.ready and self._closed is None:
-                self._step()
+                self._step(client)
         finally:
             with self._lock:
                 self._driving = False
@@ -120,7 +125,7 @@ class SlotDriver:
                 client.condition.notify()
             self._idle.notify_all()
 
-    def _step(self) -> None:
+    def _step(self, driver: Client) -> None:
         events = self.loop.step()
         if not events and not self.loop.has_work:
             raise EngineError("the slot loop lost a sequence", where="slot loop", remedy="Please report this")

@@ -299,6 +299,7 @@ def _generate_in_child(lm: Decoder, queue: Any) -> None:
     try:
         queue.put(repr(lm.generate(PROMPTS[0], max_new_tokens=2)))
     except EngineError as error:
+        lm.close()
         queue.put(str(error))
 
 
@@ -308,7 +309,8 @@ def test_a_forked_child_is_refused_even_while_another_thread_runs(lm: Decoder) -
     child = context.Process(target=_generate_in_child, args=(lm, queue))
     busy = threading.Thread(target=lambda: lm.generate(PROMPTS[0], max_new_tokens=100, eos_token_id=[]))
     busy.start()
-    child.start()
+    with lm._lock, lm._driver._lock:  # as when another thread is just about to do something
+        child.start()
     assert "fork" in queue.get(timeout=30)
     child.join(30)
     busy.join(30)
