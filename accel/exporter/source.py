@@ -294,7 +294,9 @@ def _read(source: Source, task: Task) -> LoadedModel:
     if not unexpected:
         return LoadedModel(model)
     note = f"{len(unexpected)} checkpoint tensors are not part of the model: {_list(unexpected)}"
-    _log.info("%s", note)
+    # Another head's weights are left behind when another task is asked for; in the model's own class each should count.
+    own = type(model).__name__ in (source.config.architectures or ())
+    _log.log(logging.WARNING if own else logging.INFO, "%s", note)
     return LoadedModel(model, (note,))
 
 

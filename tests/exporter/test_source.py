@@ -69,10 +69,11 @@ def test_config_with_more_layers_than_the_weights(decoder_folder: Path) -> None:
         load_model(resolve_source(decoder_folder), "text-generation")
 
 
-def test_superfluous_weights_are_noted(decoder_folder: Path) -> None:
+def test_superfluous_weights_are_noted(decoder_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_weights(decoder_folder, lambda tensors: tensors.update(extra=torch.ones(3)))
     loaded = load_model(resolve_source(decoder_folder), "text-generation")
     assert loaded.notes == ("1 checkpoint tensors are not part of the model: extra",)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == list(loaded.notes)
 
 
 def test_task_without_trained_head(tmp_path: Path) -> None:
