@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -68,14 +68,6 @@ class StepInputs:
     logits_positions: NDArray[np.int64]
     rows: int | None = None
     width: int | None = None
-
-
-@dataclass
-class StepTiming:
-    """Seconds spent inside the engine's own run call, summed by the caller."""
-
-    compute: float = 0.0
-    calls: int = field(default=0)
 
 
 class EncoderSession(Protocol):
