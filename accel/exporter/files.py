@@ -137,7 +137,7 @@ def _copy_sentence_files(root: Path, folder: Path, out: Path) -> None:
     modules = json.loads((root / "modules.json").read_text(encoding="utf-8"))
     for module in modules[1:]:
         path = str(module.get("path", ""))
-        if not path or not (root / path).is_dir():
+        if not Path(path).parts or not (root / path).is_dir():  # ".": the transformer itself, written already
             continue
         if Path(path).is_absolute() or ".." in Path(path).parts:
             raise CheckpointError(f"modules.json leads out of its folder: {path!r}", where=str(root))
