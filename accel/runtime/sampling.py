@@ -130,7 +130,13 @@ class Sampler:
         params.validate()
         self.params, self.vocab_size = params, vocab_size
         self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
-        self._plain = not params.do_sample and params.repetition_penalty == 1.0
+        self._reads_history = params.repetition_penalty != 1.0
+        self._plain = not params.do_sample and not self._reads_history
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether ``pick`` looks at the tokens so far."""
+        return self._reads_history
 
     def pick(self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()) -> int:
         """Chooses the next token.

@@ -153,7 +153,8 @@ class Sequence:
         """The next token, from logits [V]. Changes no state but the random one and the log probabilities."""
         assert self.sampler is not None
         banned = self._banned if self.length - len(self.prompt) < self.min_new_tokens else ()
-        history: Any = self.tokens[: self.length]  # an array costs less than a list
+        # An array costs less than a list; a view that nobody reads still costs microseconds on a cold cache.
+        history: Any = self.tokens[: self.length] if self.sampler.reads_history else ()
         token = self.sampler.pick(logits, history, banned)
         if self.logprobs is not None:
             top = tuple(top_logprobs(logits, self.logprobs))

@@ -57,6 +57,7 @@ class SlotLoop:
         self._position = np.zeros(1, np.int64)
         self._alone: int | None = None  # the row that the last step's arrays hold alone, with one token
         self._prefilled_last = self._ending_last = False
+        self._cancelling = False
         self.steps = 0
 
     @property
@@ -71,6 +72,7 @@ class SlotLoop:
     def cancel(self, sequence: Sequence) -> None:
         """Ends a sequence at the start of the next step, with finish_reason ``cancelled``."""
         sequence.cancelled = True
+        self._cancelling = True
 
     def step(self) -> list[Event]:
         """Schedules, runs and postprocesses one step.
@@ -99,6 +101,9 @@ class SlotLoop:
 
     def _admit(self) -> list[Event]:
         """Drops cancelled sequences, then gives free rows to the waiting."""
+        if not (self._inbox or self._waiting or self._cancelling):
+            return []
+        self._cancelling = False  # before looking: one cancelled meanwhile is seen now or at the next step
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
         events = []
@@ -147,6 +152,8 @@ class SlotLoop:
     def _schedule(self) -> Plan:
         """Who takes part in this step."""
         active = self._active
+        if len(active) == 1 and active[0].remaining == 1 and active[0].sampler is not None:
+            return [(active[0], 1)]
         prefilling = [s for s in active if s.remaining > 1 or s.sampler is None]
         if not prefilling:
             plan = [(s, 1) for s in active]
@@ -209,7 +216,8 @@ class SlotLoop:
             return
         after = perf_counter()
         self.steps += 1
-        for clock in {id(s.clock): s.clock for s, _ in plan}.values() if len(plan) > 1 else (plan[0][0].clock,):
+        clocks = {id(s.clock): s.clock for s, _ in plan}.values() if len(plan) > 1 else (plan[0][0].clock,)
+        for clock in clocks:
             clock.prepost += before - started
             clock.compute += after - before
             clock.steps += 1
@@ -261,15 +269,13 @@ class SlotLoop:
         start = 0
         for sequence, count in plan:
             first, last = self._wanted(sequence, count)
-            wanted = last - first
-            part = logits[start : start + wanted]
+            wanted, at, token = last - first, start, None
             start += wanted
-            token = None
             try:
                 if sequence.sampler is None:
-                    self._score(sequence, part)
+                    self._score(sequence, logits[at:start])
                 elif wanted:
-                    token = sequence.choose(part[0])
+                    token = sequence.choose(logits[at])
                 self._advance(sequence, count, token)
             except Exception as error:  # its own logits or text: the other sequences go on
                 self._end(sequence, _as_accel_error(error))
