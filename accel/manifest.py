@@ -69,6 +69,8 @@ class ParityResult:
     """One comparison made at export, on random ids.
 
     Errors are relative to the largest reference magnitude: ``max|a - b| / max|b|``.
+
+    ``longest`` is the longest row in tokens: a window that is longer was not seen to act.
     """
 
     reference: str  # e.g. "torch eager fp32"
@@ -78,6 +80,7 @@ class ParityResult:
     limit: float
     greedy_tokens_equal: int | None = None
     greedy_tokens_total: int | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

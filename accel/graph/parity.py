@@ -142,7 +142,12 @@ def check_parity(
         limit=recipe.limit,
         greedy_tokens_equal=gate.greedy_equal if greedy else None,
         greedy_tokens_total=gate.greedy_total if greedy else None,
+        longest=max((_longest(case) for case in cases), default=None),
     )
+
+
+def _longest(case: Case) -> int:
+    return case.real.shape[1] if isinstance(case, EncoderCase) else max(len(row) for row in case.rows)
 
 
 def capacity_of(cases: Sequence[Case]) -> int:

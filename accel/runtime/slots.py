@@ -276,6 +276,7 @@ class SlotLoop:
                     self._score(sequence, logits[at:start])
                 elif wanted:
                     token = sequence.choose(logits[at])
+                    sequence.clock.count(perf_counter())  # before it may end: its caller reads the clock then
                 self._advance(sequence, count, token)
             except Exception as error:  # its own logits or text: the other sequences go on
                 self._end(sequence, _as_accel_error(error))
@@ -284,8 +285,6 @@ class SlotLoop:
                 events.append(Event(sequence, token, finished))
             after = perf_counter()
             sequence.clock.prepost += after - now
-            if token is not None:
-                sequence.clock.count(after)
             now = after
 
     def _advance(self, sequence: Sequence, count: int, token: int | None) -> None:
