@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,11 +83,16 @@ def deviation(found: NDArray, exact: NDArray) -> Deviation:
     return Deviation(float(difference.max()), float(np.sqrt(np.mean(difference**2))), float(np.abs(exact).max()))
 
 
+def widest(*deviations: Deviation) -> Deviation:
+    """The larger of each figure: what eager loses on these values, and what it loses on many more of the model."""
+    return Deviation(*(max(figures) for figures in zip(*(dataclasses.astuple(part) for part in deviations))))
+
+
 def excess(found: Deviation, eager: Deviation) -> float:
     """Error over the limit of twice eager's own, the worse of largest and rms; above 1 the comparison fails.
 
-    ``eager`` is taken over all of a family's inputs: the largest of a hundred roundings is luck, of some
-    thousands it says how much this model amplifies them.
+    ``eager`` should cover more than the values in question (``widest``): the largest of a hundred roundings is
+    luck, of some thousands it says how much this model amplifies them.
     """
     floor = FLOOR * eager.scale
     return max(
@@ -112,6 +118,14 @@ def decoder_references(model: PreTrainedModel, rows: Rows) -> tuple[list[NDArray
     with double_precision(model) as exact:
         doubled = decoder_logits(exact, rows)
     return decoder_logits(model, rows), doubled
+
+
+def decoder_yardstick(model: PreTrainedModel, rows: Rows) -> tuple[Deviation, list[NDArray]]:
+    """Eager's own deviation, over these rows, each of them, and five more; the rows' fp64 logits."""
+    eager, exact = decoder_references(model, [*rows, *draw_rows((40,) * 5, seed=6)])
+    everywhere = deviation(np.concatenate(eager), np.concatenate(exact))
+    each = [deviation(*pair) for pair in zip(eager[: len(rows)], exact)]
+    return widest(everywhere, *each), exact[: len(rows)]
 
 
 def open_decoder(bundle: Path, capacity: int = 128) -> DecoderSession:
@@ -157,8 +171,8 @@ def encoder_batches(model: PreTrainedModel) -> dict[str, dict[str, NDArray[np.in
     pad = model.config.pad_token_id
     made = {}
     shapes = {
-        "full": (21, 21, 21),
-        "padded": (21, 5, 13),
+        "full": (30,) * 8,
+        "padded": (40, 5, 13, 39, 30, 1, 22, 17),
         "one row": (30,),
         "one token": (1,),
         "short and long": (2, 40),

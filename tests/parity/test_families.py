@@ -20,6 +20,7 @@ from tests.parity.comparison import (
     Rows,
     decoder_logits,
     decoder_references,
+    decoder_yardstick,
     deviation,
     double_precision,
     draw_rows,
@@ -30,6 +31,7 @@ from tests.parity.comparison import (
     open_decoder,
     run_course,
     select,
+    widest,
 )
 from tests.parity.families import ALL, DECODERS, ENCODERS, FAMILIES, HEADS
 
@@ -46,8 +48,7 @@ def test_every_supported_family_is_here() -> None:
 def test_decoder(name: str, bundle_of: BundleOf, plain_model: ModelOf) -> None:
     """Prefill, chunked prefill, decode, ragged and mixed steps over one cache, on the lowered graph."""
     rows = draw_rows()
-    eager, exact = decoder_references(plain_model(name), rows)
-    own = deviation(np.concatenate(eager), np.concatenate(exact))
+    own, exact = decoder_yardstick(plain_model(name), rows)
     session = open_decoder(bundle_of(name))
     worst = {}
     for course, steps in COURSES.items():
@@ -131,7 +132,8 @@ def _encoder_excess(model: Any, names: list[str], run: Callable[[dict[str, Any]]
         eager[batch], exact[batch] = (flatten_real(reference, feeds) for reference in references)
         found[batch] = flatten_real(run(feeds), feeds)
     own = deviation(np.concatenate(list(eager.values())), np.concatenate(list(exact.values())))
-    return {batch: excess(deviation(found[batch], exact[batch]), own) for batch in found}
+    limits = {batch: widest(own, deviation(eager[batch], exact[batch])) for batch in found}
+    return {batch: excess(deviation(found[batch], exact[batch]), limits[batch]) for batch in found}
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "smollm3", "gpt2", "bert", "modernbert", "mpnet"])
@@ -143,9 +145,8 @@ def test_canonical_graph(name: str, bundle_of: BundleOf, plain_model: ModelOf) -
     session = ort.InferenceSession(bundle.file("canonical.onnx"), options, providers=["CPUExecutionProvider"])
     if ALL[name].kind == "decoder":
         rows = draw_rows()
-        eager, exact = decoder_references(model, rows)
+        own, exact = decoder_yardstick(model, rows)
         found = _run_canonical(session, bundle, rows, COURSES["rows that join, wait and go"])
-        own = deviation(np.concatenate(eager), np.concatenate(exact))
         assert excess(deviation(np.concatenate(found), select(found, exact)), own) <= 1
         return
     inputs, names = ([node.name for node in nodes] for nodes in (session.get_inputs(), session.get_outputs()))

@@ -23,7 +23,7 @@ from accel.manifest import ParityResult
 from accel.recipe import ParityRecipe
 from tests.parity.comparison import (
     COURSES,
-    decoder_references,
+    decoder_yardstick,
     deviation,
     draw_rows,
     encoder_batches,
@@ -48,8 +48,7 @@ def compare(bundle: Path, unchanged: Any, model: Any) -> float:
     kind = Bundle.open(bundle).manifest.arch.kind
     if kind == "decoder":
         rows, found = draw_rows(), _decoder_results(bundle)
-        eager, exact = decoder_references(model, rows)
-        own = deviation(np.concatenate(eager), np.concatenate(exact))
+        own, exact = decoder_yardstick(model, rows)
         return excess(deviation(np.concatenate(found), select(found, exact)), own)
     parts: list[list[NDArray]] = [[], [], []]
     for feeds, output in _encoder_results(bundle, unchanged):
