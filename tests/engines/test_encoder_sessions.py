@@ -168,7 +168,7 @@ def runs(path: Path, lengths: list[int], threads: int, monkeypatch: pytest.Monke
         ([8] * 9, 1, [(9, 8, False)]),
         ([100, 99, 98, 100], 1, [(2, 100, False), (1, 99, False), (1, 98, False)]),  # long rows are never padded
         ([20, 19, 18, 17, 16], 1, [(4, 20, True), (1, 16, False)]),  # 6 tokens of padding, not 10
-        ([300] * 3, 2, [(1, 300, False)] * 3),
+        ([300] * 3, 2, [(2, 300, False), (1, 300, False)]),
         ([128] * 4, 2, [(2, 128, False)] * 2),
     ],
 )
