@@ -19,6 +19,7 @@ ROOT = Path(accel.__file__).parents[1]
 
 def start(source: Path, out: Path, file_limit: int | None = None) -> subprocess.Popen[str]:
     def limit() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a run that a shell started in the background ignores it
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 

@@ -177,7 +177,13 @@ with BundleWriter(sys.argv[1]) as writer:
 
 def start(out: Path, end: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", KILLED.format(end=end), str(out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True, preexec_fn=listen_to_ctrl_c)
+
+
+def listen_to_ctrl_c() -> None:
+    """A test run that a shell started in the background ignores Ctrl-C, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_killed_writer_leaves_a_sibling_that_the_next_removes(tmp_path: Path) -> None:
