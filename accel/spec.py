@@ -15,6 +15,16 @@ Task = Literal[
     "text-generation",
 ]
 
+# What a model of each task puts out, by transformers' names.
+OUTPUT_NAMES: dict[Task, tuple[str, ...]] = {
+    "feature-extraction": ("last_hidden_state",),
+    "text-classification": ("logits",),
+    "token-classification": ("logits",),
+    "question-answering": ("start_logits", "end_logits"),
+    "fill-mask": ("logits",),
+    "text-generation": ("logits",),
+}
+
 
 @dataclass(frozen=True)
 class AttentionSpec:

