@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from accel.engines.huge_pages import huge_pages
 from accel.errors import DependencyError, EngineError
 
 MINIMUM_VERSION = (1, 32)  # GroupQueryAttention takes query_seqlens from here on
 INSTALL = 'pip install "accelrt[cpu]"'
 NAME = "ort-cpu"
+SPIN_US = 500  # an idle worker spins this long before it sleeps; MiniLM 1x8 gains 5 % over sleeping at once
 _WARNING = 3  # ONNX Runtime's log severity: errors only
 
 
@@ -63,10 +65,10 @@ def open_graph(path: Path, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     if threads > 1:
-        # Workers spin while a run lasts and sleep as soon as it returns: spinning on would take the
-        # cores from another session's workers, from the row threads and from the sampler.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-    with translated_errors(f"opening {path.name}"):
+        # Long enough for the gap between two decode steps, where waking the workers would cost more
+        # than the gap itself; short enough not to keep the cores from another session's workers.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    with translated_errors(f"opening {path.name}"), huge_pages():
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
