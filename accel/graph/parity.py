@@ -287,9 +287,7 @@ def _choose(total: int) -> NDArray[np.int64]:
     return np.union1d(spread, np.arange(total - MAX_POSITIONS // 2, total))
 
 
-def _encoder_case(
-    arch: ArchSpec, index: int, rng: np.random.Generator, pad_id: int, token_types: int
-) -> EncoderCase:
+def _encoder_case(arch: ArchSpec, index: int, rng: np.random.Generator, pad_id: int, token_types: int) -> EncoderCase:
     length = _prompt_length(arch)
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = (
         ("a full batch", (length, length)),
