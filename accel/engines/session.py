@@ -75,7 +75,10 @@ class EncoderSession(Protocol):
     info: EngineInfo
 
     def run(self, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
-        """Runs ``input_ids``/``attention_mask``/``token_type_ids`` int64 [B, S]; returns the outputs by name."""
+        """Runs ``input_ids``/``attention_mask``/``token_type_ids`` int64 [B, S]; returns the outputs by name.
+
+        Without a mask all tokens are real; without token types all are 0.
+        """
         ...
 
     def close(self) -> None: ...

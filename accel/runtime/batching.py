@@ -32,14 +32,18 @@ WAVE_BYTES = 64 << 20
 
 
 class Stopwatch:
-    """Splits one call's wall time into disjoint intervals."""
+    """Splits one call's wall time into disjoint intervals.
 
-    __slots__ = ("compute", "last", "prepost", "runs", "start")
+    The record is made when somebody asks for it: beside a small run the making would show.
+    """
+
+    __slots__ = ("_timings", "compute", "last", "prepost", "runs", "start")
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
         self.compute = self.prepost = 0.0
         self.runs = 0
+        self._timings: Timings | None = None
 
     def lap_prepost(self) -> None:
         """Counts the time since the last lap as pre- or post-processing."""
@@ -58,10 +62,12 @@ class Stopwatch:
         """Leaves the time since the last lap to the rest (``Timings.system``)."""
         self.last = time.perf_counter()
 
+    @property
     def timings(self) -> Timings:
-        """Counts the time since the last lap as post-processing and closes the record."""
-        self.lap_prepost()
-        return Timings.measured(self.last - self.start, self.compute, self.prepost, steps=self.runs)
+        """The record up to the last lap; the same object each time, so ask after the last one."""
+        if self._timings is None:
+            self._timings = Timings.measured(self.last - self.start, self.compute, self.prepost, steps=self.runs)
+        return self._timings
 
 
 class SessionGuard:

@@ -64,10 +64,14 @@ class EncoderOutput(Mapping[str, NDArray]):
         start_logits, end_logits: float32 [B, S] (question answering).
     """
 
-    __slots__ = ("_values", "timings")
+    __slots__ = ("_values", "_watch")
 
-    def __init__(self, values: dict[str, NDArray], timings: Timings) -> None:
-        self._values, self.timings = values, timings
+    def __init__(self, values: dict[str, NDArray], watch: Stopwatch) -> None:
+        self._values, self._watch = values, watch
+
+    @property
+    def timings(self) -> Timings:
+        return self._watch.timings
 
     def __getitem__(self, name: str) -> NDArray:
         return self._values[name]
@@ -120,7 +124,8 @@ class EncoderCore:
     @property
     def last_timings(self) -> Timings | None:
         """Where the time of this thread's last call on this encoder went; None before the first one."""
-        return getattr(self._local, "timings", None)
+        watch: Stopwatch | None = getattr(self._local, "watch", None)
+        return None if watch is None else watch.timings
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -164,7 +169,8 @@ class EncoderCore:
             watch.lap_system()
             values = guard.run(feeds)
             watch.lap_compute()
-        return EncoderOutput(values, self._finish(watch))
+        self._finish(watch)
+        return EncoderOutput(values, watch)
 
     def close(self) -> None:
         """Waits for the calls in flight and frees the session; safe to call twice."""
@@ -190,10 +196,10 @@ class EncoderCore:
             raise InputError(what, where=method, remedy=f"Use .{right}(), or call the encoder with ids for its outputs")
         check_count(batch_size, "batch_size")
 
-    def _finish(self, watch: Stopwatch) -> Timings:
-        timings = watch.timings()
-        self._local.timings = timings
-        return timings
+    def _finish(self, watch: Stopwatch) -> None:
+        """The end of a call: what is left is post-processing, and the record is this thread's last one."""
+        watch.lap_prepost()
+        self._local.watch = watch
 
     def _encode(self, texts: list[Any], pairs: bool, truncate: bool) -> Sequence[Row]:
         """Token rows of checked texts (or pairs); says what was cut, or refuses to cut."""

@@ -70,6 +70,8 @@ class FakeSession:
         assert not self.closed
         for value in feeds.values():
             assert value.dtype == np.int64 and value.flags.c_contiguous and value.shape == feeds["input_ids"].shape
+        ids = feeds["input_ids"]
+        feeds = {"attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids), **feeds}
         with self._lock:
             self.seen.append(feeds)
         hidden = hidden_states(feeds["input_ids"], feeds["attention_mask"], feeds["token_type_ids"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from accel.errors import InputError
 Feeds = dict[str, NDArray]
 # Measured on MiniLM, CPU seconds of one thread: a run costs what about 8 tokens cost (the weights are read once),
 # is cheapest per token at 128 to 512 tokens, and masking costs 0 to 6 percent, growing with the length.
+SHORT_ROW = 32  # tokens; up to here a run takes so little that binding its inputs anew each time would show
 GROUP_TOKENS = 512  # of one run of several rows: MiniLM 8x128 took 116.5 ms with it, 118.3 with 256, 121 with 128
 GROUP_PADDING = 6  # short rows of nearly equal length share a masked run while it pads no more tokens than this
 MASKED_LENGTH = 64  # longer rows share a run only when they are equally long
@@ -43,6 +44,35 @@ class RowGroup:
     ragged: bool = False
 
 
+class ShortRow:
+    """The inputs and outputs of one short row, bound once and written in place.
+
+    Args:
+        session: The ONNX Runtime session.
+        feeds: All of the graph's inputs, int64 [1, S].
+        outputs: Outputs of a run of that length, for their shapes.
+    """
+
+    def __init__(self, ort: Any, session: Any, feeds: Feeds, outputs: Feeds) -> None:
+        self._session, self._io = session, session.io_binding()
+        self._feeds = {name: array.copy() for name, array in feeds.items()}
+        self._outputs = {name: np.empty_like(array) for name, array in outputs.items()}
+        for name, array in self._feeds.items():
+            self._io.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in self._outputs.items():
+            self._io.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        if "attention_mask" in self._feeds:
+            self._feeds["attention_mask"].fill(1)
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Runs it; no token is padding."""
+        self._feeds["input_ids"][:] = feeds["input_ids"]
+        if "token_type_ids" in self._feeds:
+            self._feeds["token_type_ids"][:] = feeds.get("token_type_ids", 0)
+        self._session.run_with_iobinding(self._io)
+        return {name: array.copy() for name, array in self._outputs.items()}
+
+
 class OrtEncoderSession:
     """Implements ``accel.engines.session.EncoderSession``; thread-safe.
 
@@ -57,11 +87,12 @@ class OrtEncoderSession:
         Raises:
             DependencyError, EngineError: see ``open_graph``.
         """
-        ort = import_onnxruntime()
+        ort = self._ort = import_onnxruntime()
         self.info = EngineInfo(NAME, ort.__version__, "cpu", variant, threads)
         self._path, self._threads = path, threads
         self._whole: Any = open_graph(path, threads)
         self._single: Any = self._whole if threads == 1 else None  # opened by the first batch
+        self._short_rows: defaultdict[int, list[ShortRow]] = defaultdict(list)  # by length; one per thread at most
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._lifetime = Lifetime("encoder")
@@ -76,7 +107,7 @@ class OrtEncoderSession:
 
         Args:
             feeds: ``input_ids`` int64 [B, S], and as the graph has them ``attention_mask`` and
-                ``token_type_ids``. Without a mask, all tokens are real.
+                ``token_type_ids``. Without a mask, all tokens are real; without types, all are 0.
 
         Returns:
             The outputs by name; per-token outputs are zero at right padding.
@@ -85,18 +116,33 @@ class OrtEncoderSession:
             InputError: A feed that the graph does not take.
             EngineError: ONNX Runtime failed; closed; used in a forked child.
         """
-        mask = feeds.get("attention_mask")
-        if len(feeds["input_ids"]) == 1 and mask is not None and mask.all() and self._inputs == feeds.keys():
-            return self._run_row(feeds)
+        if len(feeds["input_ids"]) == 1 and feeds.keys() <= self._inputs:
+            mask = feeds.get("attention_mask")
+            if mask is None or mask.all():
+                return self._run_row(feeds)
         return self.run_many([feeds])[0]
 
     def _run_row(self, feeds: Feeds) -> Feeds:
         """One whole row, the call whose own cost shows: as it is, on all threads."""
         self._lifetime.check()
+        shape = feeds["input_ids"].shape
+        spare = self._short_rows[shape[1]] if shape[1] <= SHORT_ROW else None
         try:
-            return dict(zip(self._outputs, self._whole.run(self._outputs, feeds), strict=True))
+            try:
+                row = spare.pop() if spare else None  # a list's pop and append are atomic
+            except IndexError:  # another thread took it in between
+                row = None
+            if row is not None:
+                outputs = row.run(feeds)
+            else:
+                feeds = self._complete(feeds)
+                outputs = dict(zip(self._outputs, self._whole.run(self._outputs, feeds), strict=True))
+                row = None if spare is None else ShortRow(self._ort, self._whole, feeds, outputs)
         except Exception as error:
-            raise engine_error(error, f"encoder batch {list(feeds['input_ids'].shape)}") from error
+            raise engine_error(error, f"encoder batch {list(shape)}") from error
+        if spare is not None and row is not None:
+            spare.append(row)
+        return outputs
 
     def run_many(self, batches: Sequence[Feeds]) -> list[Feeds]:
         """Runs independent batches, their rows spread over the threads; results in order. Raises as ``run`` does."""
@@ -118,6 +164,7 @@ class OrtEncoderSession:
                 pool, self._pool = self._pool, None
             if pool is not None:
                 pool.shutdown(wait=True)
+            self._short_rows.clear()
             self._whole = self._single = None
 
     def _complete(self, feeds: Feeds) -> Feeds:
