@@ -37,6 +37,7 @@ _AGREEING: dict[str, dict[str, str]] = {
         "local_window_size": "window",
     },
     "com.microsoft::MultiHeadAttention": {"num_heads": "heads", "scale": "scale"},
+    "Attention": {"q_num_heads": "heads", "kv_num_heads": "kv_heads", "scale": "scale"},
 }
 
 
@@ -130,8 +131,8 @@ class _Collector:
         self, where: str, index: int, name: str, spec: AttentionSpec, node: AttentionNode | None
     ) -> AttentionLayer:
         if node is not None:
-            for difference in _differences(node, spec):
-                self.warnings.append(f"{where}: layer {index}: {difference}")
+            found = dict.fromkeys(line for op, numbers in node.kernels for line in _differences(op, numbers, spec))
+            self.warnings += [f"{where}: layer {index}: {difference}" for difference in found]
         return AttentionLayer(
             index, name, spec.heads, spec.kv_heads, spec.head_dim, spec.scale, spec.window, spec.softcap, spec.causal,
             *((node.op, node.branch, node.rotary, node.packed_qkv) if node is not None else ()),
@@ -169,10 +170,10 @@ class _Collector:
         )
 
 
-def _differences(node: AttentionNode, spec: AttentionSpec) -> Iterator[str]:
+def _differences(op: str, attributes: dict[str, int | float], spec: AttentionSpec) -> Iterator[str]:
     """Where a kernel's node says something else than the manifest."""
-    for attribute, field in _AGREEING.get(node.op, {}).items():
-        found, expected = node.attributes.get(attribute), getattr(spec, field)
+    for attribute, field in _AGREEING.get(op, {}).items():
+        found, expected = attributes.get(attribute), getattr(spec, field)
         if found in (0, -1):  # how a kernel says that it has no window, softcap or scale of its own
             found = None
         if found is None and field == "scale":  # 1 / sqrt(head size)

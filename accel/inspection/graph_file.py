@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,22 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class AttentionNode:
-    """A kernel's node, as found in a graph."""
+    """One layer's attention, as found in a graph.
 
-    op: str
+    Attributes:
+        kernels: The kernels that it chooses among (usually one): ``domain::type`` and attributes.
+        branch: ``domain::type`` of the node that chooses; None: there is no choice.
+    """
+
+    kernels: tuple[tuple[str, dict[str, int | float]], ...]
     branch: str | None
     rotary: Rotary
     packed_qkv: bool
-    attributes: dict[str, int | float] = field(default_factory=dict)
+
+    @property
+    def op(self) -> str:
+        """The kernels' types."""
+        return " / ".join(sorted({op for op, _ in self.kernels}))
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,10 @@ class _Reader:
             kernels = [node]
         if not kernels:
             return None
-        kernel = kernels[0]
-        attributes = {item.name: item.f if item.type == item.FLOAT else item.i for item in kernel.attribute}
-        inputs = [*kernel.input, "", "", ""][:3]
+        found = tuple((_op(kernel), _numbers(kernel)) for kernel in kernels)
+        inputs = [*kernels[0].input, "", "", ""][:3]
         packed = bool(inputs[0]) and not inputs[1] and not inputs[2]
-        op = " / ".join(sorted({_op(item) for item in kernels}))
-        return AttentionNode(op, branch, self._rotary(inputs, attributes), packed, attributes)
+        return AttentionNode(found, branch, self._rotary(inputs, found[0][1]), packed)
 
     def _rotary(self, inputs: list[str], attributes: dict[str, int | float]) -> Rotary:
         if attributes.get("do_rotary"):
@@ -127,6 +134,11 @@ class _Reader:
             seen.add(name)
             waiting += node.input
         return "none"
+
+
+def _numbers(node: Any) -> dict[str, int | float]:
+    """The node's attributes that are numbers."""
+    return {item.name: item.f if item.type == item.FLOAT else item.i for item in node.attribute}
 
 
 def _op(node: Any) -> str:

@@ -153,7 +153,9 @@ def test_a_real_encoder(minilm_bundle: Path) -> None:
     assert found.warnings == () and found.left_out == () and found.cache is None
     lowered = next(graph for graph in found.graphs if graph.target == "ort-cpu")
     kernels = {(layer.op, layer.branch, layer.heads, layer.rotary) for layer in lowered.attention}
-    assert kernels == {("com.microsoft::MultiHeadAttention", "If", 12, "none")} and len(lowered.attention) == 6
+    assert (
+        kernels == {("Attention / com.microsoft::MultiHeadAttention", "If", 12, "none")} and len(lowered.attention) == 6
+    )
     parts = found.weights[0].parts
     # six layers of four 384 x 384 projections with biases, and of two 384 x 1536 ones
     assert parts["attention"].elements == 6 * 4 * (384 * 384 + 384)

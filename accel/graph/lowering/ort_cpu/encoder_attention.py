@@ -1,8 +1,13 @@
-"""``accel::Attention`` -> ``MultiHeadAttention``, with a branch for batches without padding.
+"""``accel::Attention`` -> the fastest of three kernels, chosen per call.
 
-The kernel takes its flash path only when it is given no mask and no bias, 10 to 25 % of the
-whole attention. So each layer is an ``If`` on "no padding (and nothing outside the window)":
-the test runs once per call, the branch costs about 3 microseconds.
+Short rows without padding take ONNX's ``Attention``, which keeps all scores and is 15 to 40 % faster up to
+``SHORT`` tokens. Longer ones take the flash path of ``MultiHeadAttention``, which wants neither mask nor bias; what
+is padded or looks through a window takes ``MultiHeadAttention`` with its mask. Each layer is an ``If``: the tests
+run once per call, the branch costs about 3 microseconds.
+
+The kernels get projections without the biases that attention can do without. A bias of the keys moves all scores of
+a query alike, which the softmax does not see. A bias of the values passes through, since the weights of a query
+add up to one, and goes into the bias of the projection that follows.
 """
 
 from __future__ import annotations
@@ -12,11 +17,11 @@ import onnx_ir as ir
 
 from accel.errors import FusionError
 from accel.graph.checks import attention_nodes
-from accel.graph.edit import make_constant, producer, rank, replace_value
-from accel.graph.lowering.ort_cpu.packed import merge_rows
+from accel.graph.edit import make_constant, producer, rank, replace_value, sole_consumer
 from accel.spec import ArchSpec
 
 MICROSOFT = "com.microsoft"
+SHORT = 384  # tokens: at 256 ONNX's Attention took 610 us where the flash path took 700; at 512 both took 2.4 ms
 
 
 def lower_attention(model: ir.Model, arch: ArchSpec) -> None:
@@ -48,7 +53,16 @@ class _Shared:
         shape = self._op("Shape", [attention_mask], {"start": 1, "end": 2}, ir.DataType.INT64, (1,))
         axis = make_constant(graph, "axis_0", np.array([0], np.int64))
         self._length = self._op("Squeeze", [shape, axis], {}, ir.DataType.INT64, ())
+        longest = make_constant(graph, "short", np.array(SHORT, np.int64))
+        self._is_short = self._op("LessOrEqual", [self._length, longest], {}, ir.DataType.BOOL, ())
+        self._short: dict[ir.Value, ir.Value] = {}
         self._windows: dict[int, tuple[ir.Value, ir.Value]] = {}
+
+    def short(self, condition: ir.Value) -> ir.Value:
+        """The condition, and at most ``SHORT`` tokens."""
+        if condition not in self._short:
+            self._short[condition] = self._op("And", [condition, self._is_short], {}, ir.DataType.BOOL, ())
+        return self._short[condition]
 
     def _op(self, op_type: str, inputs: list[ir.Value], attributes: dict, dtype: ir.DataType, shape: tuple) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
@@ -96,55 +110,86 @@ class _Shared:
 
 def _lower_layer(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> None:
     heads, scale = node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()
-    attributes = {"num_heads": heads, "scale": scale}
-    *qkv, projection_bias = _unbiased(graph, node, index)
+    query = node.inputs[0]
+    key, _ = _without_bias(node, 1)
+    value, value_bias = _without_bias(node, 2)
     window = node.attributes["window"].as_int() if "window" in node.attributes else None
     bias = _without_expand(node.inputs[4]) if len(node.inputs) > 4 else None
-    condition = shared.no_padding
+    condition, masked_bias = shared.no_padding, bias
     if window is not None:
         if bias is not None:
             raise FusionError("a window together with a score bias", where=f"layer {index}")
-        condition, window_bias = shared.window(window)
-        branches = [[None, None], [shared.mask, window_bias]]
-    else:
-        branches = [[None, bias], [shared.mask, bias]]
-    output = node.outputs[0]
-    graphs = []
-    for name, (mask, score_bias) in zip(("dense", "masked"), branches, strict=True):
-        made = ir.node(
-            "MultiHeadAttention",
-            [*qkv, projection_bias, mask, score_bias],
-            attributes,
-            domain=MICROSOFT,
-            name=f"layers.{index}.attention.{name}",
-        )
-        made.outputs[0].name = f"layers.{index}.attention.{name}.output"
-        made.outputs[0].type, made.outputs[0].shape = output.type, output.shape
-        graphs.append(ir.Graph([], made.outputs, nodes=[made], name=f"layers_{index}_{name}"))
-    branch = ir.node(
-        "If", [condition], {"then_branch": graphs[0], "else_branch": graphs[1]}, name=f"layers.{index}.attention"
+        condition, masked_bias = shared.window(window)
+
+    def kernel(name: str, op_type: str, domain: str, inputs: list, attributes: dict) -> ir.Graph:
+        return _branch(ir.node(op_type, inputs, attributes, domain=domain), f"layers.{index}.attention.{name}", node)
+
+    own, counts = {"num_heads": heads, "scale": scale}, {"q_num_heads": heads, "kv_num_heads": heads, "scale": scale}
+    qkv = [query, key, value]
+    flash = kernel("flash", "MultiHeadAttention", MICROSOFT, [*qkv, None, None, bias], own)
+    masked = kernel("masked", "MultiHeadAttention", MICROSOFT, [*qkv, None, shared.mask, masked_bias], own)
+    short = kernel("short", "Attention", "", [*qkv, bias] if bias is not None else qkv, counts)
+    rest = ir.node("If", [condition], {"then_branch": flash, "else_branch": masked})
+    choice = ir.node(
+        "If",
+        [shared.short(condition)],
+        {"then_branch": short, "else_branch": _branch(rest, f"layers.{index}.attention.rest", node)},
+        name=f"layers.{index}.attention",
     )
-    branch.outputs[0].type, branch.outputs[0].shape = output.type, output.shape
-    graph.insert_before(node, branch)
-    replace_value(output, branch.outputs[0])
+    output = node.outputs[0]
+    choice.outputs[0].type, choice.outputs[0].shape = output.type, output.shape
+    graph.insert_before(node, choice)
+    replace_value(output, choice.outputs[0])
     graph.remove(node, safe=True)
+    if value_bias is not None:
+        _pass_on(graph, choice, value_bias, index)
 
 
-def _unbiased(graph: ir.Graph, node: ir.Node, index: int) -> list[ir.Value | None]:
-    """[query, key, value, bias]: the projections' biases move into the kernel, which adds them while it transposes."""
-    values = list(node.inputs[:3])
-    linears = [producer(value, "Linear") for value in values]
-    if any(linear is None or len(linear.inputs) != 3 or rank(linear.inputs[2]) != 1 for linear in linears):  # type: ignore[arg-type]
-        return [*values, None]
-    bias = merge_rows(graph, [linear.inputs[2] for linear in linears], f"layers.{index}.qkv.bias")  # type: ignore[union-attr, misc]
-    made: list[ir.Value | None] = []
-    for linear in linears:
-        assert linear is not None
-        bare = ir.node("Linear", linear.inputs[:2], linear.attributes, domain="accel")
-        bare.outputs[0].type, bare.outputs[0].shape = linear.outputs[0].type, linear.outputs[0].shape
-        graph.insert_before(node, bare)
-        made.append(bare.outputs[0])
-    return [*made, bias]
+def _branch(node: ir.Node, name: str, like: ir.Node) -> ir.Graph:
+    """A graph of one node that gives what ``like`` gives."""
+    node.name = name
+    (output,) = node.outputs
+    output.name, output.type, output.shape = f"{name}.output", like.outputs[0].type, like.outputs[0].shape
+    return ir.Graph([], [output], nodes=[node], name=name.replace(".", "_"))
+
+
+def _without_bias(node: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:
+    """(input ``index`` without its projection's bias, that bias)."""
+    value = node.inputs[index]
+    linear = producer(value, "Linear")
+    if linear is None or len(linear.inputs) != 3 or rank(linear.inputs[2]) != 1:  # type: ignore[arg-type]
+        return value, None
+    bare = ir.node("Linear", linear.inputs[:2], linear.attributes, domain="accel")
+    bare.outputs[0].type, bare.outputs[0].shape = linear.outputs[0].type, linear.outputs[0].shape
+    assert node.graph is not None
+    node.graph.insert_before(node, bare)
+    return bare.outputs[0], linear.inputs[2]
+
+
+def _pass_on(graph: ir.Graph, attention: ir.Node, bias: ir.Value, index: int) -> None:
+    """Adds the values' bias after the attention: within the next projection's bias b' = b + W bias, or by itself."""
+    output = attention.outputs[0]
+    linear = sole_consumer(output, "Linear")
+    folded = None if linear is None else _fold(graph, linear, bias, f"layers.{index}.carried.bias")
+    if linear is not None and folded is not None:
+        linear.replace_input_with(2, folded)
+        return
+    add = ir.node("Add", [output, bias])
+    graph.insert_after(attention, add)
+    ir.convenience.replace_all_uses_with(output, add.outputs[0], replace_graph_outputs=True)
+    add.replace_input_with(0, output)
+    add.outputs[0].type, add.outputs[0].shape = output.type, output.shape
+
+
+def _fold(graph: ir.Graph, linear: ir.Node, bias: ir.Value, name: str) -> ir.Value | None:
+    """What the linear's bias becomes when the bias is added to its input; None: it has no constant bias."""
+    if len(linear.inputs) != 3 or linear.attributes.get_int("transposed", 0) != 1:
+        return None
+    tensors = [value.const_value if value is not None else None for value in (*linear.inputs[1:], bias)]
+    if any(tensor is None for tensor in tensors):
+        return None
+    weight, own, added = (tensor.numpy().astype(np.float64) for tensor in tensors if tensor is not None)
+    return make_constant(graph, name, (own + weight @ added).astype(np.float32))
 
 
 def _without_expand(bias: ir.Value | None) -> ir.Value | None:

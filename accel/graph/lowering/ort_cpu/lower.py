@@ -38,7 +38,7 @@ def lower(model: ir.Model, arch: ArchSpec, max_positions: int) -> tuple[ir.Model
         fused = {"GroupQueryAttention": len(arch.layers), "packed_qkv": packed, "rotary_in_attention": rotary}
     else:
         lower_attention(lowered, arch)
-        fused = {"MultiHeadAttention": len(arch.layers)}
+        fused = {"Attention / MultiHeadAttention": len(arch.layers)}
     _prune(lowered)
     reports = [PassReport("attention", before, lowered.graph.num_nodes(), fused)]
     reports += run_passes(

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from accel.errors import FusionError
-from accel.graph.lowering.ort_cpu import lower
+from accel.graph.lowering.ort_cpu import encoder_attention, lower
 from accel.spec import ArchSpec, AttentionSpec
 from tests.graph.small import assert_close, count, make, normal, ops, run
 
@@ -65,26 +65,63 @@ def given(node: ir.Node, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
+def kernels(model: ir.Model) -> dict[str, ir.Node]:
+    """The three kernels of the only layer: ``short``, ``flash`` and ``masked``."""
+    (choice,) = (node for node in model.graph if node.op_type == "If")
+    assert choice.name == "layers.0.attention"
+    (short,) = choice.attributes["then_branch"].as_graph()
+    (rest,) = choice.attributes["else_branch"].as_graph()
+    flash, masked = (rest.attributes[name].as_graph()[0] for name in ("then_branch", "else_branch"))
+    return {"short": short, "flash": flash, "masked": masked}
+
+
+@pytest.mark.parametrize("short", [1, 384])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("window", [None, 2, 4, 100])
-def test_lowered(window: int | None, biased: bool) -> None:
+def test_lowered(window: int | None, biased: bool, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder_attention, "SHORT", short)  # 1: what has no padding takes the flash path
     layer = dataclasses.replace(LAYER, window=window)
     lowered = check(model_of(layer, biased), dataclasses.replace(ARCH, layers=(layer,)))
-    (branch,) = (node for node in lowered.graph if node.op_type == "If")
-    dense, masked = (branch.attributes[name].as_graph()[0] for name in ("then_branch", "else_branch"))
-    assert branch.name == "layers.0.attention" and dense.op_type == masked.op_type == "MultiHeadAttention"
-    assert given(dense, 4) == given(dense, 5) == 0, "the branch without padding takes the flash path"
-    assert (given(masked, 4), given(masked, 5)) == (1, window is not None)
-    assert given(dense, 3) == given(masked, 3) == biased, "the kernel adds the projections' biases"
-    assert count(lowered, "Add") == 0
+    found = kernels(lowered)
+    assert [node.op_type for node in found.values()] == ["Attention", "MultiHeadAttention", "MultiHeadAttention"]
+    assert not given(found["short"], 3), "no mask, no bias"
+    assert not given(found["flash"], 4) and not given(found["flash"], 5), "else it is no flash path"
+    assert given(found["masked"], 4) and given(found["masked"], 5) == (window is not None)
+    assert not any(given(node, 3) for node in found.values())
+    assert count(lowered, "Add") == 2 * biased, "the queries' bias, and the values' after the attention"
+
+
+def test_bias_of_the_values_goes_into_the_next_projection() -> None:
+    model = model_of(LAYER)
+    graph = model.graph
+    (relu,) = (node for node in graph if node.op_type == "Relu")
+    weight, bias = (
+        initializer(graph, name, normal(*shape, seed=7)) for name, shape in (("wo", (16, 16)), ("bo", (16,)))
+    )
+    linear = ir.node("Linear", [relu.inputs[0], weight, bias], {"transposed": 1}, domain="accel")
+    linear.outputs[0].type, linear.outputs[0].shape = relu.inputs[0].type, relu.inputs[0].shape
+    graph.insert_before(relu, linear)
+    relu.replace_input_with(0, linear.outputs[0])
+    lowered = check(model, ARCH)
+    assert count(lowered, "Add") == 2, "the queries' bias and the next projection's"
+    carried = lowered.graph.initializers["layers.0.carried.bias"].const_value.numpy()
+    tensors = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
+    np.testing.assert_allclose(carried, tensors["bo"] + tensors["wo"] @ tensors["bv"], rtol=1e-5, atol=1e-6)
+    assert "bk" not in lowered.graph.initializers or not lowered.graph.initializers["bk"].uses()
+
+
+def initializer(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(data.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    value.const_value = ir.tensor(data, name=name)
+    graph.register_initializer(value)
+    return value
 
 
 def test_score_bias_is_given_unexpanded() -> None:
     lowered = check(model_of(LAYER, scores="1"), ARCH)
     assert count(lowered, "Expand") == 0
-    (branch,) = (node for node in lowered.graph if node.op_type == "If")
-    for name in ("then_branch", "else_branch"):
-        assert given(branch.attributes[name].as_graph()[0], 5), "relative positions count in both"
+    found = kernels(lowered)
+    assert given(found["short"], 3) and given(found["flash"], 5) and given(found["masked"], 5)
 
 
 def test_one_bias_missing() -> None:
@@ -92,7 +129,7 @@ def test_one_bias_missing() -> None:
     key = model.graph[1]
     key.resize_inputs(2)
     lowered = check(model, ARCH)
-    assert count(lowered, "Add") == 2, "kept outside the kernel, which wants all three or none"
+    assert count(lowered, "Add") == 2
 
 
 @pytest.mark.parametrize(
