@@ -15,6 +15,12 @@ Task = Literal[
     "text-generation",
 ]
 
+# Metadata of an exported graph and of its values.
+PARTS = "accel.parts"  # of a merged initializer: the parameters that lie in it one under the other, in order
+ROWS = "accel.rows"  # of an initializer that is a range of a parameter's rows: name, start, stop
+EMBEDDING = "accel.embedding"  # of a graph: the parameter whose rows it takes as this input
+EMBEDDING_INPUT = "token_embeddings"
+
 # What a model of each task puts out, by transformers' names.
 OUTPUT_NAMES: dict[Task, tuple[str, ...]] = {
     "feature-extraction": ("last_hidden_state",),

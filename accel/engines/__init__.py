@@ -82,7 +82,7 @@ def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
     threads = options.threads or available_cores()
     if bundle.manifest.arch.kind == "encoder":
         return OrtEncoderSession(path, name, threads)
-    return OrtDecoderSession(path, bundle.manifest.arch, name, threads, resolve_cache(bundle.manifest.arch, options))
+    return OrtDecoderSession(path, bundle.manifest, name, threads, resolve_cache(bundle.manifest.arch, options))
 
 
 def _probe_torch(bundle: Bundle, variant: str) -> str | None:

@@ -16,12 +16,11 @@ import onnx_ir as ir
 
 from accel.errors import ExportError
 from accel.manifest import ParameterEntry
+from accel.spec import PARTS, ROWS
 
 if TYPE_CHECKING:
     import torch
 
-PARTS = "accel.parts"  # metadata of an initializer that is several parameters, row under row
-ROWS = "accel.rows"  # metadata of an initializer that is a range of a parameter's rows: name, start, stop
 WRAPPER = "model."  # the traced module wraps the model in an attribute of this name
 INLINE_BYTES = 1024  # smaller constants stay in the graph file
 PAGE, LINE = 4096, 64  # alignments: tensors of 1 MiB and more can be mapped on their own, others share pages

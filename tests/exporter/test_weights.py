@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from accel.errors import ExportError
-from accel.exporter.weights import PARTS, Parameters, collect_parameters, name_initializers, write_weights
+from accel.exporter.weights import Parameters, collect_parameters, name_initializers, write_weights
+from accel.spec import PARTS
 from tests.exporter.models import make_decoder
 
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort.common import NAME, engine_error, import_onnxruntime, open_graph, translated_errors
+from accel.engines.ort.embedding import EmbeddingRows
 from accel.engines.session import EngineInfo, StepInputs
 from accel.errors import BundleError
-from accel.spec import ArchSpec
+from accel.manifest import Manifest
+from accel.spec import EMBEDDING, EMBEDDING_INPUT
 
 
 class StepBuffers:
@@ -25,7 +27,14 @@ class StepBuffers:
     """
 
     def __init__(
-        self, ort: Any, names: set[str], rows: int, tokens: int, width: int, logits: NDArray[np.float32]
+        self,
+        ort: Any,
+        names: set[str],
+        rows: int,
+        tokens: int,
+        width: int,
+        logits: NDArray[np.float32],
+        embedding: EmbeddingRows | None,
     ) -> None:
         self.rows, self.tokens, self.width, self.logits = rows, tokens, width, logits
         every: dict[str, NDArray] = {
@@ -38,6 +47,9 @@ class StepBuffers:
             "query_seqlens": np.zeros(rows, np.int32),
             "logits_positions": np.arange(len(logits), dtype=np.int64),
         }
+        self._embedding = embedding
+        if embedding is not None:
+            every[EMBEDDING_INPUT] = np.zeros((tokens, embedding.width), np.float32)
         self.arrays = every
         self.bound = {name: ort.OrtValue.ortvalue_from_numpy(every[name]) for name in every if name in names}
         self.bound_logits = ort.OrtValue.ortvalue_from_numpy(logits)
@@ -50,6 +62,8 @@ class StepBuffers:
     def fill(self, inputs: StepInputs) -> None:
         """Writes one step's values."""
         arrays, rows = self.arrays, self.rows
+        if self._embedding is not None:
+            self._embedding.read(inputs.input_ids, arrays[EMBEDDING_INPUT])
         if self._single:  # the usual step: next to every run each NumPy call costs microseconds, caches are cold
             past = inputs.past_lengths[0]
             arrays["input_ids"][0] = inputs.input_ids[0]
@@ -125,14 +139,22 @@ class OrtDecoderSession:
 
     mixed_steps = True
 
-    def __init__(self, path: Path, arch: ArchSpec, variant: str, threads: int, shape: CacheShape) -> None:
+    def __init__(self, path: Path, manifest: Manifest, variant: str, threads: int, shape: CacheShape) -> None:
         """Opens the graph and reserves the cache (its memory is committed as it fills).
+
+        Args:
+            path: The graph; its weight files lie beside it.
+            manifest: The bundle's.
+            variant: Its name, for ``info``.
+            threads: Threads of a step, the caller's own included.
+            shape: Of the cache.
 
         Raises:
             DependencyError, EngineError: see ``open_graph``.
             BundleError: The graph's inputs are not those of a lowered decoder.
         """
         self._ort = import_onnxruntime()
+        arch = manifest.arch
         self._session: Any = open_graph(path, threads)
         self.info = EngineInfo(NAME, self._ort.__version__, "cpu", variant, threads)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
@@ -143,6 +165,7 @@ class OrtDecoderSession:
             for part in ("key", "value")
         }
         self._check_names(path)
+        self._embedding = _open_embedding(path, self._session, self._names, manifest)
         self._logits = np.zeros((shape.rows, self.vocab_size), np.float32)
         self._bindings: dict[int, RowBinding] = {}
         self._lifetime = Lifetime("decoder")
@@ -179,6 +202,8 @@ class OrtDecoderSession:
             self._bindings.clear()
             self._session = None
             self._caches = {}
+            if self._embedding is not None:
+                self._embedding.close()
 
     def _buffers(self, inputs: StepInputs) -> tuple[RowBinding, StepBuffers]:
         tokens, wanted = len(inputs.input_ids), len(inputs.logits_positions)
@@ -192,7 +217,7 @@ class OrtDecoderSession:
         if buffers is None:
             big = wanted > self.max_batch
             logits = np.empty((wanted, self.vocab_size), np.float32) if big else self._logits[:wanted]
-            buffers = StepBuffers(self._ort, self._names, rows, tokens, width, logits)
+            buffers = StepBuffers(self._ort, self._names, rows, tokens, width, logits, self._embedding)
             if width == 1:
                 binding.keep(buffers)
         return binding, buffers
@@ -201,12 +226,25 @@ class OrtDecoderSession:
         outputs = {node.name for node in self._session.get_outputs()}
         missing = [f"past.{name}" for name in self._caches if f"past.{name}" not in self._names]
         missing += [f"present.{name}" for name in self._caches if f"present.{name}" not in outputs]
-        needed = {"input_ids", "pad_index", "unpad_index", "seqlens_k", "query_seqlens", "logits_positions"}
+        needed = {"pad_index", "unpad_index", "seqlens_k", "query_seqlens", "logits_positions"}
         missing += sorted(needed - self._names)
+        if self._names.isdisjoint({"input_ids", EMBEDDING_INPUT}):
+            missing.append("input_ids")
         if missing:
             raise BundleError(
                 f"The decoder graph lacks {', '.join(missing[:4])}", where=path.name, remedy="Export the model again"
             )
+
+
+def _open_embedding(path: Path, session: Any, names: set[str], manifest: Manifest) -> EmbeddingRows | None:
+    """The table whose rows the graph takes as an input; None: the graph looks its ids up itself."""
+    if EMBEDDING_INPUT not in names:
+        return None
+    entry = manifest.parameters.get(session.get_modelmeta().custom_metadata_map.get(EMBEDDING, ""))
+    if entry is None:
+        what = "The graph takes embedding rows, but names no parameter of the bundle for them"
+        raise BundleError(what, where=path.name, remedy="Export the model again")
+    return EmbeddingRows(path.parent / entry.file, entry)
 
 
 __all__ = ["OrtDecoderSession"]

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from accel.graph.edit import ints, make_constant, producer, rank
-
-PARTS = "accel.parts"  # metadata of a merged initializer: the PyTorch parameters it is made of, row-wise, in order
-ROWS = "accel.rows"  # metadata of an initializer that is a range of a parameter's rows: name, start, stop
+from accel.spec import PARTS, ROWS
 
 
 def merge_linears(graph: ir.Graph, before: ir.Node, outputs: Sequence[ir.Value], name: str) -> ir.Value | None:

@@ -7,8 +7,7 @@ import pytest
 
 from accel.graph.lowering.ort_cpu import linear
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
-from accel.graph.lowering.ort_cpu.packed import ROWS
-from accel.spec import ArchSpec, AttentionSpec
+from accel.spec import ROWS, ArchSpec, AttentionSpec
 from tests.graph.small import apply, make, normal, ops, run
 
 

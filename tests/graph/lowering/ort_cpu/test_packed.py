@@ -4,7 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.lowering.ort_cpu.packed import PARTS, drop_unit_batch, merge_linears
+from accel.graph.lowering.ort_cpu.packed import drop_unit_batch, merge_linears
+from accel.spec import PARTS
 from tests.graph.small import apply, assert_close, count, make, normal, ops, run
 
 THREE = """main (float[B,S,8] x, float[B,S,8] z, float[4,8] wq, float[2,8] wk, float[2,8] wv, float[4] bq, float[2] bk,

@@ -1,0 +1,60 @@
+"""Embedding rows read from a file, and the errors of a file or a table that is not what it should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from accel.engines.ort.embedding import EmbeddingRows
+from accel.errors import BundleError, EngineError
+from accel.manifest import ParameterEntry
+
+TABLE = np.random.default_rng(0).standard_normal((11, 6)).astype(np.float32)
+OFFSET = 64
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "fp32.weights"
+    file.write_bytes(b"\0" * OFFSET + TABLE.tobytes() + b"\1" * 100)
+    return file
+
+
+def open_rows(path: Path) -> EmbeddingRows:
+    return EmbeddingRows(path, ParameterEntry(path.name, OFFSET, TABLE.shape, "float32"))
+
+
+def test_rows_in_any_order_and_twice(path: Path) -> None:
+    rows, ids = open_rows(path), np.array([10, 0, 3, 3])
+    out = np.full((4, 6), np.nan, np.float32)
+    rows.read(ids, out)
+    np.testing.assert_array_equal(out, TABLE[ids])
+    rows.close()
+    rows.close()
+
+
+@pytest.mark.parametrize("bad", [-1, 11])
+def test_id_outside_the_table(path: Path, bad: int) -> None:
+    with pytest.raises(EngineError, match=f"id {bad} is outside the embedding of 11 rows"):
+        open_rows(path).read(np.array([0, bad]), np.zeros((2, 6), np.float32))
+
+
+def test_file_that_became_shorter(path: Path) -> None:
+    rows = open_rows(path)
+    with path.open("r+b") as stream:
+        stream.truncate(OFFSET + 10)
+    with pytest.raises(EngineError, match="shorter since it was opened"):
+        rows.read(np.array([5]), np.zeros((1, 6), np.float32))
+
+
+def test_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="Cannot open the weights"):
+        open_rows(tmp_path / "absent.weights")
+
+
+@pytest.mark.parametrize("entry", [(OFFSET, (66,), "float32"), (OFFSET, (11, 6), "bfloat16")])
+def test_no_table(path: Path, entry: tuple) -> None:  # type: ignore[type-arg]
+    with pytest.raises(BundleError, match="not a float32 table"):
+        EmbeddingRows(path, ParameterEntry(path.name, *entry))
