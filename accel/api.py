@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,7 @@ class _Export:
     tokenizer: Any
     writer: BundleWriter
     progress: ExportProgress
+    notes: list[str] = field(default_factory=list)
 
     def run(self) -> Bundle:
         manifest, cases = self._write()
@@ -136,6 +137,7 @@ class _Export:
 
         with self._stage("Loading the weights"):
             loaded = load_model(self.source, self.task)
+        self.notes += loaded.notes
         try:
             parameters = collect_parameters(loaded.model)
             traced = self._trace(loaded, parameters)
@@ -162,7 +164,7 @@ class _Export:
         with self._stage("Reading the layers"):
             layers = probe_layers(model, kind_of(self.task))
             arch = read_arch(model, layers, self.task, self.max_positions)
-            copy_files(self.source, model, self.tokenizer, self.writer.path)
+            self.notes += copy_files(self.source, model, self.tokenizer, self.writer.path)
         cases = self._references(model, arch)
         with self._stage("Tracing"):
             graph = trace_decoder(model, layers) if arch.kind == "decoder" else trace_encoder(model, self.task)
@@ -221,6 +223,7 @@ class _Export:
             versions=_versions(),
             parameters=parameters,
             tied=tied,
+            notes=tuple(self.notes),
         )
 
     def _check(self, arch: ArchSpec, cases: list[Case], manifest: Manifest) -> dict[str, ParityResult]:

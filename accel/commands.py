@@ -43,13 +43,16 @@ def export(options: Namespace) -> int:
     seconds = time.perf_counter() - started
     if options.json:
         found = {"path": str(options.out), "bytes": size, "seconds": seconds, "arch": to_dict(manifest.arch)}
-        print(json.dumps({**found, "variants": list(manifest.variants), "parity": to_dict(manifest.parity)}))
+        found |= {"variants": list(manifest.variants), "parity": to_dict(manifest.parity), "notes": manifest.notes}
+        print(json.dumps(found))
         return 0
     arch = manifest.arch
     print(f"{options.out}: {arch.architecture}, {arch.task}, {arch.parameters / 1e6:.1f} M parameters")
     print(f"{size / 1e6:.1f} MB in {seconds:.1f} s")
     for target, parity in manifest.parity.items():
         print(f"{target}: error {parity.max_rel_error:.1e} against {parity.reference} (limit {parity.limit:.0e})")
+    for note in manifest.notes:
+        print(f"note: {note}")
     return 0
 
 

@@ -97,6 +97,7 @@ class Manifest:
     parity: dict[str, ParityResult] = field(default_factory=dict)  # "variant/target" -> result
     parameters: dict[str, ParameterEntry] = field(default_factory=dict)  # for the PyTorch reference engine
     tied: dict[str, str] = field(default_factory=dict)  # parameter -> the parameter it shares storage with
+    notes: tuple[str, ...] = ()  # what the export left behind, or did without
 
 
 __all__ = [

@@ -18,6 +18,7 @@ from accel import api
 from accel.bundle import Bundle
 from accel.errors import InputError, ParityError, RecipeError, StorageError
 from accel.recipe import Recipe
+from accel.spec import EMBEDDING_INPUT
 
 
 def test_decoder_bundle(tiny_decoder_bundle: Path, tiny_decoder_source: Path) -> None:
@@ -30,6 +31,7 @@ def test_decoder_bundle(tiny_decoder_bundle: Path, tiny_decoder_source: Path) ->
         assert entry.attention_nodes == ("layers.0.attention", "layers.1.attention")
         assert entry.opset <= 24
         assert entry.passes
+    assert EMBEDDING_INPUT in {spec.name for spec in bundle.graph("fp32", "ort-cpu").inputs}
     result = manifest.parity["fp32/ort-cpu"]
     assert 0 < result.max_rel_error < 1e-5
     assert result.greedy_tokens_equal == result.greedy_tokens_total
@@ -114,6 +116,7 @@ def test_no_tokenizer_is_said(tiny_model: Any, tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.INFO, logger="accel"):
         bundle = accel.export(tiny_model, tmp_path / "out")
     assert "no tokenizer" in caplog.text
+    assert any("no tokenizer" in note for note in bundle.manifest.notes)
     assert "Tracing" in caplog.text
     assert not bundle.has("tokenizer.json")
 

@@ -87,6 +87,7 @@ class _Collector:
             parity=manifest.parity,
             tied=manifest.tied,
             versions=manifest.versions,
+            notes=manifest.notes,
             left_out=tuple(self.left_out),
             warnings=tuple(self.warnings),
         )

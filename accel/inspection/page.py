@@ -62,7 +62,11 @@ def _cards(found: Inspection) -> str:
 
 def _messages(found: Inspection) -> str:
     blocks = []
-    for kind, title, items in (("alert", "Warnings", found.warnings), ("hint", "Not shown", found.left_out)):
+    for kind, title, items in (
+        ("alert", "Warnings", found.warnings),
+        ("hint", "Notes of the export", found.notes),
+        ("hint", "Not shown", found.left_out),
+    ):
         if items:
             listed = "".join(f"<li>{escape(item)}</li>" for item in items)
             blocks.append(f'<section class="{kind}"><h2>{title}</h2><ul>{listed}</ul></section>')

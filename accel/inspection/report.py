@@ -147,8 +147,8 @@ class FileReport:
 class Inspection:
     """Everything that ``accel inspect`` shows.
 
-    ``left_out`` says what could not be read here and how to get it; ``warnings`` says where the
-    bundle's own statements disagree.
+    ``notes`` says what the export left behind or did without, ``left_out`` what could not be read here and how to
+    get it, ``warnings`` where the bundle's own statements disagree.
     """
 
     path: str
@@ -164,6 +164,7 @@ class Inspection:
     parity: dict[str, ParityResult]
     tied: dict[str, str]
     versions: dict[str, str]
+    notes: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
 

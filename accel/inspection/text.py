@@ -20,6 +20,7 @@ def render_text(found: Inspection) -> str:
     sections += [_parity(found.parity), _files(found)]
     versions = [(wording.printable(name), wording.printable(version)) for name, version in found.versions.items()]
     sections.append(["Versions at export", *_table([("accel", wording.printable(found.accel_version)), *versions])])
+    sections += [["Notes of the export", *_bullets(found.notes)]] if found.notes else []
     sections += [["Warnings", *_bullets(found.warnings)]] if found.warnings else []
     sections += [["Not shown", *_bullets(found.left_out)]] if found.left_out else []
     return "\n\n".join("\n".join(section) for section in sections)

@@ -76,7 +76,8 @@ class SessionGuard:
     def __init__(self, session: EncoderSession) -> None:
         self._session = session
         self._run_many = getattr(session, "run_many", None)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()  # entered directly: the methods of a condition are Python
+        self._idle = threading.Condition(self._lock)
         self._in_flight = 0
         self._closed = False
         self._pid = os.getpid()
@@ -85,7 +86,7 @@ class SessionGuard:
         if os.getpid() != self._pid:  # before the lock: a fork may have copied it while it was held
             remedy = "Load the bundle in each worker process, after the fork"
             raise EngineError("This process was forked after the encoder was loaded", where="Encoder", remedy=remedy)
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise EngineError("The encoder is closed", where="Encoder", remedy="Load the bundle again")
             self._in_flight += 1
@@ -94,10 +95,10 @@ class SessionGuard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with self._changed:
+        with self._lock:
             self._in_flight -= 1
             if self._closed:
-                self._changed.notify_all()
+                self._idle.notify_all()
 
     @property
     def side_by_side(self) -> bool:
@@ -118,11 +119,11 @@ class SessionGuard:
         """Waits for the calls in flight, then closes the session; safe to call twice."""
         if os.getpid() != self._pid:
             return  # the parent's threads do not exist here: nothing to wait for, and not ours to close
-        with self._changed:
+        with self._idle:
             if self._closed:
                 return
             self._closed = True
-            self._changed.wait_for(lambda: self._in_flight == 0)
+            self._idle.wait_for(lambda: self._in_flight == 0)
         self._session.close()
 
 

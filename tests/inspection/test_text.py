@@ -70,3 +70,8 @@ def test_notes_of_a_pass_are_shown(tmp_path: Path) -> None:
     variant = dataclasses.replace(variants["fp32"], graphs=graphs)
     text = render_text(inspect(made.write(tmp_path / "b", variants={"fp32": variant})))
     assert "linear 5 4 1 first note; second" in rows(text)
+
+
+def test_notes_of_the_export_are_shown(tmp_path: Path) -> None:
+    text = render_text(inspect(made.write(tmp_path / "b", notes=("no tokenizer\x1b[31m",))))
+    assert "Notes of the export" in text and "no tokenizer" in text and "\x1b" not in text
