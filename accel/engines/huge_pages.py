@@ -1,4 +1,4 @@
-"""Moves what a block of code allocates to huge pages.
+"""Moves what a block of code allocated to huge pages.
 
 A forward pass streams every weight once. On 4 KiB pages the address translation and the hardware's prefetching,
 which stops at each page's end, cost part of the memory bandwidth.
@@ -7,13 +7,18 @@ which stops at each page's end, cost part of the memory bandwidth.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PAGE = 2 << 20  # x86-64, and AArch64 with 4 KiB base pages
-MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # linux/mman.h; the second came with Linux 6.1
+import numpy as np
+
+PAGE = 4096
+HUGE = 2 << 20  # of x86-64, and of AArch64 with 4 KiB pages
+FILLED = 0.9  # share of a huge page that must be in use already: what is sparse would only grow
+MADV_COLLAPSE = 25  # linux/mman.h, from Linux 6.1 on
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MAPS = Path("/proc/self/maps")
 Range = tuple[int, int]
@@ -21,40 +26,56 @@ Range = tuple[int, int]
 
 @contextmanager
 def huge_pages() -> Iterator[None]:
-    """Backs private memory that the block reserves, and leaves reserved, with huge pages.
+    """Moves private memory that was reserved and filled during the block to huge pages.
 
-    Does nothing where the system has none or its administrator turned them off. It is advice:
-    where the kernel finds no free huge page, the memory stays as it is.
+    Does nothing where the system has none or its administrator turned them off. It is advice: where the kernel finds
+    no free huge page, the memory stays as it is. What other threads fill meanwhile moves too, which changes neither
+    its content nor its size.
     """
-    if not _enabled():
-        yield
-        return
-    before = _private_ranges()
+    before = _private_ranges() if _enabled() else None
     yield
-    libc = ctypes.CDLL(None)
-    for start, stop in _subtract(_private_ranges(), before):
-        start, stop = -(-start // PAGE) * PAGE, stop // PAGE * PAGE
-        if start < stop:
-            for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):  # what is touched later, and what has been
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), advice)
+    after = _private_ranges() if before is not None else None
+    if before is not None and after is not None:
+        libc = ctypes.CDLL(None)
+        for start, stop in _subtract(after, before):
+            for first, last in _filled(libc, -(-start // HUGE) * HUGE, stop // HUGE * HUGE):
+                libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_COLLAPSE)
 
 
 def _enabled() -> bool:
     try:
-        return sys.platform == "linux" and "[never]" not in SETTING.read_text()
+        return sys.platform == "linux" and mmap.PAGESIZE == PAGE and "[never]" not in SETTING.read_text()
     except OSError:
         return False
 
 
-def _private_ranges() -> list[Range]:
-    """Address ranges of the process's own writable memory without a file behind it, ascending."""
+def _private_ranges() -> list[Range] | None:
+    """Address ranges of the process's own writable memory without a file behind it, ascending; None: not known."""
+    try:
+        lines = MAPS.read_bytes().split(b"\n")  # bytes: a mapped file's name may hold anything but a line feed
+    except OSError:
+        return None
     ranges = []
-    for line in MAPS.read_text().splitlines():
-        span, permissions, _, _, inode, *name = line.split(maxsplit=5)
-        if permissions == "rw-p" and inode == "0" and (not name or name[0] == "[heap]"):
-            start, stop = span.split("-")
+    for line in lines:
+        span, permissions, _, _, inode, *name = [*line.split(maxsplit=5), *[b""] * 5][:6]
+        if permissions == b"rw-p" and inode == b"0" and name[0] in (b"", b"[heap]"):
+            start, stop = span.split(b"-")
             ranges.append((int(start, 16), int(stop, 16)))
     return ranges
+
+
+def _filled(libc: ctypes.CDLL, start: int, stop: int) -> Iterator[Range]:
+    """Runs of huge pages whose small pages are (nearly) all in memory."""
+    if start >= stop:
+        return
+    resident = np.zeros((stop - start) // PAGE, np.uint8)
+    address = ctypes.c_void_p(resident.ctypes.data)
+    if libc.mincore(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), address) != 0:
+        return  # given back meanwhile
+    full = (resident & 1).reshape(-1, HUGE // PAGE).mean(axis=1) >= FILLED
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], full, [False]]).astype(np.int8)))
+    for first, last in edges.reshape(-1, 2).tolist():
+        yield start + first * HUGE, start + last * HUGE
 
 
 def _subtract(ranges: list[Range], taken: list[Range]) -> Iterator[Range]:

@@ -30,6 +30,7 @@ _log = logging.getLogger("accel")
 REFERENCE = "torch eager fp32"
 ROWS = 2  # cache rows of the decoder cases
 PROMPT = 24  # tokens, when no window asks for more
+LONG_ROW = 400  # tokens of an unpadded encoder row: beyond the length where its attention changes kernels
 MAX_PROMPT = 2048  # eager attention holds all scores of a prompt at once
 MAX_FLOPS = 6e11  # of one reference pass: a few seconds on two cores
 MAX_POSITIONS = 64  # compared per row: a vocabulary's logits are large
@@ -292,7 +293,7 @@ def _encoder_case(arch: ArchSpec, index: int, rng: np.random.Generator, pad_id: 
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = (
         ("a full batch", (length, length)),
         ("a ragged batch", (length, max(length // 3, 1), max(length - 1, 1))),
-        ("one row", (max(length // 2, 1),)),
+        ("one long row", (min(max(length, LONG_ROW), arch.max_positions),)),
     )
     name, lengths = shapes[index % len(shapes)]
     real = np.arange(max(lengths)) < np.array(lengths)[:, None]

@@ -83,8 +83,10 @@ class EncoderOutput(Mapping[str, NDArray]):
         return len(self._values)
 
     def __getattr__(self, name: str) -> NDArray:
-        if name.startswith("_") or name not in self._values:  # the first keeps copy and pickle from recursing
-            raise AttributeError(f"This output has no {name!r}; it has: {', '.join(getattr(self, '_values', ()))}")
+        if name.startswith("_"):  # copy and pickle ask before there are values
+            raise AttributeError(name)
+        if name not in self._values:
+            raise AttributeError(f"This output has no {name!r}; it has: {', '.join(self._values)}")
         return self._values[name]
 
     def __repr__(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,36 +25,36 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def open_rows(path: Path) -> EmbeddingRows:
-    return EmbeddingRows(path, ParameterEntry(path.name, OFFSET, TABLE.shape, "float32"))
+@contextmanager
+def open_rows(path: Path) -> Iterator[EmbeddingRows]:
+    rows = EmbeddingRows(path, ParameterEntry(path.name, OFFSET, TABLE.shape, "float32"))
+    yield rows
+    rows.close()
+    rows.close()
 
 
 def test_rows_in_any_order_and_twice(path: Path) -> None:
-    rows, ids = open_rows(path), np.array([10, 0, 3, 3])
-    out = np.full((4, 6), np.nan, np.float32)
-    rows.read(ids, out)
+    ids, out = np.array([10, 0, 3, 3]), np.full((4, 6), np.nan, np.float32)
+    with open_rows(path) as rows:
+        rows.read(ids, out)
     np.testing.assert_array_equal(out, TABLE[ids])
-    rows.close()
-    rows.close()
 
 
 @pytest.mark.parametrize("bad", [-1, 11])
 def test_id_outside_the_table(path: Path, bad: int) -> None:
-    with pytest.raises(EngineError, match=f"id {bad} is outside the embedding of 11 rows"):
-        open_rows(path).read(np.array([0, bad]), np.zeros((2, 6), np.float32))
+    with open_rows(path) as rows, pytest.raises(EngineError, match=f"id {bad} is outside the embedding of 11 rows"):
+        rows.read(np.array([0, bad]), np.zeros((2, 6), np.float32))
 
 
 def test_file_that_became_shorter(path: Path) -> None:
-    rows = open_rows(path)
-    with path.open("r+b") as stream:
-        stream.truncate(OFFSET + 10)
-    with pytest.raises(EngineError, match="shorter since it was opened"):
+    with open_rows(path) as rows, pytest.raises(EngineError, match="shorter since it was opened"):
+        os.truncate(path, OFFSET + 10)
         rows.read(np.array([5]), np.zeros((1, 6), np.float32))
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="Cannot open the weights"):
-        open_rows(tmp_path / "absent.weights")
+    with pytest.raises(BundleError, match="Cannot open the weights"), open_rows(tmp_path / "absent.weights"):
+        pass
 
 
 @pytest.mark.parametrize("entry", [(OFFSET, (66,), "float32"), (OFFSET, (11, 6), "bfloat16")])

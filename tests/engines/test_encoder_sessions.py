@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,6 +142,51 @@ def test_threads_get_their_own_results(session: OrtEncoderSession) -> None:
     with ThreadPoolExecutor(8) as pool:
         for feeds, outputs in zip(batches, pool.map(session.run, batches), strict=True):
             check(feeds, outputs)
+
+
+def test_short_rows_at_once_have_their_own_buffers(session: OrtEncoderSession) -> None:
+    """Two calls of one length that are inside the run at the same time."""
+    one, other = batch([5]), batch([5])
+    session.run(one)  # binds the buffers
+    both_inside = threading.Barrier(2, timeout=30)
+    opened = session._whole
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(opened, name)
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            both_inside.wait()
+            opened.run_with_iobinding(binding)
+            both_inside.wait()
+
+        def run(self, *arguments: Any) -> Any:
+            both_inside.wait()
+            outputs = opened.run(*arguments)
+            both_inside.wait()
+            return outputs
+
+    session._whole = Slow()
+    session._short_rows[5][0]._session = session._whole
+    with ThreadPoolExecutor(2) as pool:
+        for feeds, outputs in zip((one, other), pool.map(session.run, (one, other)), strict=True):
+            check(feeds, outputs)
+    session._whole = opened
+    assert len(session._short_rows[5]) == 2
+
+
+def test_large_outputs_are_not_kept(session: OrtEncoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORT_ROW_BYTES", 4 * HIDDEN * 6)  # the pooled vector and five tokens
+    for length in (5, 6):
+        check(feeds := batch([length]), session.run(feeds))
+    assert [len(session._short_rows[length]) for length in (5, 6)] == [1, 0]
+
+
+def test_another_dtype_is_refused_each_time(session: OrtEncoderSession) -> None:
+    for _ in range(2):
+        with pytest.raises(EngineError):
+            session.run({name: array.astype(np.int32) for name, array in batch([4]).items()})
+        check(feeds := batch([4]), session.run(feeds))
 
 
 def runs(path: Path, lengths: list[int], threads: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, bool]]:

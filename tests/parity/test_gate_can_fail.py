@@ -18,6 +18,7 @@ from accel.api import run_parity
 from accel.bundle import Bundle
 from accel.errors import FusionError, ParityError
 from accel.exporter.tracer import takes_token_types
+from accel.graph import parity
 from accel.graph.parity import compute_references, make_cases
 from accel.manifest import ParityResult
 from accel.recipe import ParityRecipe
@@ -128,6 +129,25 @@ def test_export_refuses_a_wrong_graph(tmp_path: Path, plain_model: ModelOf, monk
     monkeypatch.setattr(lowering, "fuse_silu", quick_gelu)
     with pytest.raises(ParityError, match="more than the limit"):
         accel.export(plain_model("llama"), tmp_path / "llama", show_progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_sees_the_kernel_of_long_rows(
+    tmp_path: Path, minilm_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another scale in the one kernel that only long rows without padding reach."""
+    lowering = importlib.import_module("accel.graph.lowering.ort_cpu.encoder_attention")
+    real = lowering._branch
+
+    def spoil(node: ir.Node, name: str, like: ir.Node) -> ir.Graph:
+        if name.endswith(".flash"):
+            node.attributes["scale"] = ir.AttrFloat32("scale", 3 * node.attributes["scale"].as_float())
+        return real(node, name, like)
+
+    monkeypatch.setattr(lowering, "_branch", spoil)
+    assert lowering.SHORT < parity.LONG_ROW
+    with pytest.raises(ParityError, match="one long row"):
+        accel.export(minilm_source, tmp_path / "minilm", show_progress=False)
     assert list(tmp_path.iterdir()) == []
 
 

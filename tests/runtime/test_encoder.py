@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 import warnings
@@ -114,6 +116,9 @@ class TestCall:
         with pytest.raises(AttributeError, match=r"no 'logits'.*last_hidden_state"):
             output.logits  # noqa: B018
         assert encoder.last_timings is output.timings
+        for again in (copy.copy(output), pickle.loads(pickle.dumps(output))):
+            np.testing.assert_array_equal(again.last_hidden_state, output.last_hidden_state)
+            assert again.timings == output.timings
 
     @pytest.mark.parametrize(
         "arguments, message",

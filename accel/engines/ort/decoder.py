@@ -165,10 +165,10 @@ class OrtDecoderSession:
             for part in ("key", "value")
         }
         self._check_names(path)
-        self._embedding = _open_embedding(path, self._session, self._names, manifest)
         self._logits = np.zeros((shape.rows, self.vocab_size), np.float32)
         self._bindings: dict[int, RowBinding] = {}
         self._lifetime = Lifetime("decoder")
+        self._embedding = _open_embedding(path, self._session, self._names, manifest)  # last: it holds a file
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs one packed step; see ``DecoderSession.step``.

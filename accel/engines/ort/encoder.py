@@ -21,7 +21,10 @@ from accel.errors import InputError
 Feeds = dict[str, NDArray]
 # Measured on MiniLM, CPU seconds of one thread: a run costs what about 8 tokens cost (the weights are read once),
 # is cheapest per token at 128 to 512 tokens, and masking costs 0 to 6 percent, growing with the length.
-SHORT_ROW = 32  # tokens; up to here a run takes so little that binding its inputs anew each time would show
+# A run of a row of so few tokens takes so little that binding its arrays anew each time would show, unless its
+# outputs are large: they are kept per length and per concurrent caller, and copied.
+SHORT_ROW = 32
+SHORT_ROW_BYTES = 128 << 10
 GROUP_TOKENS = 512  # of one run of several rows: MiniLM 8x128 took 116.5 ms with it, 118.3 with 256, 121 with 128
 GROUP_PADDING = 6  # short rows of nearly equal length share a masked run while it pads no more tokens than this
 MASKED_LENGTH = 64  # longer rows share a run only when they are equally long
@@ -66,9 +69,13 @@ class ShortRow:
 
     def run(self, feeds: Feeds) -> Feeds:
         """Runs it; no token is padding."""
-        self._feeds["input_ids"][:] = feeds["input_ids"]
+        np.copyto(self._feeds["input_ids"], feeds["input_ids"], casting="no")
         if "token_type_ids" in self._feeds:
-            self._feeds["token_type_ids"][:] = feeds.get("token_type_ids", 0)
+            types = feeds.get("token_type_ids")
+            if types is None:
+                self._feeds["token_type_ids"].fill(0)
+            else:
+                np.copyto(self._feeds["token_type_ids"], types, casting="no")
         self._session.run_with_iobinding(self._io)
         return {name: array.copy() for name, array in self._outputs.items()}
 
@@ -137,7 +144,8 @@ class OrtEncoderSession:
             else:
                 feeds = self._complete(feeds)
                 outputs = dict(zip(self._outputs, self._whole.run(self._outputs, feeds), strict=True))
-                row = None if spare is None else ShortRow(self._ort, self._whole, feeds, outputs)
+                small = sum(array.nbytes for array in outputs.values()) <= SHORT_ROW_BYTES
+                row = ShortRow(self._ort, self._whole, feeds, outputs) if spare is not None and small else None
         except Exception as error:
             raise engine_error(error, f"encoder batch {list(shape)}") from error
         if spare is not None and row is not None:
