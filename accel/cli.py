@@ -20,7 +20,7 @@ from accel.errors import AccelError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (wrong usage raises SystemExit(2), as argparse does)."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         code: int = options.command(options)
         sys.stdout.flush()
@@ -36,6 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         report_error(error, as_json=getattr(options, "json", False))
         return 1
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand before, between and behind texts; argparse takes only the first run of positionals."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    texts = rest if not any(word.startswith("-") for word in rest) else []
+    if texts and isinstance(getattr(options, "texts", None), list):
+        options.texts += texts
+    elif len(texts) == 1 and getattr(options, "prompt", "") is None:
+        options.prompt = texts[0]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
 
 
 def report_error(error: Exception, as_json: bool) -> None:
@@ -137,7 +151,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _shape(text: str) -> tuple[int, int]:
     batch, _, length = text.partition("x")
-    return int(batch), int(length)
+    try:
+        return int(batch), int(length)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no batch and length, such as 8x128") from error
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:

@@ -69,9 +69,9 @@ def run(options: Namespace) -> int:
         if options.json or choices.get("num_return_sequences", 1) != 1:
             results = model.chat(messages, **choices) if options.chat else model.generate(prompt, **choices)
             return _print_results(results if isinstance(results, list) else [results], model, options.json)
+        stream = model.stream_chat(messages, **choices) if options.chat else model.stream(prompt, **choices)
         if not options.chat:
             print(prompt, end="", flush=True)
-        stream = model.stream_chat(messages, **choices) if options.chat else model.stream(prompt, **choices)
         _print_stream(stream, model.engine.name)
     return 0
 

@@ -100,7 +100,7 @@ def _folder() -> Traversable:
 def _packaged(name: str) -> Recipe:
     if name not in recipe_names():
         what = f"There is no recipe {name!r}"
-        remedy = f"{suggest(name, list(recipe_names()))}; a recipe of your own is a path that ends in .yaml"
+        remedy = f"A recipe of your own is a path that ends in .yaml. {suggest(name, list(recipe_names()))}"
         raise RecipeError(what, where="recipe", remedy=remedy)
     where = f"recipe {name}"
     return _checked(from_dict(Recipe, _read(_folder() / f"{name}.yaml"), where, error=RecipeError), where)

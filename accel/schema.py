@@ -50,7 +50,7 @@ def to_dict(value: object) -> Any:
 def suggest(name: str, known: list[str]) -> str:
     """One sentence that points from an unknown name to the nearest known one, or lists them all."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'" if near else "Known: " + (", ".join(sorted(known)) or "none")
+    return f"Did you mean '{near[0]}'?" if near else "Known: " + (", ".join(sorted(known)) or "none")
 
 
 @functools.cache

@@ -106,7 +106,7 @@ def show_decoder(path: Path, source: Path) -> None:
     with accel.load(str(path)) as decoder:
         say("Generating")
         print(f"{PROMPT}", end="", flush=True)
-        for piece in decoder.stream(PROMPT, max_new_tokens=NEW_TOKENS, do_sample=False):
+        for piece in decoder.stream(PROMPT, max_new_tokens=NEW_TOKENS, stop="\n", do_sample=False):
             print(piece, end="", flush=True)
         print()
         say("SmolLM2-135M-Instruct against eager PyTorch (reading the GGUF file again takes half a minute)")
@@ -142,11 +142,11 @@ def compare_decoder(decoder: Any, source: Path) -> None:
 
 
 def compare(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
-    """Median seconds of both, in turns, after one unmeasured call of each."""
+    """Median seconds of both, in turns; an unmeasured call begins each turn, while the other's threads go to sleep."""
     times: tuple[list[float], list[float]] = ([], [])
-    ours(), theirs()
     for _ in range(rounds):
         for side, call in zip(times, (ours, theirs)):
+            call()
             started = time.perf_counter()
             call()
             side.append(time.perf_counter() - started)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import accel
-from accel import commands
+from accel import cli, commands
 from accel.cli import main
 from accel.errors import BundleError, InputError
 
@@ -28,6 +28,36 @@ def test_usage_errors_exit_with_2(capsys: Output) -> None:
             main(arguments)
         assert info.value.code == 2
     assert "usage: accel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        (["run", "b", "hello", "--chat"], {"prompt": "hello"}),
+        (["run", "b", "--chat", "hello"], {"prompt": "hello"}),
+        (["run", "--chat", "b", "hello"], {"prompt": "hello"}),
+        (["run", "b", "--max-new-tokens", "5", "hello"], {"prompt": "hello", "max_new_tokens": 5}),
+        (["run", "b", "--chat"], {"prompt": None}),
+        (["embed", "b", "--batch-size", "2", "x", "y"], {"texts": ["x", "y"], "batch_size": 2}),
+        (["embed", "b", "x", "--json", "y"], {"texts": ["x", "y"]}),
+    ],
+)
+def test_options_and_texts_in_any_order(arguments: list[str], expected: dict[str, object]) -> None:
+    found = vars(cli._parse(arguments))
+    assert {name: found[name] for name in expected} == expected
+    assert found["bundle"] == Path("b")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run", "b", "hello", "--chat", "more"], ["run", "b", "--chat", "two", "texts"], ["run", "b", "--chatt", "hello"],
+     ["inspect", "b", "c"], ["bench", "b", "--shapes", "1xq"]],
+)  # fmt: skip
+def test_what_no_command_takes(arguments: list[str], capsys: Output) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli._parse(arguments)
+    printed = capsys.readouterr().err
+    assert "unrecognized arguments" in printed or "'1xq' is no batch and length, such as 8x128" in printed
 
 
 def test_help_and_version(capsys: Output) -> None:

@@ -124,4 +124,4 @@ def test_a_schema_with_an_unsupported_field_type_is_a_bug() -> None:
 
 def test_suggest_lists_all_when_nothing_is_near() -> None:
     assert suggest("zzz", ["beta", "alpha"]) == "Known: alpha, beta"
-    assert suggest("alhpa", ["beta", "alpha"]) == "Did you mean 'alpha'"
+    assert suggest("alhpa", ["beta", "alpha"]) == "Did you mean 'alpha'?"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from accel.bundle import Bundle
 
 DEVICES = ("auto", "cpu", "cuda")
+MAX_THREADS = 1024  # each is started at once; far more would take the machine down
 _log = logging.getLogger(__name__)
 
 
@@ -128,7 +129,7 @@ def open_session(
         BundleError: The bundle has no such variant.
     """
     options = options or SessionOptions()
-    check_count("threads", options.threads)
+    _check_threads(options.threads)
     candidates = _candidates(device, engine)
     if variant != "auto":
         bundle.variant(variant)
@@ -152,6 +153,12 @@ def open_session(
         if strict:
             break
     raise _unavailable(bundle, passed_over, strict and len(candidates) > 1)
+
+
+def _check_threads(threads: int | None) -> None:
+    if (check_count("threads", threads) or 0) > MAX_THREADS:
+        what = f"threads must be at most {MAX_THREADS}, not {threads}"
+        raise InputError(what, where="threads", remedy=f"This process may use {available_cores()} cores")
 
 
 def _candidates(device: str, engine: str) -> tuple[Engine, ...]:

@@ -26,6 +26,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: A file is missing, truncated, or no checkpoint at all.
     """
+    if folder.is_file():
+        what = "This is a file, neither a model folder nor a .gguf file"
+        raise CheckpointError(what, where=str(folder), remedy="Give the folder that holds config.json")
     if not folder.is_dir():
         raise CheckpointError(
             "There is no model folder", where=str(folder), remedy="Check the path; a hub id has the form owner/name"

@@ -175,7 +175,8 @@ def _from_gguf(path: Path, trust_remote_code: bool) -> Source:
     except (UnsupportedArchitectureError, CheckpointError):
         raise
     except Exception as error:  # gguf's reader raises whatever the broken bytes lead it to
-        raise CheckpointError(f"The GGUF file cannot be read: {error}", where=str(path)) from error
+        remedy = "Copy or download the file again"
+        raise CheckpointError(f"The GGUF file cannot be read: {error}", where=str(path), remedy=remedy) from error
     return Source(
         label=path.name, config=config, folder=path.parent, root=None, gguf=path.name,
         trust_remote_code=trust_remote_code,

@@ -94,6 +94,10 @@ class Decoder:
             self.arch.vocab_size, self.capacity, self._json("generation_config.json"), self._default_eos()
         )
 
+    def __repr__(self) -> str:
+        engine = self.engine
+        return f"{type(self).__name__}({self.arch.architecture}, {self.arch.task}, {engine.name}, {engine.variant})"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer.

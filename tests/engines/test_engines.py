@@ -73,6 +73,8 @@ def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:
         open_session(bundle, variant="int8")
     with pytest.raises(InputError, match="threads must be an integer of at least 1"):
         open_session(bundle, options=SessionOptions(threads=0))
+    with pytest.raises(InputError, match="threads must be at most 1024, not 100000"):
+        open_session(bundle, options=SessionOptions(threads=100_000))
 
 
 def test_a_bundle_without_a_lowered_graph_runs_on_the_reference(bundle: Bundle) -> None:
