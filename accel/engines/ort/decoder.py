@@ -50,6 +50,7 @@ class StepBuffers:
         self._embedding = embedding
         if embedding is not None:
             every[EMBEDDING_INPUT] = np.zeros((tokens, embedding.width), np.float32)
+            self._embedded = every[EMBEDDING_INPUT].data.cast("B")
         self.arrays = every
         self.bound = {name: ort.OrtValue.ortvalue_from_numpy(every[name]) for name in every if name in names}
         self.bound_logits = ort.OrtValue.ortvalue_from_numpy(logits)
@@ -63,7 +64,7 @@ class StepBuffers:
         """Writes one step's values."""
         arrays, rows = self.arrays, self.rows
         if self._embedding is not None:
-            self._embedding.read(inputs.input_ids, arrays[EMBEDDING_INPUT])
+            self._embedding.read(inputs.input_ids, self._embedded)
         if self._single:  # the usual step: next to every run each NumPy call costs microseconds, caches are cold
             past = inputs.past_lengths[0]
             arrays["input_ids"][0] = inputs.input_ids[0]

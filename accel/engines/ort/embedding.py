@@ -34,13 +34,13 @@ class EmbeddingRows:
             what = f"Cannot open the weights: {error.strerror}"
             raise BundleError(what, where=str(path), remedy="Check the file's permissions") from error
 
-    def read(self, ids: NDArray[np.int64], out: NDArray[np.float32]) -> None:
-        """Writes the rows of ``ids`` [T] into ``out``, contiguous float32 [T, H].
+    def read(self, ids: NDArray[np.int64], target: memoryview) -> None:
+        """Writes the rows of ``ids`` [T] into ``target``, the bytes of a contiguous float32 array [T, H].
 
         Raises:
             EngineError: An id outside the table, or reading failed.
         """
-        target, size, stream = out.data.cast("B"), self._size, self._stream
+        size, stream = self._size, self._stream
         for index, row in enumerate(ids.tolist()):
             if not 0 <= row < self.count:
                 raise EngineError(f"id {row} is outside the embedding of {self.count} rows", where="decoder step")
