@@ -134,14 +134,16 @@ class SlotDriver:
         if not events and not self.loop.has_work:
             raise EngineError("the slot loop lost a sequence", where="slot loop", remedy="Please report this")
         for event in events:
-            self._deliver(event)
+            self._deliver(event, driver)
 
-    def _deliver(self, event: Event) -> None:
+    def _deliver(self, event: Event, driver: Client) -> None:
         client = event.sequence.owner
         if not isinstance(client, Client):
             return
         if client.every_token and event.token is not None:
             client.news = True
+        if client is driver:  # it looks for itself, after this step
+            return
         with self._lock:  # always: a client that is just about to wait must not miss this
             if client in self._waiting and client.ready:
                 assert client.condition is not None

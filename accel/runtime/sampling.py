@@ -209,7 +209,7 @@ class Sampler:
 def _best(scores: NDArray[np.float32]) -> int:
     """Index of the largest score; lowest index among equals. NaN wins every argmax, so one look finds it."""
     index = int(scores.argmax())
-    if not math.isfinite(scores[index]):
+    if not math.isfinite(scores.item(index)):
         raise EngineError(
             f"the largest logit is {scores[index]}, so no token can be chosen",
             where=f"token {index}",

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from accel.engines.ort import embedding as module
 from accel.engines.ort.embedding import EmbeddingRows
 from accel.errors import BundleError, EngineError
 from accel.manifest import ParameterEntry
@@ -61,3 +62,11 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 def test_no_table(path: Path, entry: tuple) -> None:  # type: ignore[type-arg]
     with pytest.raises(BundleError, match="not a float32 table"):
         EmbeddingRows(path, ParameterEntry(path.name, *entry))
+
+
+def test_reading_without_preadv(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_read_at", module._seek_and_read)
+    ids, out = np.array([7, 2]), np.zeros((2, 6), np.float32)
+    with open_rows(path) as rows:
+        rows.read(ids, out.data.cast("B"))
+    np.testing.assert_array_equal(out, TABLE[ids])

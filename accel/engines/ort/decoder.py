@@ -63,15 +63,19 @@ class StepBuffers:
     def fill(self, inputs: StepInputs) -> None:
         """Writes one step's values."""
         arrays, rows = self.arrays, self.rows
+        if self._single:  # the usual step: next to every run each NumPy call costs microseconds, caches are cold
+            length = int(inputs.past_lengths[0])
+            if self._embedding is None:
+                arrays["input_ids"][0] = inputs.input_ids[0]
+            else:
+                self._embedding.read_row(int(inputs.input_ids[0]), self._embedded)
+            if "position_ids" in self.bound:
+                arrays["position_ids"][0] = inputs.position_ids[0]
+            arrays["seqlens_k"][0] = length
+            arrays["total_length"][()] = length + 1
+            return
         if self._embedding is not None:
             self._embedding.read(inputs.input_ids, self._embedded)
-        if self._single:  # the usual step: next to every run each NumPy call costs microseconds, caches are cold
-            past = inputs.past_lengths[0]
-            arrays["input_ids"][0] = inputs.input_ids[0]
-            arrays["position_ids"][0] = inputs.position_ids[0]
-            arrays["seqlens_k"][0] = past
-            arrays["total_length"][()] = past + 1
-            return
         queries, past = inputs.query_lengths[:rows], inputs.past_lengths[:rows]
         arrays["input_ids"][:] = inputs.input_ids
         arrays["position_ids"][:] = inputs.position_ids
