@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,8 +156,8 @@ class _Export:
         from accel.exporter.tracer import probe_layers, trace_decoder, trace_encoder
         from accel.exporter.weights import name_initializers
         from accel.graph.checks import check_attention
-        from accel.graph.lowering.ort_cpu import lower, take_out_embedding
-        from accel.graph.pipeline import optimize, run_passes
+        from accel.graph.lowering.ort_cpu import lower
+        from accel.graph.pipeline import optimize
 
         model = loaded.model
         with self._stage("Reading the layers"):
@@ -172,10 +171,7 @@ class _Export:
         with self._stage("Optimising the graph"):
             canonical_passes = optimize(graph, arch)
             names = check_attention(graph, arch)
-            lowered, lowered_passes = lower(graph, arch, arch.max_positions)
-            if arch.kind == "decoder":
-                take_out = partial(take_out_embedding, parameters=parameters.tensors)
-                lowered_passes += run_passes(lowered, (("embedding", take_out),))
+            lowered, lowered_passes = lower(graph, arch, arch.max_positions, parameters.tensors)
         return _Traced(
             arch, graph, lowered,
             {CANONICAL: canonical_passes, ORT_CPU: (*canonical_passes, *lowered_passes)},

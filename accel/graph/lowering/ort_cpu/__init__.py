@@ -1,6 +1,5 @@
 """Canonical graph -> ONNX Runtime's CPU dialect: its contrib ops, its cache layout, fp32."""
 
-from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.graph.lowering.ort_cpu.lower import lower
 
-__all__ = ["lower", "take_out_embedding"]
+__all__ = ["lower"]

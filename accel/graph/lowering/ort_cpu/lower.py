@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+from functools import partial
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -10,6 +13,7 @@ from accel.graph.checks import attention_nodes
 from accel.graph.clean import clean
 from accel.graph.lowering.ort_cpu.decoder_attention import lower_cached_attention
 from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, lower_rms_norm
+from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
 from accel.graph.lowering.ort_cpu.packed import drop_unit_batch
@@ -20,12 +24,15 @@ from accel.spec import ArchSpec
 MICROSOFT = "com.microsoft"
 
 
-def lower(model: ir.Model, arch: ArchSpec, max_positions: int) -> tuple[ir.Model, tuple[PassReport, ...]]:
+def lower(
+    model: ir.Model, arch: ArchSpec, max_positions: int, parameters: Container[str] = ()
+) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model for ONNX Runtime CPU (>= 1.32) and what each pass did.
 
     Args:
         model: Canonical model; left as it is.
         max_positions: Rows of the rotary tables; the cache's capacity cannot exceed it.
+        parameters: Initializers that will stand in the weight file: a decoder's session reads its embedding from there.
 
     Raises:
         FusionError: fewer lowered attention nodes than layers, or a head size that the kernel refuses.
@@ -51,6 +58,7 @@ def lower(model: ir.Model, arch: ArchSpec, max_positions: int) -> tuple[ir.Model
             ("unit_batch", drop_unit_batch if arch.kind == "decoder" else _nothing),
             ("clean", clean),
             ("split_head", lambda model: split_head(model, arch)),
+            ("embedding", partial(take_out_embedding, parameters=parameters) if arch.kind == "decoder" else _nothing),
         ),
     )
     _check(lowered, arch)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from accel.graph.lowering.ort_cpu import take_out_embedding
+from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.spec import EMBEDDING, EMBEDDING_INPUT
 from tests.graph.small import assert_close, make, normal, ops, run
 
