@@ -34,7 +34,7 @@ OWNERS = {
         *("accel.bench", "accel_kernels"),
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
-    "onnxruntime": ("accel.engines.ort", "accel.graph.lowering.ort_cpu", "accel.capabilities", "accel.bench"),
+    "onnxruntime": ("accel.engines.ort", "accel.graph.lowering", "accel.capabilities", "accel.bench"),
     "onnx": ("accel.api", "accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
     "onnx_ir": ("accel.api", "accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),
