@@ -73,7 +73,8 @@ def _role(node: ir.Node) -> str | None:
     if node.op_type == "Unsqueeze":
         return "unsqueeze" if ints(node.inputs[1]) == [0] else ("keep" if not batched else None)
     if node.op_type == "Squeeze":
-        return "squeeze" if ints(node.inputs[1]) == [0] and node.outputs[0].name == "logits" else None
+        logits = ints(node.inputs[1]) == [0] and node.outputs[0].name == "logits"
+        return "squeeze" if logits else ("keep" if not batched else None)
     if not batched:
         return "keep"
     if node.op_type == "Gather":
@@ -98,8 +99,8 @@ def _is_batched(value: ir.Value) -> bool:
 
 def _reshape_role(node: ir.Node) -> str | None:
     target = ints(node.inputs[1])
-    if target is None:
-        return None
+    if target is None:  # a computed shape: what it says does not depend on the batch
+        return None if _is_batched(node.outputs[0]) else "keep"
     if not _is_batched(node.outputs[0]):
         return "keep" if -1 in target and 0 not in target else None
     return "reshape" if target[0] == 1 and 0 not in target else None
