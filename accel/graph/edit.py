@@ -81,6 +81,13 @@ def rank(value: ir.Value) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
+def through_reshapes(value: ir.Value | None) -> ir.Value:
+    """The value below reshapes that only regroup leading dimensions or split heads off a flat row."""
+    assert value is not None
+    node = producer(value, "Reshape")
+    return value if node is None else through_reshapes(node.inputs[0])
+
+
 def make_constant(graph: ir.Graph, name: str, data: np.ndarray) -> ir.Value:
     """A small named initializer; the same name twice gives the same value."""
     if name in graph.initializers:

@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from accel.errors import FusionError
 from accel.graph.checks import attention_nodes
-from accel.graph.edit import make_constant, producer, replace_value
+from accel.graph.edit import make_constant, producer, replace_value, through_reshapes
 from accel.graph.fusions.rotary import column_range
 from accel.graph.lowering.ort_cpu.packed import merge_linears
-from accel.graph.lowering.ort_cpu.rotary_tables import RotaryTables
+from accel.graph.lowering.rotary_tables import RotaryTables
 from accel.spec import ArchSpec
 
 _QUERY_SEQLENS = 16  # index of the last input
@@ -121,6 +121,8 @@ def _kernel_rotates(node: ir.Node, rotations: list[ir.Node | None]) -> bool:
     query, key = rotations
     if query is None or key is None or query.inputs[1:3] != key.inputs[1:3]:
         return False
+    if any(rotation.attributes.get_int("interleaved", 0) for rotation in (query, key)):
+        return False
     head = node.inputs[3].shape[3]  # type: ignore[union-attr, index]
     parts = [rotation.attributes.get_int("rotary_embedding_dim", 0) for rotation in (query, key)]
     return parts[0] == parts[1] and all(size % _ROTATED_STEP == 0 for size in (head, parts[0]))  # type: ignore[operator]
@@ -168,13 +170,6 @@ def _group_query_attention(
     width = attributes["num_heads"] * node.inputs[3].shape[3]  # type: ignore[union-attr, index, operator]
     padded.type, padded.shape = node.outputs[0].type, ir.Shape(["B", "S", width])
     return made
-
-
-def through_reshapes(value: ir.Value | None) -> ir.Value:
-    """The value below reshapes that only regroup leading dimensions or split heads off a flat row."""
-    assert value is not None
-    node = producer(value, "Reshape")
-    return value if node is None else through_reshapes(node.inputs[0])
 
 
 def _one_projection(

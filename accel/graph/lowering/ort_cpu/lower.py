@@ -16,7 +16,7 @@ from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, 
 from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
-from accel.graph.lowering.ort_cpu.packed import drop_unit_batch
+from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
 from accel.spec import ArchSpec

@@ -24,8 +24,6 @@ class RotaryTables:
         """(cos, sin) initializers [max_positions, R / 2] for a RotaryEmbedding node; None if they depend on more."""
         cos, sin = rotary.inputs[1], rotary.inputs[2]
         assert cos is not None and sin is not None
-        if rotary.attributes.get_int("interleaved", 0):
-            return None
         if (cos, sin) not in self._made:
             self._made[cos, sin] = self._evaluate(cos, sin)
         return self._made[cos, sin]

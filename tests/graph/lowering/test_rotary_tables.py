@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from accel.graph.lowering.ort_cpu.rotary_tables import RotaryTables
+from accel.graph.lowering.rotary_tables import RotaryTables
 from tests.graph.small import make
 
 TEXT = """main (float[1,T,16] x, int64[T] position_ids, float[%s] frequencies, int64[1] zero, int64[1] minus)
@@ -14,15 +14,15 @@ TEXT = """main (float[1,T,16] x, int64[T] position_ids, float[%s] frequencies, i
   angles = Mul (column, frequencies)
   cos = Cos (angles)
   sin = Sin (angles)
-  y = RotaryEmbedding <num_heads = 2, interleaved = %d> (x, cos, sin)
+  y = RotaryEmbedding <num_heads = 2> (x, cos, sin)
   z = RotaryEmbedding <num_heads = 1, rotary_embedding_dim = 8> (x, cos, sin)
 }"""
 FREQUENCIES = (2.0 ** -np.arange(4)).astype(np.float32)
 
 
-def model_of(interleaved: int = 0, constant: bool = True) -> ir.Model:
+def model_of(constant: bool = True) -> ir.Model:
     weights = {"frequencies": FREQUENCIES} if constant else {}
-    return make(TEXT % (4, interleaved), zero=np.array([0]), minus=np.array([-1]), **weights)
+    return make(TEXT % 4, zero=np.array([0]), minus=np.array([-1]), **weights)
 
 
 def rotations(model: ir.Model) -> list[ir.Node]:
@@ -42,9 +42,4 @@ def test_tables_are_the_graphs_own_numbers() -> None:
 
 def test_angles_that_depend_on_more_than_the_position() -> None:
     model = model_of(constant=False)
-    assert RotaryTables(model, 20).fold(rotations(model)[0]) is None
-
-
-def test_interleaved_order() -> None:
-    model = model_of(interleaved=1)
     assert RotaryTables(model, 20).fold(rotations(model)[0]) is None

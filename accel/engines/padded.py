@@ -1,0 +1,137 @@
+"""Packed steps -> runs of padded rows, for engines whose graphs take [B, S].
+
+Rows that bring one token run together; a row that brings more runs alone, on its own slice of the cache, so that
+nobody pays for its length. A run writes S slots of every row it covers, padding included: what lies behind a row's
+tokens is free for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.session import StepInputs
+
+
+@dataclass(frozen=True)
+class PaddedStep:
+    """One run over the cache rows ``first .. first + B - 1``.
+
+    Attributes:
+        first: First cache row.
+        input_ids: int64 [B, S].
+        position_ids: int64 [B, S]; padding repeats a position of its row.
+        write_index: int64 [B], the slot that each row's first token goes to.
+        logits_positions: int64 [R], R >= 1, indices into the B * S tokens.
+        wanted: int64 [R], which row of the packed step's logits each one is; -1: nobody's.
+    """
+
+    first: int
+    input_ids: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    write_index: NDArray[np.int64]
+    logits_positions: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+
+
+class StepPadder:
+    """Cuts packed steps into padded runs, and remembers how many slots of each row are taken.
+
+    Args:
+        rows: Cache rows.
+        capacity: Slots per row.
+        batches: Batch sizes to choose from for one-token runs, ascending, the last at least ``rows``.
+        widths: Lengths to choose from for longer runs, ascending; longer ones, and those for which the capacity
+            leaves no room, keep their own length.
+        max_tokens: Longest run.
+        max_logits: Most logits of one run; a longer request is cut into several runs.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        capacity: int,
+        batches: Sequence[int],
+        widths: Sequence[int] = (),
+        max_tokens: int | None = None,
+        max_logits: int | None = None,
+    ) -> None:
+        assert batches and batches[-1] >= rows, (batches, rows)
+        self._rows, self._capacity = rows, capacity
+        self._batches, self._widths = [min(size, rows) for size in batches], list(widths)
+        self._max_tokens, self._max_logits = max_tokens or capacity, max_logits or capacity
+        self._taken = np.zeros(rows, np.int64)
+
+    def split(self, inputs: StepInputs) -> Iterator[PaddedStep]:
+        """The runs of one step, in an order that keeps every row's tokens in sequence."""
+        lengths = inputs.query_lengths.astype(np.int64)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        singles = np.flatnonzero(lengths == 1)
+        if singles.size:
+            yield self._together(inputs, singles, starts)
+        for row in np.flatnonzero(lengths > 1):
+            yield from self._alone(inputs, int(row), int(starts[row]), int(ends[row]))
+
+    def copied(self, source: int, target: int, length: int) -> None:
+        """Notes that the first ``length`` slots of a row were copied over another's."""
+        self._taken[target] = length
+
+    def _together(self, inputs: StepInputs, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> PaddedStep:
+        """Rows with one token each, and those between and behind them, which write one slot behind their own."""
+        self._taken[rows] = inputs.past_lengths[rows]
+        count = int(rows[-1] - rows[0]) + 1
+        size = next(batch for batch in self._batches if batch >= count)
+        first = min(int(rows[0]), self._rows - size)
+        write = np.minimum(self._taken[first : first + size], self._capacity - 1)
+        ids, positions = np.zeros((size, 1), np.int64), np.zeros((size, 1), np.int64)
+        place, tokens = rows - first, starts[rows]
+        ids[place, 0], positions[place, 0] = inputs.input_ids[tokens], inputs.position_ids[tokens]
+        wanted = np.full(size, -1, np.int64)
+        order = {int(token): index for index, token in enumerate(inputs.logits_positions)}
+        wanted[place] = [order.get(int(token), -1) for token in tokens]
+        self._taken[rows] += 1
+        return PaddedStep(first, ids, positions, write, np.arange(size), wanted)
+
+    def _alone(self, inputs: StepInputs, row: int, start: int, end: int) -> Iterator[PaddedStep]:
+        chosen = np.flatnonzero((inputs.logits_positions >= start) & (inputs.logits_positions < end))
+        tokens = inputs.logits_positions[chosen]
+        past = int(inputs.past_lengths[row])
+        at = start
+        while at < end:
+            stop = min(end, at + self._max_tokens)
+            within = np.flatnonzero((tokens >= at) & (tokens < stop))
+            if within.size > self._max_logits:
+                within = within[: self._max_logits]
+                stop = int(tokens[within[-1]]) + 1
+            positions = tokens[within] - at
+            yield self._run(inputs, row, at, stop, past + at - start, positions, chosen[within])
+            at = stop
+        self._taken[row] = past + end - start
+
+    def _run(
+        self,
+        inputs: StepInputs,
+        row: int,
+        start: int,
+        stop: int,
+        past: int,
+        positions: NDArray[np.int64],
+        wanted: NDArray[np.int64],
+    ) -> PaddedStep:
+        count = stop - start
+        room = min(self._capacity - past, self._max_tokens)
+        width = next((width for width in self._widths if count <= width <= room), count)
+        ids, own = np.zeros((1, width), np.int64), np.empty((1, width), np.int64)
+        ids[0, :count] = inputs.input_ids[start:stop]
+        own[0, :count] = inputs.position_ids[start:stop]
+        own[0, count:] = own[0, count - 1]
+        if not positions.size:
+            positions, wanted = np.zeros(1, np.int64), np.full(1, -1, np.int64)
+        return PaddedStep(row, ids, own, np.array([past], np.int64), positions, wanted)
+
+
+__all__ = ["PaddedStep", "StepPadder"]
