@@ -197,11 +197,8 @@ def model(nodes: list[Any], inputs: list[Any], outputs: list[Any], weights: list
     return helper.make_model(graph, opset_imports=opsets, ir_version=11)
 
 
-def arch(
-    layers: int = 1, windows: tuple[int | None, ...] | None = None, kind: Any = "decoder", **changes: Any
-) -> ArchSpec:
+def arch(windows: tuple[int | None, ...] = (None,), kind: Any = "decoder", **changes: Any) -> ArchSpec:
     """The architecture of these graphs."""
-    windows = windows if windows is not None else (None,) * layers
     decoding = kind == "decoder"
     specs = tuple(
         AttentionSpec(HEADS, KV_HEADS if decoding else HEADS, HEAD_DIM, HEAD_DIM**-0.5, window, causal=decoding)

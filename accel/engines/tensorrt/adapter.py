@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 from accel.engines.tensorrt.packages import TITLES, current_sm, import_package, release_of
 from accel.errors import EngineBuildError, InputError
@@ -29,7 +30,7 @@ class LogMessage:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)  # hashed by identity: loggers hold it weakly
 class MessageLog:
     """What the library said, in order; ``minimum`` and worse are kept."""
 
@@ -196,21 +197,41 @@ class Flavour(ABC):
     # Logging
 
     def logger(self, log: MessageLog) -> Any:
-        """An ``ILogger`` that appends to ``log``. Keep it alive as long as what was made with it."""
-        base: Any = self.trt.ILogger
-        order = ("internal_error", "error", "warning", "info", "verbose")
-        kept = set(order[: order.index(log.minimum) + 1])
+        """The process's one ``ILogger`` for builders and runtimes; it appends to ``log`` as long as ``log`` lives.
 
-        class Collector(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                base.__init__(self)
+        Both packages keep the logger of the first builder or runtime and ignore those of later ones, so there is one
+        for all: what is built at the same time in other threads is heard too.
+        """
+        shared = _LOGGERS.setdefault(self.trt.__name__, _collector(self.trt))
+        shared.logs.add(log)
+        return shared
 
-            def log(self, severity: Any, text: str) -> None:
-                name = severity.name.lower()
-                if name in kept:
+    def parser_logger(self, log: MessageLog) -> Any:
+        """An ``ILogger`` of its own for one ``OnnxParser``, which does use what it is given. Keep it alive with it."""
+        own = _collector(self.trt)
+        own.logs.add(log)
+        return own
+
+
+_LOGGERS: dict[str, Any] = {}
+_SEVERITIES = ("internal_error", "error", "warning", "info", "verbose")
+
+
+def _collector(trt: Any) -> Any:
+    base: Any = trt.ILogger
+
+    class Collector(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.logs: WeakSet[MessageLog] = WeakSet()
+
+        def log(self, severity: Any, text: str) -> None:
+            name = severity.name.lower()
+            for log in list(self.logs):
+                if _SEVERITIES.index(name) <= _SEVERITIES.index(log.minimum):
                     log.messages.append(LogMessage(name, text))
 
-        return Collector()
+    return Collector()
 
 
 class TensorRT(Flavour):
