@@ -61,7 +61,11 @@ def _kernel_rows(view: NetworkView, index: int, name: str, node: Any, layer: Any
     for place, operand in enumerate(("query", "key", "value")):
         yield row(index, name, operand, _name_in(node, place), getattr(layer.get_input(place), "name", None))
     mask = attention.mask
-    yield row(index, name, "mask", _name_in(node, 3), None if mask is None else mask.name)
+    yield row(index, name, "mask", _name_in(node, 3) or "a mask", None if mask is None else mask.name)
+    if mask is not None:
+        needed = "position_ids" if "position_ids" in view.inputs else "attention_mask"
+        read = view.reads(mask)
+        yield ProofRow(index, name, "mask made from", needed, "+".join(sorted(read)), needed in read)
     yield row(index, name, "causality", "none", flavour.causal_kind(attention))
     lengths = [None if tensor is None else tensor.name for tensor in flavour.lengths(attention)]
     yield row(index, name, "lengths", [None, None], lengths)

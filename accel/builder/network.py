@@ -30,6 +30,7 @@ class NetworkView:
         self.outputs = {t.name: t for t in map(network.get_output, range(network.num_outputs))}
         self._producers: dict[str, Any] = {}
         self._of_node: dict[str, list[Any]] = defaultdict(list)
+        self._reads: dict[str, set[str]] = {}
         for layer in self.layers:
             for index in range(layer.num_outputs):
                 self._producers[layer.get_output(index).name] = layer
@@ -78,8 +79,16 @@ class NetworkView:
 
     def consumed(self) -> set[str]:
         """Names of all tensors that the outputs depend on."""
+        return self._behind(list(self.outputs.values()))
+
+    def reads(self, tensor: Any) -> set[str]:
+        """Names of the inputs that a tensor depends on."""
+        if tensor.name not in self._reads:
+            self._reads[tensor.name] = self._behind([tensor]) & set(self.inputs)
+        return self._reads[tensor.name]
+
+    def _behind(self, waiting: list[Any]) -> set[str]:
         seen: set[str] = set()
-        waiting = list(self.outputs.values())
         while waiting:
             tensor = waiting.pop()
             if tensor.name not in seen:

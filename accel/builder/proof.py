@@ -28,14 +28,15 @@ class Proof:
     """What the proof reads.
 
     Attributes:
-        parser: Its ``OnnxParser``.
+        view: The network after its repairs.
+        source: The graph it was parsed from.
+        arch: The model's architecture: what each layer must be.
         dtype: The type of attention and caches, e.g. ``float16``; None: what the graph's scale constants have.
     """
 
     view: NetworkView
     source: GraphSource
     arch: ArchSpec
-    parser: Any = None
     dtype: str | None = None
 
 
@@ -89,7 +90,9 @@ def _tensor_rows(proof: Proof) -> Iterator[ProofRow]:
         ("inputs", proof.source.inputs, view.inputs),
         ("outputs", proof.source.outputs, view.outputs),
     ):
-        yield row(None, "", kind, sorted(spec.name for spec in specs), sorted(tensors))
+        named = {spec.name for spec in specs}
+        yield row(None, "", f"{kind} missing", "none", ", ".join(sorted(named - set(tensors))) or "none")
+        yield row(None, "", f"{kind} added", "none", ", ".join(sorted(set(tensors) - named)) or "none")
         for spec in specs:
             if (tensor := tensors.get(spec.name)) is not None:
                 yield row(None, spec.name, "tensor", _said(spec), f"{view.dtype(tensor)} {_dims(tensor.shape)}")
