@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -92,6 +93,8 @@ def write_atomically(path: Path, data: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
+        if isinstance(error, FileExistsError):  # mkdir says so of a file in the folder's place
+            error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))
         raise as_storage_error(error, path.parent.absolute()) or StorageError(
             f"Cannot write: {error}", where=str(path), remedy="Check the folder"
         ) from error

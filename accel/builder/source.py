@@ -16,7 +16,7 @@ from accel.errors import EngineBuildError, InputError
 from accel.spec import TensorSpec
 
 CAPACITY = "C"  # the symbol of the cache slots in a decoder's shapes
-_TRIM_SECONDS = 0.02
+_TRIM_SECONDS = 0.002
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
