@@ -218,7 +218,9 @@ def _run(parsed: ParsedNetwork, config: Any, monitor: BuildMonitor, file: _Scrat
     file.raise_if_failed()
     errors, warnings = parsed.messages.errors, parsed.messages.warnings
     if not built:
-        what = f"{parsed.flavour.title} could not build the engine: {' '.join(errors[-2:]) or 'no reason given'}"
+        # Without a GPU the library complains of the driver too, whatever failed.
+        reasons = [text for text in errors if "catchCudaError" not in text] or errors or ["no reason given"]
+        what = f"{parsed.flavour.title} could not build the engine: {reasons[-1]}"
         remedy = "Try another optimization level, a larger workspace, or smaller profiles"
         raise EngineBuildError(what, where=str(parsed.source.path), remedy=remedy)
     if unused := [text for text in warnings if "Unused Input" in text]:
