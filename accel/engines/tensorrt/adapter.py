@@ -7,12 +7,11 @@ and 11.1 (github.com/NVIDIA/TensorRT: ``include/NvInfer.h``, ``python/src/infer/
 from __future__ import annotations
 
 import re
-import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 from accel.engines.tensorrt.packages import TITLES, current_sm, import_package, release_of
 from accel.errors import EngineBuildError, InputError
@@ -31,7 +30,7 @@ class LogMessage:
     text: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False)  # hashed by identity: loggers hold it weakly
 class MessageLog:
     """What the library said, in order; ``minimum`` and worse are kept."""
 
@@ -198,39 +197,41 @@ class Flavour(ABC):
     # Logging
 
     def logger(self, log: MessageLog) -> Any:
-        """The ``ILogger`` of this process; from now on ``log`` gets what this thread's calls say, while it lives.
+        """The process's one ``ILogger`` for builders and runtimes; it appends to ``log`` as long as ``log`` lives.
 
-        The library takes the first logger that it is given for good ("the current new logger is ignored" [1.7.1]),
-        so one serves all. What the library's own threads say goes to every log.
+        Both packages keep the logger of the first builder or runtime and ignore those of later ones, so there is one
+        for all: what is built at the same time in other threads is heard too.
         """
-        if self.target not in _LOGGERS:
-            _LOGGERS[self.target] = _make_logger(self.trt)
-        logger = _LOGGERS[self.target]
-        logger.logs[log] = threading.get_ident()
-        return logger
+        shared = _LOGGERS.setdefault(self.trt.__name__, _collector(self.trt))
+        shared.logs.add(log)
+        return shared
+
+    def parser_logger(self, log: MessageLog) -> Any:
+        """An ``ILogger`` of its own for one ``OnnxParser``, which does use what it is given. Keep it alive with it."""
+        own = _collector(self.trt)
+        own.logs.add(log)
+        return own
 
 
-_LOGGERS: dict[str, Any] = {}  # by target; they must outlive everything made with them
+_LOGGERS: dict[str, Any] = {}
 _SEVERITIES = ("internal_error", "error", "warning", "info", "verbose")
 
 
-def _make_logger(trt: Any) -> Any:
+def _collector(trt: Any) -> Any:
     base: Any = trt.ILogger
 
-    class Dispatcher(base):  # type: ignore[misc]
+    class Collector(base):  # type: ignore[misc]
         def __init__(self) -> None:
             base.__init__(self)
-            self.logs: weakref.WeakKeyDictionary[MessageLog, int] = weakref.WeakKeyDictionary()
+            self.logs: WeakSet[MessageLog] = WeakSet()
 
         def log(self, severity: Any, text: str) -> None:
-            message = LogMessage(severity.name.lower(), text)
-            logs = list(self.logs.items())
-            mine = [log for log, thread in logs if thread == threading.get_ident()]
-            for log in mine or [log for log, _ in logs]:
-                if _SEVERITIES.index(message.severity) <= _SEVERITIES.index(log.minimum):
-                    log.messages.append(message)
+            name = severity.name.lower()
+            for log in list(self.logs):
+                if _SEVERITIES.index(name) <= _SEVERITIES.index(log.minimum):
+                    log.messages.append(LogMessage(name, text))
 
-    return Dispatcher()
+    return Collector()
 
 
 class TensorRT(Flavour):

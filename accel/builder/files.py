@@ -1,0 +1,100 @@
+"""Small files that make later builds faster or their end known: timing caches and a history of seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from accel.engines.tensorrt.adapter import Flavour
+from accel.errors import StorageError
+from accel.storage import as_storage_error
+
+
+class TimingCaches:
+    """Timings of kernels, a file for each flavour, version and SM. RTX times nothing: for it there is no file.
+
+    Args:
+        folder: Made when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def load(self, flavour: Flavour, sms: Sequence[str]) -> bytes | None:
+        """What earlier builds timed, empty at first; None where the flavour has no timing cache."""
+        if flavour.cache_kind != "timing":
+            return None
+        try:
+            return self._path(flavour, sms).read_bytes()
+        except FileNotFoundError:
+            return b""
+
+    def save(self, flavour: Flavour, sms: Sequence[str], data: bytes | None) -> None:
+        """Stores what a build gave back; None: nothing to store.
+
+        Raises:
+            StorageError: The folder cannot be written to.
+        """
+        if data is not None:
+            write_atomically(self._path(flavour, sms), data)
+
+    def _path(self, flavour: Flavour, sms: Sequence[str]) -> Path:
+        return self._folder / f"{flavour.target}-{flavour.version}-{'+'.join(sms)}.timing"
+
+
+class History:
+    """Seconds that each phase of a build took, by a key such as target and layers. A damaged file counts as none."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def seconds(self, key: str) -> dict[str, float]:
+        """Of the latest build with that key; empty: there was none."""
+        found = self._read().get(key, {})
+        return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
+
+    def record(self, key: str, seconds: Mapping[str, float]) -> None:
+        """Replaces what is known for a key.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        write_atomically(self._path, json.dumps({**self._read(), key: rounded}, indent=1).encode())
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            data = json.loads(self._path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return {k: v for k, v in data.items() if isinstance(v, dict)} if isinstance(data, dict) else {}
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old or the new one whole.
+
+    Raises:
+        StorageError: The folder is full, read-only or not there to be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise as_storage_error(error, path.parent.absolute()) or StorageError(
+            f"Cannot write: {error}", where=str(path), remedy="Check the folder"
+        ) from error
+
+
+__all__ = ["History", "TimingCaches", "write_atomically"]

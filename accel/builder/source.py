@@ -1,0 +1,203 @@
+"""The graph file that an engine is built from: its nodes, its weights by memory map, and what the proof asks of it."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accel.errors import EngineBuildError, InputError
+from accel.spec import TensorSpec
+
+CAPACITY = "C"  # the symbol of the cache slots in a decoder's shapes
+_TRIM_SECONDS = 0.02
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class GraphSource:
+    """A lowered graph without its weights, and the maps of the files that hold them.
+
+    Attributes:
+        path: The graph file.
+        proto: ``onnx.ModelProto`` with the capacity written into its shapes.
+        capacity: Cache slots of each row; None: the graph has no caches.
+        weight_bytes: Bytes of all weights.
+    """
+
+    def __init__(self, path: Path, capacity: int | None = None) -> None:
+        """Reads the file.
+
+        Args:
+            path: An ONNX file; its external data lie beside it.
+            capacity: The number that stands for ``C``.
+
+        Raises:
+            InputError: A capacity is missing, or given to a graph without caches.
+            EngineBuildError: The file, or one with its weights, is missing or damaged.
+        """
+        self.path, self.capacity = path, capacity
+        self.proto: Any = _read(path)
+        self._write_capacity()
+        graph = self.proto.graph
+        self._maps: dict[str, mmap.mmap] = {}
+        self._bytes: dict[str, np.ndarray] = {}  # uint8 views of the maps, whose addresses the parser gets
+        self._initializers = {tensor.name: tensor for tensor in graph.initializer}
+        self.weight_bytes = sum(_stored_size(tensor) for tensor in graph.initializer)
+        self.inputs = tuple(_spec(value) for value in graph.input if value.name not in self._initializers)
+        self.outputs = tuple(_spec(value) for value in graph.output)
+        self.nodes: dict[str, Any] = {node.name: node for node in graph.node}
+
+    def external(self) -> Iterator[tuple[str, int, int]]:
+        """Name, address and bytes of every weight outside the graph file. The address is good while this lives.
+
+        Raises:
+            EngineBuildError: A file is missing or shorter than the graph says.
+        """
+        for tensor in self._initializers.values():
+            if tensor.data_location == tensor.EXTERNAL:
+                view = self._view(tensor)
+                yield tensor.name, view.ctypes.data, view.nbytes
+
+    def constant(self, name: str) -> np.ndarray | None:
+        """The value of an initializer or of a Constant node; None where the name is neither."""
+        from onnx import helper, numpy_helper
+
+        tensor = self._initializers.get(name)
+        if tensor is None:
+            made = next((n for n in self.proto.graph.node if n.op_type == "Constant" and name in n.output), None)
+            tensor = next((a.t for a in made.attribute if a.name == "value"), None) if made is not None else None
+        if tensor is None:
+            return None
+        if tensor.data_location == tensor.EXTERNAL:
+            dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            return np.asarray(self._view(tensor).view(dtype).reshape(tuple(tensor.dims)))
+        return np.asarray(numpy_helper.to_array(tensor))
+
+    def layer_of(self, name: str) -> str:
+        """In words, which layer a node belongs to: the next one that has a named node, in the graph's order."""
+        names = list(self.nodes)
+        for later in names[names.index(name) :] if name in self.nodes else [name]:
+            if found := _LAYER.match(later):
+                return f"layer {found[1]}"
+        return "after the last layer"
+
+    def folded(self) -> set[str]:
+        """Values computed from constants and shapes alone, which the parser folds or turns into shape arithmetic."""
+        known = set(self._initializers)
+        for node in self.proto.graph.node:
+            if node.op_type in ("Constant", "Shape", "Size") or all(name in known for name in node.input if name):
+                known.update(node.output)
+        return known
+
+    def needed(self) -> list[Any]:
+        """The nodes that the outputs depend on, in the graph's order."""
+        wanted = {value.name for value in self.proto.graph.output}
+        kept = []
+        for node in reversed(self.proto.graph.node):
+            if wanted.intersection(node.output):
+                kept.append(node)
+                wanted.update(node.input)
+        return kept[::-1]
+
+    @contextmanager
+    def trimmed(self) -> Iterator[None]:
+        """Meanwhile gives pages of the weights back to the system again and again; they are read again when touched.
+
+        The builder reads a weight, copies it, and never returns to it: mapped pages that stay would count as memory.
+        """
+        done = threading.Event()
+
+        def trim() -> None:
+            while not done.wait(_TRIM_SECONDS):
+                for mapped in self._maps.values():
+                    mapped.madvise(mmap.MADV_DONTNEED)
+
+        worker = threading.Thread(target=trim, name="accel-trim", daemon=True)
+        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            worker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if worker.ident is not None:
+                worker.join()
+
+    def _view(self, tensor: Any) -> np.ndarray:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location, offset = entries.get("location", ""), int(entries.get("offset", 0))
+        length = int(entries.get("length", _expected_size(tensor)))
+        whole = self._map(location)
+        if length != _expected_size(tensor) or offset + length > whole.nbytes:
+            what = f"The weight {tensor.name} does not fit its file: {length} bytes at {offset} of {whole.nbytes}"
+            remedy = "The file is truncated or of another graph; export the bundle again"
+            raise EngineBuildError(what, where=str(self.path.parent / location), remedy=remedy)
+        return whole[offset : offset + length]
+
+    def _map(self, location: str) -> np.ndarray:
+        if location not in self._bytes:
+            path = self.path.parent / location
+            try:
+                with path.open("rb") as file:
+                    self._maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:  # ValueError: an empty file
+                what = f"Cannot read the weights: {error}"
+                raise EngineBuildError(what, where=str(path), remedy="Export the bundle again") from error
+            self._bytes[location] = np.frombuffer(self._maps[location], np.uint8)
+        return self._bytes[location]
+
+    def _write_capacity(self) -> None:
+        graph, found = self.proto.graph, False
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param == CAPACITY:
+                    found = True
+                    if self.capacity is not None:
+                        dim.dim_value = self.capacity  # takes the place of dim_param
+        if found and (self.capacity is None or self.capacity < 1):
+            what = f"A decoder's engine has a fixed number of cache slots, not {self.capacity}"
+            raise InputError(what, where="capacity", remedy="Give the positions that a row may hold, e.g. 2048")
+        if self.capacity is not None and not found:
+            raise InputError(
+                f"The graph has no dimension {CAPACITY}", where="capacity", remedy="Leave it out for encoders"
+            )
+
+
+def _read(path: Path) -> Any:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (OSError, DecodeError, ValueError) as error:
+        remedy = "Check the path, or export the bundle again"
+        raise EngineBuildError(f"Cannot read the graph: {error}", where=str(path), remedy=remedy) from error
+
+
+def _stored_size(tensor: Any) -> int:
+    return _expected_size(tensor) if tensor.data_location == tensor.EXTERNAL else tensor.ByteSize()
+
+
+def _expected_size(tensor: Any) -> int:
+    from onnx import TensorProto, helper
+
+    count = int(np.prod(tuple(tensor.dims), dtype=np.int64))
+    if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1):  # two in a byte
+        return (count + 1) // 2
+    return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _spec(value: Any) -> TensorSpec:
+    from onnx import helper
+
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
+
+
+__all__ = ["CAPACITY", "GraphSource"]
