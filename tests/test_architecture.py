@@ -17,10 +17,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel.errors", "accel.machine"),
     ("accel.spec", "accel.schema"),
     ("accel.storage", "accel.recipe", "accel.capabilities"),
-    ("accel.manifest", "accel.bundle", "accel.engines.session"),
+    ("accel.manifest", "accel.bundle", "accel.engines.session", "accel.store"),
     ("accel.engines",),
     ("accel.runtime",),
-    ("accel.exporter", "accel.graph", "accel.compress", "accel.store"),
+    ("accel.exporter", "accel.graph", "accel.compress"),
     ("accel.api", "accel.inspection", "accel.doctor"),
     ("accel.bench", "accel.serving"),
     ("accel.commands", "accel.cli", "accel.__main__"),
@@ -38,11 +38,13 @@ OWNERS = {
     "onnx": ("accel.api", "accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
     "onnx_ir": ("accel.api", "accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),
-    "tensorrt": ("accel.engines.tensorrt", "accel.store"),
-    "tensorrt_rtx": ("accel.engines.tensorrt", "accel.store"),
+    "tensorrt": ("accel.engines.tensorrt",),
+    "tensorrt_rtx": ("accel.engines.tensorrt",),
     "triton": ("accel_kernels", "accel.engines.cuda"),
     "ray": ("accel.serving",),
     "sentence_transformers": ("accel.bench",),
+    "fsspec": ("accel.store",),
+    "cryptography": ("accel.store",),
 }
 LAZY = {"export": "accel.api", "load": "accel.runtime.load"}  # what ``accel`` itself hands out
 
