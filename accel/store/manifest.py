@@ -84,18 +84,19 @@ def decode(raw: bytes, where: str) -> EngineManifest:
         RefusedEngineError: Not JSON, another schema, a field that is missing, unknown or of the wrong type.
     """
     data = _parse(raw, where)
-    version = data["schema_version"]
+    version = data.get("schema_version")
     if version != SCHEMA_VERSION or type(version) is not int:
         what = f"The manifest has schema version {version!r}; this accel reads version {SCHEMA_VERSION}"
+        raise RefusedEngineError(what, where=where, remedy=REMEDY)
+    if set(data) != FIELDS:
+        what = f"The manifest lacks or does not know: {', '.join(sorted(set(data) ^ FIELDS))}"
         raise RefusedEngineError(what, where=where, remedy=REMEDY)
     plain = {name: data[name] for name in ("size", "sha256", "created", "versions", "signature")}
     read = from_dict(_Plain, plain, where, error=RefusedEngineError)
     if not isinstance(data["facts"], dict) or read.size < 1 or not is_sha256(read.sha256):
         raise RefusedEngineError("The manifest's facts, size or sha256 are malformed", where=where, remedy=REMEDY)
     key = read_key(data["key"], f"{where}: key", RefusedEngineError)
-    return EngineManifest(
-        key, read.size, read.sha256, read.created, read.versions, data["facts"], read.signature
-    )
+    return EngineManifest(key, read.size, read.sha256, read.created, read.versions, data["facts"], read.signature)
 
 
 def check_facts(facts: dict[str, Any]) -> dict[str, Any]:
@@ -127,15 +128,12 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise RefusedEngineError("The manifest is too large to be one", where=where, remedy=REMEDY)
     try:
-        data = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        text = raw.decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise RefusedEngineError(f"The manifest is not valid JSON: {error}", where=where, remedy=REMEDY) from error
-    if not isinstance(data, dict) or set(data) != FIELDS:
-        what = "The manifest is no mapping"
-        if isinstance(data, dict):
-            wrong = sorted(set(data) ^ FIELDS)
-            what = f"The manifest lacks or does not know: {', '.join(wrong)}"
-        raise RefusedEngineError(what, where=where, remedy=REMEDY)
+    if not isinstance(data, dict):
+        raise RefusedEngineError("The manifest is no mapping", where=where, remedy=REMEDY)
     return data
 
 
@@ -143,14 +141,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key stands twice")
-    for name, value in pairs:
-        if isinstance(value, float) and not math.isfinite(value):  # 1e999
-            raise ValueError(f"{name} is not finite")
     return result
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is not JSON")
+    return number
 
 
 __all__ = ["EngineManifest", "SCHEMA_VERSION", "check_facts", "decode"]
