@@ -48,9 +48,14 @@ def remove_unused(folder: Folder, record: Record) -> bool:
 
 
 def sweep(folder: Folder, identity: str) -> None:
-    """Removes what writers that were killed left below one identity: temporary files, plans without a manifest."""
+    """Removes what writers that were killed left below one identity.
+
+    These are temporary files, plans that no manifest names, and times of use of entries that are gone.
+    """
     folder.remove_temporaries(identity)
     for record in folder.records(identity):
+        if all(name.endswith(".used") for name in record.files):  # noted while the entry was being removed
+            remove_unused(folder, record)
         for plan in record.plans:
             if _is_leftover(folder, record, plan):
                 folder.discard_leftover(plan, _leftover_check(folder, record, plan))

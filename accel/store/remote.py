@@ -226,7 +226,7 @@ class RemoteFolder:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, AccelError):
+        except AccelError:
             raise
         except PermissionError as error:
             remedy = "Use credentials that may write, or a store of your own"

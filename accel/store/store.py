@@ -327,6 +327,7 @@ class EngineStore:
             if self._signer is not None:
                 manifest = manifest.signed(self._signer)
             self._folder.write(f"{stem}.json", manifest.encode())
+            self._folder.touch(manifest.plan)
         with suppress(StorageError, EngineStoreError):  # the new engine stands; the next sweep takes what stays
             if replaced not in (None, manifest.plan):
                 self._folder.remove(str(replaced))

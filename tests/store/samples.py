@@ -73,7 +73,9 @@ class Files:
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
     """A Python process that runs ``code``; it reads and writes text."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
 
 
 def flip(content: bytes) -> bytes:

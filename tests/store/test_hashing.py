@@ -96,9 +96,7 @@ def test_a_file_that_changes_while_it_is_hashed(
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"path": 1}', b"\xff", b"[" * 100_000])
-def test_a_damaged_entry_costs_one_hash(
-    tmp_path: Path, cache: HashCache, damage: bytes, computed: list[Path]
-) -> None:
+def test_a_damaged_entry_costs_one_hash(tmp_path: Path, cache: HashCache, damage: bytes, computed: list[Path]) -> None:
     path = settled(tmp_path / "w")
     digest = cache.sha256(path)
     (entry,) = cache.folder.iterdir()
