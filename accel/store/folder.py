@@ -190,7 +190,7 @@ class LocalFolder:
 
     @contextmanager
     def unused(self, plan: str) -> Iterator[bool]:
-        with unused(self.path(plan)) as free:
+        with self._reading(), unused(self.path(plan)) as free:
             yield free
 
     def discard_leftover(self, plan: str, is_leftover: Callable[[], bool]) -> None:

@@ -320,7 +320,8 @@ class EngineStore:
         """Writes plan and manifest; the caller holds the lock."""
         facts, stem = check_facts(facts), _stem(key)
         versions = {"accel": __version__, "python": platform.python_version(), key.target: key.library_version}
-        sweep(self._folder, key.identity)
+        with suppress(StorageError, EngineStoreError):  # another user's leftovers: no reason not to write
+            sweep(self._folder, key.identity)
         replaced = self._plan_named_by(key)
         with self._folder.add_plan(stem, plan) as (size, digest):
             manifest = EngineManifest(key, size, digest, time.time(), versions, facts)

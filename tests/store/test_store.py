@@ -15,6 +15,7 @@ from accel.errors import DependencyError, EngineStoreError, InputError, RefusedE
 from accel.store import EngineStore, HmacKey, remote
 from accel.store.folder import LocalFolder
 from tests.store.samples import Files, Place, flip, key
+from tests.store.test_signing import ed25519_pair
 
 PLAN = bytes(range(256)) * 5000  # more than one chunk
 SIGNER, STRANGER = HmacKey(b"s" * 32), HmacKey(b"t" * 32)
@@ -228,6 +229,16 @@ def test_unsigned_and_strange_engines_are_refused(place: Place) -> None:
     assert not place.open(verifier=SIGNER, signer=STRANGER).get_or_build(key(), never).built
     engine = place.open().get(key())  # who asks for no signature gets it all the same
     assert engine is not None and engine.plan() == PLAN
+
+
+def test_servers_need_the_public_key_only(local: Place, tmp_path: Path) -> None:
+    builder, server = ed25519_pair(tmp_path)
+    _, stranger = ed25519_pair(tmp_path)
+    fill(local, signer=builder)
+    engine = local.open(verifier=server).get_or_build(key(), never)
+    assert engine.plan() == PLAN
+    with pytest.raises(RefusedEngineError, match="this store trusts"):
+        local.open(verifier=stranger).get(key())
 
 
 @pytest.mark.parametrize(
