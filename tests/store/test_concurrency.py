@@ -152,7 +152,7 @@ def check_consistent(store: EngineStore) -> None:
 
 def test_a_writer_killed_at_random_moments(local: Place) -> None:
     store, moments = local.open(), random.Random(3)
-    numbers = []
+    numbers: list[int] = []
     for _ in range(20):
         process = start(WRITE, local.url, numbers[-1] if numbers else 0)
         assert process.stdout is not None and process.stdout.readline() == "ready\n"

@@ -13,7 +13,7 @@ import pytest
 
 from accel.errors import DependencyError, EngineStoreError, InputError, RefusedEngineError, StorageError
 from accel.store import EngineStore, HmacKey, remote
-from accel.store.folder import LocalFolder
+from accel.store.folder import LocalFolder, Plan
 from tests.store.samples import Files, Place, flip, key
 from tests.store.test_signing import ed25519_pair
 
@@ -53,7 +53,8 @@ def test_what_is_put_is_found(place: Place) -> None:
 def test_a_plan_may_be_a_view_or_a_file(place: Place, tmp_path: Path) -> None:
     (tmp_path / "plan").write_bytes(PLAN)
     store = place.open()
-    for i, plan in enumerate([memoryview(PLAN), bytearray(PLAN), tmp_path / "plan"]):
+    plans: list[Plan] = [memoryview(PLAN), bytearray(PLAN), tmp_path / "plan"]
+    for i, plan in enumerate(plans):
         store.put(key(capacity=i), plan)
         engine = store.get(key(capacity=i))
         assert engine is not None and engine.plan() == PLAN
