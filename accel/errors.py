@@ -71,3 +71,11 @@ class EngineError(AccelError):
 
 class EngineUnavailableError(EngineError):
     """No engine (or not the one asked for) can run this bundle here; lists the reasons."""
+
+
+class EngineBuildError(AccelError):
+    """An engine could not be built; names the node, the layer or the setting it failed at."""
+
+
+class EngineProofError(EngineBuildError):
+    """The parsed network does not compute what the graph says, and cannot be repaired."""

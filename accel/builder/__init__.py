@@ -1,0 +1,1 @@
+"""Builds TensorRT engines: profiles, parsing, proof, build."""
