@@ -69,6 +69,14 @@ class EngineError(AccelError):
     """An engine failed while running."""
 
 
+class EngineBrokenError(EngineError):
+    """The engine itself is lost: a device error, a device that went away, a context that cannot run any more.
+
+    A sequence's own failure is a plain EngineError. After this one nothing runs on the engine again;
+    the runtime goes on with the next engine.
+    """
+
+
 class EngineUnavailableError(EngineError):
     """No engine (or not the one asked for) can run this bundle here; lists the reasons."""
 

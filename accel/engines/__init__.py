@@ -5,11 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from accel.engines.kv_cache import check_count, resolve_cache, with_cache
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
-from accel.errors import DependencyError, EngineError, EngineUnavailableError, InputError
+from accel.errors import (
+    AccelError,
+    CapacityError,
+    DependencyError,
+    EngineBrokenError,
+    EngineError,
+    EngineUnavailableError,
+    InputError,
+)
 from accel.machine import available_cores
 
 if TYPE_CHECKING:
@@ -18,14 +26,6 @@ if TYPE_CHECKING:
 DEVICES = ("auto", "cpu", "cuda")
 MAX_THREADS = 1024  # each is started at once; far more would take the machine down
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class OpenedSession:
-    """A running session, and the engines that were passed over for it."""
-
-    session: EncoderSession | DecoderSession
-    fallbacks: tuple[Fallback, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,60 @@ class Engine:
     device: str
     probe: Callable[[Bundle, str], str | None]
     open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked of ``open_session``, checked and settled.
+
+    Attributes:
+        bundle, device, variant, options, strict: Its arguments.
+        engines: The engines that were not tried yet, in order.
+        named: Whether the caller chose the engine.
+    """
+
+    bundle: Bundle
+    device: str
+    variant: str
+    options: SessionOptions
+    strict: bool
+    engines: tuple[Engine, ...]
+    named: bool
+
+
+@dataclass(frozen=True)
+class OpenedSession:
+    """A running session, the engines that were passed over for it, and what opens the next one."""
+
+    session: EncoderSession | DecoderSession
+    fallbacks: tuple[Fallback, ...] = ()
+    request: Request | None = None
+
+    def open_next(self, error: EngineBrokenError) -> OpenedSession:
+        """Opens the next engine that can run the bundle, after this one broke; close its session first.
+
+        A decoder's next session is asked for as many rows and positions as this one holds, or, where
+        they do not fit, for as many positions as do. Whatever an engine raises is a reason to try the one after it.
+
+        Args:
+            error: How this engine broke; it becomes its reason in ``fallbacks``.
+
+        Raises:
+            EngineBrokenError: ``error`` itself, when the caller wanted this engine alone (``strict``, or by name).
+            EngineUnavailableError: No engine is left; lists all reasons.
+        """
+        request = self.request
+        if request is None or request.strict or request.named:
+            raise error
+        options = request.options
+        if request.bundle.manifest.arch.kind == "decoder":
+            session = cast(DecoderSession, self.session)
+            options = replace(options, capacity=session.capacity, max_batch=session.max_batch)
+        broken = Fallback(self.session.info.name, str(error))
+        try:
+            return _open_first(replace(request, options=options), (*self.fallbacks, broken), replacing=True)
+        except EngineUnavailableError as unavailable:
+            raise unavailable from error
 
 
 def pick_variant(bundle: Bundle, variant: str, target: str) -> str | None:
@@ -137,22 +191,44 @@ def open_session(
         options = with_cache(options, resolve_cache(bundle.manifest.arch, options))
     else:
         options = replace(options, capacity=None, max_batch=None)
-    passed_over: list[Fallback] = []
-    for candidate in candidates:
-        reason = _reject_device(candidate, device) or candidate.probe(bundle, variant)
+    return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"))
+
+
+def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: bool = False) -> OpenedSession:
+    """Opens the first of the request's engines that can run it.
+
+    Args:
+        request: What to open.
+        known: The engines that were passed over before.
+        replacing: Whether an engine broke: sequences are under way, so whatever goes wrong is a reason to try on.
+    """
+    tolerated = (Exception,) if replacing else (EngineError, DependencyError)
+    passed_over = list(known)
+    logged = len(known) - 1 if replacing else 0  # the broken one is news
+    for index, candidate in enumerate(request.engines):
+        try:
+            reason = _reject_device(candidate, request.device) or candidate.probe(request.bundle, request.variant)
+            if reason is None:
+                session = _open(candidate, request, replacing)
+        except tolerated as error:
+            reason = str(error) if isinstance(error, AccelError) else f"{type(error).__name__}: {error}"
         if reason is None:
-            try:
-                session = candidate.open(bundle, variant, options)
-            except (EngineError, DependencyError) as error:
-                reason = str(error)
-            else:
-                for fallback in passed_over:
-                    _log.warning("%s runs because %s cannot: %s", candidate.name, fallback.engine, fallback.reason)
-                return OpenedSession(session, tuple(passed_over))
+            for fallback in passed_over[logged:]:
+                _log.warning("%s runs because %s cannot: %s", candidate.name, fallback.engine, fallback.reason)
+            return OpenedSession(session, tuple(passed_over), replace(request, engines=request.engines[index + 1 :]))
         passed_over.append(Fallback(candidate.name, reason))
-        if strict:
+        if request.strict:
             break
-    raise _unavailable(bundle, passed_over, strict and len(candidates) > 1)
+    raise _unavailable(request, passed_over)
+
+
+def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
+    try:
+        return engine.open(request.bundle, request.variant, request.options)
+    except CapacityError:
+        if not replacing:
+            raise
+        return engine.open(request.bundle, request.variant, replace(request.options, capacity=None))
 
 
 def _check_threads(threads: int | None) -> None:
@@ -181,11 +257,12 @@ def _reject_device(engine: Engine, device: str) -> str | None:
     return f"it runs on {engine.device} only; this version of accel has no engine for {device}"
 
 
-def _unavailable(bundle: Bundle, passed_over: list[Fallback], strict: bool) -> EngineUnavailableError:
+def _unavailable(request: Request, passed_over: list[Fallback]) -> EngineUnavailableError:
     reasons = "; ".join(f"{fallback.engine}: {fallback.reason}" for fallback in passed_over)
-    what = "the first engine cannot run this bundle here" if strict else "no engine can run this bundle here"
-    remedy = "Mend the reason, or load with strict=False" if strict else "Mend one of the reasons; accel doctor helps"
-    return EngineUnavailableError(f"{what} ({reasons})", where=str(bundle.path), remedy=remedy)
+    first = request.strict and not request.named
+    what = "the first engine cannot run this bundle here" if first else "no engine can run this bundle here"
+    remedy = "Mend the reason, or load with strict=False" if first else "Mend one of the reasons; accel doctor helps"
+    return EngineUnavailableError(f"{what} ({reasons})", where=str(request.bundle.path), remedy=remedy)
 
 
 __all__ = ["DEVICES", "ENGINES", "Engine", "OpenedSession", "SessionOptions", "open_session", "pick_variant"]

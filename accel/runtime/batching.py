@@ -8,12 +8,14 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.session import EncoderSession
-from accel.errors import EngineError
+from accel.errors import EngineBrokenError, EngineError
+from accel.runtime.failover import Failover
 from accel.runtime.results import Timings
 
 Row = tuple[Sequence[int], Sequence[int], bool]  # ids, type ids, truncated
@@ -71,14 +73,19 @@ class Stopwatch:
 
 
 class SessionGuard:
-    """Counts the calls in flight, so that closing waits for them; refuses calls after close or in a fork."""
+    """Counts the calls in flight, so that closing waits for them; refuses calls after close or in a fork.
 
-    def __init__(self, session: EncoderSession) -> None:
-        self._session = session
-        self._run_many = getattr(session, "run_many", None)
+    When the engine breaks, the calls in flight gather; once all of them wait or ended, so that nobody runs
+    on it any more, one of them changes to the next engine, and each repeats there what did not come back.
+    """
+
+    def __init__(self, failover: Failover[EncoderSession]) -> None:
+        self._failover = failover
+        self._session = failover.session
+        self._broken: EngineBrokenError | None = None  # how the session broke, until it is replaced
         self._lock = threading.RLock()  # entered directly: the methods of a condition are Python
         self._idle = threading.Condition(self._lock)
-        self._in_flight = 0
+        self._in_flight = self._gathered = 0  # calls; and those of them that wait for the next engine
         self._closed = False
         self._pid = os.getpid()
 
@@ -97,23 +104,45 @@ class SessionGuard:
     ) -> None:
         with self._lock:
             self._in_flight -= 1
-            if self._closed:
+            if self._closed or self._gathered:
                 self._idle.notify_all()
 
     @property
     def side_by_side(self) -> bool:
         """Whether the engine runs several micro-batches at a time, and for the true length of their rows."""
-        return self._run_many is not None
+        return hasattr(self._session, "run_many")
 
-    def run(self, feeds: Feeds) -> Feeds:
-        """Runs one micro-batch on all of the engine's threads."""
-        return self._session.run(feeds)
+    def run(self, feeds: Feeds, watch: Stopwatch) -> Feeds:
+        """Runs one micro-batch on all of the engine's threads.
 
-    def run_many(self, feeds: list[Feeds]) -> list[Feeds]:
-        """Runs independent micro-batches, side by side where the engine can; results in order."""
-        if len(feeds) == 1 or self._run_many is None:
-            return [self._session.run(feed) for feed in feeds]
-        return self._run_many(feeds)
+        Args:
+            feeds: Its inputs.
+            watch: The call's. A change of the engine is left to the rest of its time.
+
+        Raises:
+            EngineError: The engine failed.
+            EngineUnavailableError: It broke, and none is left.
+        """
+        while True:
+            session = self._session
+            try:
+                if self._broken is None:
+                    return session.run(feeds)
+            except EngineBrokenError as error:
+                self._broken = error
+            self._change_engine(session, watch)
+
+    def run_many(self, feeds: list[Feeds], watch: Stopwatch) -> list[Feeds]:
+        """Runs independent micro-batches, side by side where the engine can; results in order. Else as ``run``."""
+        while len(feeds) > 1 and self.side_by_side:
+            session: Any = self._session
+            try:
+                if self._broken is None:
+                    return session.run_many(feeds)  # type: ignore[no-any-return]
+            except EngineBrokenError as error:
+                self._broken = error
+            self._change_engine(session, watch)
+        return [self.run(feed, watch) for feed in feeds]
 
     def close(self) -> None:
         """Waits for the calls in flight, then closes the session; safe to call twice."""
@@ -124,7 +153,24 @@ class SessionGuard:
                 return
             self._closed = True
             self._idle.wait_for(lambda: self._in_flight == 0)
-        self._session.close()
+        self._failover.close()
+
+    def _change_engine(self, broken: EncoderSession, watch: Stopwatch) -> None:
+        """Returns once another session is in use: this call's thread opens it, or another's."""
+        watch.lap_compute(0)
+        with self._idle:
+            self._gathered += 1
+            self._idle.notify_all()
+            try:
+                self._idle.wait_for(lambda: self._session is not broken or self._gathered == self._in_flight)
+                if self._session is broken:
+                    assert self._broken is not None
+                    self._session = self._failover.replace(self._broken)
+                    self._broken = None
+            finally:
+                self._gathered -= 1
+                self._idle.notify_all()
+        watch.lap_system()
 
 
 def plan_batches(

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.bundle import Bundle
-from accel.engines import OpenedSession
-from accel.engines.session import EngineInfo, Fallback
+from accel.engines.session import DecoderSession, EngineInfo, Fallback
 from accel.errors import EngineError, InputError
 from accel.runtime.driver import Client, SlotDriver
+from accel.runtime.failover import Failover, Opened
 from accel.runtime.requests import GenerationOptions, RequestReader, check_texts
 from accel.runtime.results import GenerateResult
 from accel.runtime.sampling import Sampler
@@ -70,33 +70,52 @@ class Decoder:
     Calls from several threads run together: each of their sequences takes a cache row, and
     every step serves all of them. Sequences beyond the rows wait for one.
 
+    When the engine breaks (EngineBrokenError), the next one takes over, with a warning in the log, and the
+    sequences under way go on from their tokens; ``engine``, ``fallbacks``, ``capacity`` and ``max_batch`` then
+    speak of the new one. Not after loading with ``strict`` or an engine's name: the calls then raise the error.
+
     Attributes:
-        engine: What runs.
-        fallbacks: Engines that were passed over, and why.
         arch: The model's architecture.
-        capacity: Cache positions per sequence: prompt and generated tokens.
-        max_batch: Cache rows: sequences that run at a time.
     """
 
-    def __init__(self, bundle: Bundle, opened: OpenedSession, options: SlotOptions | None = None) -> None:
-        session: Any = opened.session
-        self._bundle, self._session = bundle, session
-        self.engine: EngineInfo = session.info
-        self.fallbacks: tuple[Fallback, ...] = opened.fallbacks
+    def __init__(self, bundle: Bundle, opened: Opened, options: SlotOptions | None = None) -> None:
+        self._bundle = bundle
+        self._failover: Failover[DecoderSession] = Failover(opened)
         self.arch: ArchSpec = bundle.manifest.arch
-        self.capacity: int = session.capacity
-        self.max_batch: int = session.max_batch
-        self._driver = SlotDriver(SlotLoop(session, options))
+        self._driver = SlotDriver(SlotLoop(self._session, options, self._failover.replace))
         self._tokenizer: Tokenizer | None = None
         self._lock = threading.Lock()
         self._closed = False
-        self._reader = RequestReader(
-            self.arch.vocab_size, self.capacity, self._json("generation_config.json"), self._default_eos()
-        )
+        defaults = self._json("generation_config.json")
+        self._reader = RequestReader(self.arch.vocab_size, defaults, self._default_eos())
 
     def __repr__(self) -> str:
         engine = self.engine
         return f"{type(self).__name__}({self.arch.architecture}, {self.arch.task}, {engine.name}, {engine.variant})"
+
+    @property
+    def engine(self) -> EngineInfo:
+        """What runs."""
+        return self._failover.engine
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Engines that were passed over or broke, and why."""
+        return self._failover.fallbacks
+
+    @property
+    def capacity(self) -> int:
+        """Cache positions per sequence: prompt and generated tokens."""
+        return self._session.capacity
+
+    @property
+    def max_batch(self) -> int:
+        """Cache rows: sequences that run at a time."""
+        return self._session.max_batch
+
+    @property
+    def _session(self) -> DecoderSession:
+        return self._failover.session
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -127,7 +146,9 @@ class Decoder:
         Raises:
             InputError: A bad prompt or option.
             CapacityError: Prompt and new tokens need more positions than ``capacity``.
+            CapacityError: Also when an engine that holds less took over meanwhile.
             EngineError: The engine failed, the logits are not finite, or the model is closed.
+            EngineUnavailableError: The engine broke, and none is left.
         """
         clock = Clock()
         settled = self._settle(options)
@@ -193,7 +214,7 @@ class Decoder:
         for prompt in prompts:
             if len(prompt) < 2:
                 raise InputError("one token alone has no score", where="input_ids", remedy="Give at least two tokens")
-            self._reader.check_fits(len(prompt))
+            self._reader.check_fits(len(prompt), self.capacity)
         slots = [Slot(prompt=prompt, sampler=None, clock=clock) for prompt in prompts]
         self._run(slots)
         scores = [np.array(slot.scores) for slot in slots]
@@ -210,7 +231,7 @@ class Decoder:
             already, self._closed = self._closed, True
         if not already:
             self._driver.close(EngineError("the decoder is closed", remedy="Load the bundle again"))
-            self._session.close()
+            self._failover.close()
 
     def __enter__(self) -> Decoder:
         return self
@@ -256,7 +277,7 @@ class Decoder:
     def _slots(
         self, prompt: NDArray[np.int64], options: GenerationOptions, clock: Clock, as_text: bool = False
     ) -> list[Slot]:
-        fitted = self._reader.fit(options, len(prompt))
+        fitted = self._reader.fit(options, len(prompt), self.capacity)
         group = object() if fitted.returned > 1 else None
         slots = []
         for index in range(fitted.returned):

@@ -27,9 +27,13 @@ class Encoder(SpanTasks):
     classification), ``answer`` (question answering), ``fill_mask``. All of them accept texts,
     leave where their time went in ``last_timings``, and raise EngineError after ``close()``.
 
+    When the engine breaks (EngineBrokenError), the next one takes over, with a warning in the log, and what it
+    was running is repeated there; ``engine`` and ``fallbacks`` then speak of the new one. Not after loading with
+    ``strict`` or an engine's name: the calls then raise the error.
+
     Attributes:
         engine: What runs.
-        fallbacks: Engines that were passed over, and why.
+        fallbacks: Engines that were passed over or broke, and why.
         arch: The model's architecture.
         last_timings: Timings of this thread's last call; an EncoderOutput carries its own too.
     """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from accel.engines.session import EncoderSession, EngineInfo, Fallback
 from accel.errors import InputError
 from accel.runtime.batching import WAVE_BYTES, Row, SessionGuard, Stopwatch, build_feeds, plan_batches, waves
 from accel.runtime.encoder_inputs import TokenInputs, check_count
+from accel.runtime.failover import Failover, Opened
 from accel.runtime.results import Timings, TruncationReport
 from accel.runtime.sentence import SentenceConfig
 from accel.runtime.spans import SpanTokenizer
@@ -42,16 +43,6 @@ Consumer = Callable[[list[int], "NDArray[np.int64] | None", dict[str, NDArray]],
 
 class TruncationWarning(UserWarning):
     """Texts were cut to the model's longest input."""
-
-
-class OpenedEncoder(Protocol):
-    """What opening a session yields."""
-
-    @property
-    def session(self) -> EncoderSession: ...
-
-    @property
-    def fallbacks(self) -> Sequence[Fallback]: ...
 
 
 class EncoderOutput(Mapping[str, NDArray]):
@@ -102,12 +93,11 @@ class EncoderCore:
         opened: The session and the engines that were passed over; closed with the encoder.
     """
 
-    def __init__(self, bundle: Bundle, opened: OpenedEncoder) -> None:
+    def __init__(self, bundle: Bundle, opened: Opened) -> None:
         self.bundle = bundle
-        self.engine: EngineInfo = opened.session.info
-        self.fallbacks = tuple(opened.fallbacks)
+        self._failover: Failover[EncoderSession] = Failover(opened)
         self.config: dict[str, Any] = read_object(bundle, "config.json")
-        self._guard = SessionGuard(opened.session)
+        self._guard = SessionGuard(self._failover)
         self._local = threading.local()
         self._with_type_ids = "token_type_ids" in self._input_names()
         self._inputs = TokenInputs(
@@ -117,6 +107,16 @@ class EncoderCore:
     def _input_names(self) -> set[str]:
         graphs = self.bundle.manifest.variants[self.engine.variant].graphs
         return {spec.name for graph in graphs.values() for spec in graph.inputs}
+
+    @property
+    def engine(self) -> EngineInfo:
+        """What runs."""
+        return self._failover.engine
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """Engines that were passed over or broke, and why."""
+        return self._failover.fallbacks
 
     @property
     def arch(self) -> ArchSpec:
@@ -162,14 +162,15 @@ class EncoderCore:
         Raises:
             InputError: Wrong dtype, rank or shape; an empty batch; ids outside the vocabulary; a sequence longer than
                 the model's positions; a mask with other values than 0 and 1, or with a row of zeros.
-            EngineError: The encoder is closed, or this process was forked after loading.
+            EngineError: The engine failed, the encoder is closed, or this process was forked after loading.
+            EngineUnavailableError: The engine broke, and none is left.
         """
         watch = Stopwatch()
         feeds = self._inputs.prepare(input_ids, attention_mask, token_type_ids)
         watch.lap_prepost()
         with self._guard as guard:
             watch.lap_system()
-            values = guard.run(feeds)
+            values = guard.run(feeds, watch)
             watch.lap_compute()
         self._finish(watch)
         return EncoderOutput(values, watch)
@@ -247,7 +248,7 @@ class EncoderCore:
                 indices = [batch.tolist() for batch in wave]
                 built = [build_feeds(rows, chosen, pad, self._with_type_ids) for chosen in indices]
                 watch.lap_prepost()
-                outputs = guard.run_many([feeds for feeds, _ in built])
+                outputs = guard.run_many([feeds for feeds, _ in built], watch)
                 watch.lap_compute(len(wave))
                 for chosen, (_, mask), output in zip(indices, built, outputs, strict=True):
                     consume(chosen, mask, output)
@@ -272,4 +273,4 @@ def _progress(count: int, show: bool | None) -> Iterator[Callable[[int], None] |
         yield lambda done: bar.advance(task, done)
 
 
-__all__ = ["EncoderCore", "EncoderOutput", "OpenedEncoder", "TruncationWarning"]
+__all__ = ["EncoderCore", "EncoderOutput", "TruncationWarning"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from accel.bundle import Bundle
 from accel.engines import open_session
@@ -30,15 +30,16 @@ def load(
     Args:
         path: The bundle's directory.
         device: ``auto`` or ``cpu``.
-        engine: ``auto``, or the one engine to use (``ort-cpu``, ``torch``).
+        engine: ``auto``, or the one engine to use (``ort-cpu``, ``torch``): no other takes its place.
         variant: ``auto``, or the precision to use.
         capacity: Cache positions per sequence, decoders only. None: up to 4,096, as the model and memory allow.
         max_batch: Sequences that run at a time, decoders only. None: 8.
         threads: Worker threads. None: all cores that this process may use.
-        strict: Raise instead of falling back to a later engine.
+        strict: Raise instead of falling back to a later engine, now and when the engine breaks later on.
 
     Returns:
         An Encoder or a Decoder. ``.engine`` says what runs, ``.fallbacks`` what was passed over and why.
+        When the engine breaks in the midst of a call, the call goes on, on the next engine that can run the bundle.
 
     Raises:
         BundleError: No bundle there, a damaged one, or no such variant.
@@ -60,7 +61,7 @@ def load(
         if bundle.manifest.arch.kind == "encoder":
             from accel.runtime.encoder import Encoder
 
-            return Encoder(bundle, cast(Any, opened))  # an encoder bundle opens as an encoder session
+            return Encoder(bundle, opened)
         from accel.runtime.decoder import Decoder
 
         return Decoder(bundle, opened)

@@ -71,15 +71,12 @@ class RequestReader:
 
     Args:
         vocab_size: Ids are below it.
-        capacity: Cache positions per row.
         defaults: ``generation_config.json``.
         eos_token_ids: Tokens that end a sequence unless the caller names others.
     """
 
-    def __init__(
-        self, vocab_size: int, capacity: int, defaults: Mapping[str, Any], eos_token_ids: tuple[int, ...]
-    ) -> None:
-        self.vocab_size, self.capacity, self.defaults = vocab_size, capacity, defaults
+    def __init__(self, vocab_size: int, defaults: Mapping[str, Any], eos_token_ids: tuple[int, ...]) -> None:
+        self.vocab_size, self.defaults = vocab_size, defaults
         # Some configs name ids that the model does not have, and so never makes.
         self.eos_token_ids = frozenset(index for index in eos_token_ids if index < vocab_size)
         ignored = [
@@ -131,35 +128,36 @@ class RequestReader:
             params, limit, new is not None, least, self._eos(eos_token_id), _stops(stop), returned, recorded
         )
 
-    def fit(self, options: GenerationOptions, prompt_length: int) -> GenerationOptions:
-        """The options for one prompt: a default number of new tokens shrinks to what the cache holds.
+    def fit(self, options: GenerationOptions, prompt_length: int, capacity: int) -> GenerationOptions:
+        """The options for one prompt: a default number of new tokens shrinks to the cache's ``capacity`` positions.
 
         Raises:
             CapacityError: The prompt, or the prompt and the tokens asked for, need more positions than there are.
         """
-        self.check_fits(prompt_length)
-        room = self.capacity - prompt_length + 1  # the last token is never put into the cache
+        self.check_fits(prompt_length, capacity)
+        room = capacity - prompt_length + 1  # the last token is never put into the cache
         if options.max_new_tokens <= room:
             return options
         if options.max_new_tokens_given or options.min_new_tokens > room:
             wanted = max(options.max_new_tokens, options.min_new_tokens)
             raise CapacityError(
-                f"{prompt_length:,} prompt tokens and {wanted:,} new ones need more than the {self.capacity:,} "
+                f"{prompt_length:,} prompt tokens and {wanted:,} new ones need more than the {capacity:,} "
                 "positions that the cache holds",
                 where="max_new_tokens",
                 remedy=f"Ask for at most {room:,} new tokens, or load with a larger capacity",
             )
         return replace(options, max_new_tokens=room)
 
-    def check_fits(self, prompt_length: int) -> None:
-        """Checks that a prompt fits into the cache.
+    @staticmethod
+    def check_fits(prompt_length: int, capacity: int) -> None:
+        """Checks that a prompt fits into the cache's ``capacity`` positions.
 
         Raises:
             CapacityError: It does not.
         """
-        if prompt_length > self.capacity:
+        if prompt_length > capacity:
             raise CapacityError(
-                f"the prompt has {prompt_length:,} tokens, but the cache holds {self.capacity:,}",
+                f"the prompt has {prompt_length:,} tokens, but the cache holds {capacity:,}",
                 where="input_ids",
                 remedy="Shorten the prompt, or load with a larger capacity",
             )

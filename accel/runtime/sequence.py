@@ -149,6 +149,16 @@ class Sequence:
         """The generated tokens."""
         return self.tokens[len(self.prompt) : self.length].tolist()
 
+    @property
+    def positions(self) -> int:
+        """Cache positions it may come to need: the last generated token is never put into the cache."""
+        return len(self.prompt) + max(0, self.max_new_tokens - 1)
+
+    def restart(self) -> None:
+        """Takes it out of the cache. Its tokens, and what chose and recorded them, stay as they are."""
+        self.row, self.computed = None, 0
+        self.scores.clear()  # nothing of a scored prompt was handed out yet: all of it runs again
+
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token, from logits [V]. Changes no state but the random one and the log probabilities."""
         assert self.sampler is not None

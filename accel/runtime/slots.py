@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -10,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.session import DecoderSession, StepInputs
-from accel.errors import AccelError, EngineError, InputError
+from accel.errors import AccelError, EngineBrokenError, EngineError, InputError
+from accel.runtime.failover import too_long
 from accel.runtime.sampling import log_softmax
 from accel.runtime.sequence import Event, Sequence
 
@@ -18,6 +20,7 @@ DEFAULT_CHUNK = 256  # prompt tokens per step, all rows together
 _LEAST_WIDTH = 32  # a row near its capacity may narrow the others' chunks down to this; then they take turns
 _SCORE_BYTES = 64 << 20  # logits of one scoring step
 
+Successor = Callable[[EngineBrokenError], DecoderSession]
 Plan = list[tuple[Sequence, int]]  # who takes part, with how many tokens, in row order
 
 
@@ -38,10 +41,20 @@ class SlotLoop:
     ``submit`` and ``cancel`` may be called from any thread; ``step`` by one thread at a time.
     Sequences beyond the rows wait in arrival order. A step serves every active row: one token
     for those that generate, and up to ``chunk`` prompt tokens of the others, oldest first.
+
+    When the engine breaks, all active sequences wait again, and the next step opens its successor, on
+    which they go on from their tokens as from a longer prompt.
+
+    Args:
+        session: The engine's; ``successor``'s once it broke.
+        options: How steps are put together.
+        successor: Opens the next engine's session in place of a broken one, or raises what the sequences
+            end with; may be called again after that. None: there is none.
     """
 
-    def __init__(self, session: DecoderSession, options: SlotOptions | None = None) -> None:
-        self._session = session
+    def __init__(
+        self, session: DecoderSession, options: SlotOptions | None = None, successor: Successor | None = None
+    ) -> None:
         options = options or SlotOptions()
         if options.chunk < 1:
             raise InputError(f"chunk must be at least 1, not {options.chunk}", where="chunk")
@@ -49,16 +62,23 @@ class SlotLoop:
         self._score_chunk = max(1, min(options.chunk, _SCORE_BYTES // (4 * session.vocab_size)))
         self._inbox: deque[Sequence] = deque()  # appended by any thread
         self._waiting: list[Sequence] = []
-        self._rows: list[Sequence | None] = [None] * session.max_batch
         self._active: list[Sequence] = []  # in order of admission
+        self._prefilled_last = self._ending_last = False
+        self._cancelling = False
+        self._successor = successor
+        self._broken: EngineBrokenError | None = None  # how the session broke, until it is replaced
+        self.steps = 0
+        self._use(session)
+
+    def _use(self, session: DecoderSession) -> None:
+        """Starts on a session whose cache is empty."""
+        self._session = session
+        self._rows: list[Sequence | None] = [None] * session.max_batch
         self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row
         self._query = np.zeros(session.max_batch, np.int32)
         self._past = np.zeros(session.max_batch, np.int32)
         self._position = np.zeros(1, np.int64)
         self._alone: int | None = None  # the row that the last step's arrays hold alone, with one token
-        self._prefilled_last = self._ending_last = False
-        self._cancelling = False
-        self.steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -82,10 +102,14 @@ class SlotLoop:
             error; the others are not touched by it.
         """
         started = perf_counter()
-        events = self._admit()
-        plan = self._schedule()
-        if plan:
-            self._run(plan, started, events)
+        events: list[Event] = []
+        try:
+            self._admit(events)
+            plan = self._schedule()
+            if plan:
+                self._run(plan, started, events)
+        except EngineBrokenError as error:
+            self._requeue(error)
         return events
 
     def abort(self, error: AccelError) -> list[Event]:
@@ -99,29 +123,34 @@ class SlotLoop:
 
     # Schedule
 
-    def _admit(self) -> list[Event]:
-        """Drops cancelled sequences, then gives free rows to the waiting."""
+    def _admit(self, events: list[Event]) -> None:
+        """Drops cancelled sequences, then gives free rows to the waiting, on a new engine if the last one broke."""
         if not (self._inbox or self._waiting or self._cancelling):
-            return []
+            return
         self._cancelling = False  # before looking: one cancelled meanwhile is seen now or at the next step
         while self._inbox:
             self._waiting.append(self._inbox.popleft())
-        events = []
         for sequence in [s for s in (*self._active, *self._waiting) if s.cancelled]:
             if sequence.row is None:
                 self._waiting.remove(sequence)
             sequence.finish_reason = "cancelled"
             self._end(sequence)
             events.append(Event(sequence, None, True))
+        if self._waiting and self._broken is not None:
+            self._replace_session(self._broken, events)
         if self._waiting and len(self._active) < len(self._rows):
-            self._fill_rows()
-        return events
+            self._fill_rows(events)
 
-    def _fill_rows(self) -> None:
+    def _fill_rows(self, events: list[Event]) -> None:
         for sequence in list(self._waiting):
             free = [row for row, holder in enumerate(self._rows) if holder is None]
             if not free:
                 return
+            if sequence.positions > self._session.capacity:  # it was accepted for an engine that held more
+                self._waiting.remove(sequence)
+                self._end(sequence, too_long(sequence.positions, self._session.capacity))
+                events.append(Event(sequence, None, True))
+                continue
             source = self._find_prompt(sequence)
             if source is None and self._is_being_prefilled(sequence):
                 continue  # its sibling's prompt is under way: one step later it costs a copy
@@ -197,6 +226,27 @@ class SlotLoop:
                 budget -= count
         return plan
 
+    # Failover
+
+    def _requeue(self, error: EngineBrokenError) -> None:
+        """Everyone waits again, in the order of admission: the cache is lost."""
+        self._broken = error
+        self._waiting = self._active + self._waiting
+        self._active = []
+        for sequence in self._waiting:
+            sequence.restart()
+
+    def _replace_session(self, broken: EngineBrokenError, events: list[Event]) -> None:
+        """Goes on with the engine's successor, or ends everyone when there is none."""
+        try:
+            if self._successor is None:
+                raise broken
+            self._use(self._successor(broken))
+        except AccelError as error:
+            events += self.abort(error)
+        else:
+            self._broken = None
+
     # Run
 
     def _run(self, plan: Plan, started: float, events: list[Event]) -> None:
@@ -205,6 +255,8 @@ class SlotLoop:
         before = perf_counter()
         try:
             logits = self._session.step(inputs)
+        except EngineBrokenError:  # no row of it can run: ``step`` turns to the next engine
+            raise
         except Exception as error:
             if len(plan) > 1:
                 for entry in plan:
