@@ -20,8 +20,8 @@ EXTRAS = {
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
     "cuda": ["onnxruntime-gpu", "triton", "torch"],
-    "tensorrt": ["tensorrt"],
-    "rtx": ["tensorrt-rtx-cu13"],
+    "tensorrt": ["tensorrt>=10.15.1", "cuda-python>=12.8"],
+    "rtx": ["tensorrt-rtx-cu13>=1.7", "cuda-python>=12.8"],
     "serve": ["fastapi", "uvicorn"],
     # What runs beside this distribution; scripts/peers.sh builds the environments of those that exclude one another.
     "peers": ["matplotlib", "psutil", "ctranslate2", "onnxruntime-genai", "sentence-transformers"],
