@@ -144,7 +144,7 @@ class LoadedEngine:
         self._kernels_path, self._kernels, self._kernels_config = kernels, None, None
         with device, self.guard("opening the engine"):
             self._runtime: Any = flavour.trt.Runtime(self._logger)
-            self.adapter.check_plan(self._runtime, plan)
+            self.adapter.check_plan(self._runtime, plan, self.log)
             self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
             if self._engine is None:
                 raise EngineUnavailableError(

@@ -191,8 +191,7 @@ class Device:
             DeviceMemoryError: There is not enough; the owner has none then, the others keep theirs.
         """
         if size > self._scratch_size:
-            address = self.allocate(size, "the scratch memory of the engine")
-            self._replace_scratch(address, aligned(size))
+            self._replace_scratch(self.allocate(size, "the scratch memory of the engine"), size)
         self._needs[owner] = size
 
     def give_up(self, owner: object) -> None:

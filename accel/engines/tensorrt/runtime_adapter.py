@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from accel.engines.tensorrt.adapter import Flavour
+from accel.engines.tensorrt.adapter import Flavour, MessageLog
 from accel.errors import EngineUnavailableError
 
 
@@ -20,7 +20,7 @@ class RuntimeAdapter(ABC):
         self.flavour, self.trt = flavour, flavour.trt
 
     @abstractmethod
-    def check_plan(self, runtime: Any, plan: Any) -> None:
+    def check_plan(self, runtime: Any, plan: Any, log: MessageLog) -> None:
         """Asks the library whether it will take a plan, before it is deserialized.
 
         Raises:
@@ -44,7 +44,7 @@ class RuntimeAdapter(ABC):
 
 
 class _TensorRT(RuntimeAdapter):
-    def check_plan(self, runtime: Any, plan: Any) -> None:
+    def check_plan(self, runtime: Any, plan: Any, log: MessageLog) -> None:
         """Nothing: there is no ``get_engine_validity`` (pyCore.cpp, 10.15); deserializing it tells."""
 
 
@@ -62,17 +62,15 @@ class _TensorRTRTX(RuntimeAdapter):
         ("CUDA_ERROR", "CUDA does not work here (no GPU, or a driver that does not fit)"),
     )
 
-    def check_plan(self, runtime: Any, plan: Any) -> None:
+    def check_plan(self, runtime: Any, plan: Any, log: MessageLog) -> None:
         validity, diagnostics = runtime.get_engine_validity(plan)
         if validity != self.trt.EngineValidity.INVALID:
             return
         bits = self.trt.EngineInvalidityDiagnostics
         reasons = [text for name, text in self.REASONS if int(diagnostics) & int(getattr(bits, name))]
-        raise EngineUnavailableError(
-            f"TensorRT-RTX refuses the engine: {'; '.join(reasons) or f'diagnostics {diagnostics}'}",
-            where="plan",
-            remedy="Build it again for this GPU and version",
-        )
+        reasons = reasons or log.errors[-1:] or ["it gives no reason"]  # without a driver it says so in its log alone
+        what = f"TensorRT-RTX refuses the engine: {'; '.join(reasons)}"
+        raise EngineUnavailableError(what, where="plan", remedy="Build it again for this GPU and version")
 
     def settings(self, engine: Any, kernels: Any, fixed: bool) -> Any:
         settings = super().settings(engine, kernels, fixed)
