@@ -15,7 +15,7 @@ from accel.bundle import Bundle, BundleWriter
 from accel.errors import DependencyError, InputError
 from accel.manifest import SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, ParityResult, PassReport, Variant
 from accel.recipe import ParityRecipe, Recipe, load_recipe
-from accel.spec import ArchSpec, Task, TensorSpec
+from accel.spec import ArchSpec, Task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -193,15 +193,16 @@ class _Export:
         return cases
 
     def _save_graphs(self, traced: _Traced) -> dict[str, GraphEntry]:
+        from accel import __version__
         from accel.graph.functions import attach
+        from accel.graph.save import save_graph
 
         attach(traced.canonical)
         models = {CANONICAL: traced.canonical, ORT_CPU: traced.lowered}
         entries = {}
         for target, graph in models.items():
-            entries[target] = _save_graph(
-                graph, self.writer.path / f"{target}.onnx", traced.attention[target], traced.passes[target]
-            )
+            path = self.writer.path / f"{target}.onnx"
+            entries[target] = save_graph(graph, path, traced.attention[target], traced.passes[target], __version__)
         return entries
 
     def _manifest(
@@ -268,41 +269,6 @@ def _lowered_names(model: ir.Model, canonical: tuple[str, ...]) -> tuple[str, ..
     """The lowered attention nodes: one per canonical node, of the same name, else those of ``canonical``."""
     present = {node.name for node in model.graph}
     return tuple(name for name in canonical if name in present)
-
-
-def _save_graph(model: ir.Model, path: Path, attention: tuple[str, ...], passes: tuple[PassReport, ...]) -> GraphEntry:
-    """Saves a graph without anything that differs between two exports of one model."""
-    import onnx_ir as ir
-
-    from accel import __version__
-
-    model.producer_name, model.producer_version, model.doc_string = "accel", __version__, None
-    for holder in (model, model.graph):
-        _keep_own_metadata(holder.metadata_props)
-    for node in model.graph.all_nodes():
-        _keep_own_metadata(node.metadata_props)
-        node.doc_string = None
-        for value in node.outputs:
-            _keep_own_metadata(value.metadata_props)
-    for graph in model.graphs():
-        for value in [*graph.inputs, *graph.initializers.values()]:
-            _keep_own_metadata(value.metadata_props)
-    ir.save(model, path)
-    weights = set(model.graph.initializers)
-    inputs = tuple(_tensor_spec(value) for value in model.graph.inputs if value.name not in weights)
-    outputs = tuple(_tensor_spec(value) for value in model.graph.outputs)
-    return GraphEntry(path.name, model.opset_imports[""], inputs, outputs, attention, passes)
-
-
-def _keep_own_metadata(properties: dict[str, str]) -> None:
-    for key in [key for key in properties if not key.startswith("accel.")]:
-        del properties[key]
-
-
-def _tensor_spec(value: ir.Value) -> TensorSpec:
-    assert value.name and value.dtype is not None and value.shape is not None, f"{value} is not typed"
-    shape = tuple(size if isinstance(size, int) else str(size) for size in value.shape)
-    return TensorSpec(value.name, str(value.dtype.numpy()), shape)
 
 
 def _versions() -> dict[str, str]:

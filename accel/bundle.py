@@ -176,7 +176,9 @@ class BundleWriter:
             BundleError: The manifest names a file that was not written.
             StorageError: Disk full, no permission, or ``out`` was created meanwhile.
         """
-        files = {p.relative_to(self.path).as_posix(): _entry(p) for p in sorted(self.path.rglob("*")) if p.is_file()}
+        files = {
+            p.relative_to(self.path).as_posix(): file_entry(p) for p in sorted(self.path.rglob("*")) if p.is_file()
+        }
         files.pop(MANIFEST_NAME, None)
         complete = dataclasses.replace(manifest, schema_version=SCHEMA_VERSION, files=files)
         _check_references(complete)
@@ -216,7 +218,8 @@ def _cannot_create(error: OSError, out: Path) -> StorageError:
     return StorageError(what, where=str(out), remedy="Give another output path")
 
 
-def _entry(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
+    """Size and sha256 of a file."""
     return FileEntry(size=path.stat().st_size, sha256=_sha256(path))
 
 
@@ -335,4 +338,4 @@ def _check_file(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
         raise BundleError(f"Cannot read the file: {error.strerror}", where=str(path), remedy=remedy) from error
 
 
-__all__ = ["Bundle", "BundleWriter"]
+__all__ = ["Bundle", "BundleWriter", "file_entry"]

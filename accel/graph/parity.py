@@ -110,6 +110,20 @@ def compute_references(model: PreTrainedModel, arch: ArchSpec, cases: Sequence[C
                 case.expected.append(output.logits[0].numpy())
 
 
+def references_from(session: Any, arch: ArchSpec, cases: Sequence[Case]) -> None:
+    """Fills in ``expected`` with what a session gives that was checked itself: each decoder row in one run."""
+    for case in cases:
+        if isinstance(case, EncoderCase):
+            outputs = session.run(case.feeds)
+            case.expected = {name: np.array(outputs[name]) for name in _outputs(arch)}
+            continue
+        for ids, positions in zip(case.rows, case.positions, strict=True):
+            lengths, past = (np.zeros(session.max_batch, np.int32) for _ in range(2))
+            lengths[0] = len(ids)
+            inputs = StepInputs(ids, np.arange(len(ids)), lengths, past, positions)
+            case.expected.append(np.array(session.step(inputs)))
+
+
 def check_parity(
     session: EncoderSession | DecoderSession, arch: ArchSpec, cases: Sequence[Case], recipe: ParityRecipe
 ) -> ParityResult:

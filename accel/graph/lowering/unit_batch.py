@@ -54,6 +54,8 @@ def drop_unit_batch(model: ir.Model) -> int:
             node.replace_input_with(1, make_constant(graph, name, np.array(target, np.int64)))
         elif role == "gather_rows":
             node.attributes["axis"] = ir.AttrInt64("axis", 0)
+        elif role == "last_axis" and node.op_type == "Slice":
+            node.replace_input_with(3, make_constant(graph, "axes_m1", np.array([-1], np.int64)))
         elif role == "last_axis":
             node.attributes["axis"] = ir.AttrInt64("axis", -1)
         if role != "keep":
@@ -109,5 +111,6 @@ def _reshape_role(node: ir.Node) -> str | None:
 def _last_axis_role(node: ir.Node) -> str | None:
     last = len(node.inputs[0].shape or ()) - 1 if node.inputs[0] is not None else -1
     if node.op_type == "Slice":
-        return "row_wise" if len(node.inputs) > 3 and ints(node.inputs[3]) == [-1] else None
+        axes = ints(node.inputs[3]) if len(node.inputs) > 3 else None
+        return "last_axis" if axes in ([-1], [last]) else None
     return "last_axis" if node.attributes.get_int("axis", 0) in (-1, last) else None

@@ -1,8 +1,7 @@
 """``accel::Attention`` -> Attention on [B, H, S, D] with a mask.
 
-Case 1: no position bias: a bool mask [B, 1, 1, S] of the real keys; with a window [B, 1, S, S], where every query
-also sees itself, since the kernel would divide by zero for a padding query that sees nothing, and what it makes of
-that would reach the real rows as 0 * NaN.
+Case 1: no position bias: a bool mask [B, 1, S, S] of the real keys. Every query also sees itself: a padding query that
+saw nothing would divide by zero, and what came of that would reach the real rows as 0 * NaN.
 Case 2: a position bias: a mask in the model's dtype, bias where a key is seen and a large negative number elsewhere.
 Refused: softcap.
 """
@@ -42,26 +41,26 @@ class _Masks:
         mask = next(value for value in graph.inputs if value.name == "attention_mask")
         real = emit("Equal", [mask, emit.int(1)], ["B", "S"], ir.DataType.BOOL)
         self._real = emit("Unsqueeze", [real, emit.ints(1, 2)], ["B", 1, 1, "S"], ir.DataType.BOOL)
-        self._mask = mask
-        self._windows: dict[int | None, ir.Value] = {None: self._real}
-
-    def visible(self, window: int | None) -> ir.Value:
-        """bool [B, 1, 1 or S, S]."""
-        if window not in self._windows:
-            self._windows[window] = self._make(window)
-        return self._windows[window]
-
-    def _make(self, window: int | None) -> ir.Value:
-        emit, int64, boolean = self._emit, ir.DataType.INT64, ir.DataType.BOOL
-        assert window is not None
-        length = emit("Squeeze", [emit("Shape", [self._mask], [1], int64, start=1, end=2), emit.ints(0)], [], int64)
+        int64 = ir.DataType.INT64
+        length = emit("Squeeze", [emit("Shape", [mask], [1], int64, start=1, end=2), emit.ints(0)], [], int64)
         positions = emit("Range", [emit.int(0), length, emit.int(1)], ["S"], int64)
         column = emit("Unsqueeze", [positions, emit.ints(1)], ["S", 1], int64)
-        distance = emit("Abs", [emit("Sub", [column, positions], ["S", "S"], int64)], ["S", "S"], int64)
-        near = emit("LessOrEqual", [distance, emit.int(window)], ["S", "S"], boolean)
-        seen = emit("And", [self._real, near], ["B", 1, "S", "S"], boolean)
-        itself = emit("Equal", [column, positions], ["S", "S"], boolean)
-        return emit("Or", [seen, itself], ["B", 1, "S", "S"], boolean)
+        self._distance = emit("Abs", [emit("Sub", [column, positions], ["S", "S"], int64)], ["S", "S"], int64)
+        self._itself = emit("Equal", [self._distance, emit.int(0)], ["S", "S"], ir.DataType.BOOL)
+        self._made: dict[int | None, ir.Value] = {}
+
+    def visible(self, window: int | None) -> ir.Value:
+        """bool [B, 1, S, S]: the real keys, within the window, and itself."""
+        if window not in self._made:
+            self._made[window] = self._make(window)
+        return self._made[window]
+
+    def _make(self, window: int | None) -> ir.Value:
+        emit, boolean, seen = self._emit, ir.DataType.BOOL, self._real
+        if window is not None:
+            near = emit("LessOrEqual", [self._distance, emit.int(window)], ["S", "S"], boolean)
+            seen = emit("And", [seen, near], ["B", 1, "S", "S"], boolean)
+        return emit("Or", [seen, self._itself], ["B", 1, "S", "S"], boolean)
 
 
 def _lower_layer(graph: ir.Graph, node: ir.Node, layer: AttentionSpec, name: str, masks: _Masks) -> None:

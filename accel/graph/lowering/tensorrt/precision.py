@@ -1,8 +1,9 @@
 """fp16 and bf16 with explicit casts, as strongly typed networks want them.
 
-float32 islands: norms, softmax and the other functions of ``ISLANDS``; angles computed from positions; and whatever
-stands between the last matrix product and an output (logits and their softcap). Matrix products, attention, caches
-and rotations run in the low type. The rest follows its inputs: low as soon as one of them is.
+float32 islands: norms, softmax and the other functions of ``ISLANDS``; the residual stream, which the norms read
+anyway (in fp16 its sums lose most of what a model loses at all, and overflow in some); angles computed from
+positions; and whatever stands between the last matrix product and an output (logits and their softcap). Matrix
+products, attention, caches and rotations run in the low type. The rest follows its inputs: low as soon as one is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from accel.errors import ExportError
+from accel.graph.edit import operands
 from accel.graph.lowering.tensorrt.emit import Emitter
 
 FLOAT = ir.DataType.FLOAT
@@ -68,11 +70,18 @@ class _Caster:
     def _wanted(self, node: ir.Node) -> ir.DataType:
         if node.op_type in PRODUCTS:
             return self._low
-        if node.op_type in ISLANDS or node in self._tail:
+        if node.op_type in ISLANDS or node in self._tail or self._is_residual(node):
             return FLOAT
         computed = [value for value in node.inputs if value is not None and value not in self._parameters]
         types = {value.dtype for value in computed if value.dtype in (FLOAT, *LOW_TYPES)}
         return FLOAT if types == {FLOAT} else self._low
+
+    def _is_residual(self, node: ir.Node) -> bool:
+        """A sum of two computed tensors of one shape."""
+        pair = operands(node, "Add")
+        if pair is None or any(value in self._parameters or value.is_initializer() for value in pair):
+            return False
+        return pair[0].shape is not None and len(pair[0].shape) >= 2 and pair[0].shape == pair[1].shape
 
     def _as(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
         if value.dtype == dtype:

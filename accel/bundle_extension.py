@@ -1,0 +1,102 @@
+"""Adds files to a bundle that stands: nothing that it holds is touched, and nothing half made is ever seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from accel.bundle import Bundle, file_entry
+from accel.errors import StorageError
+from accel.manifest import MANIFEST_NAME, Manifest
+from accel.schema import to_dict
+from accel.storage import TemporarySibling, as_storage_error, fsync_tree
+
+
+class BundleExtension:
+    """A context manager: write into ``.path``, then ``.commit(manifest)``.
+
+    One process extends a bundle at a time, others wait. The new files move into the bundle first and the manifest is
+    replaced last: until then no reader sees them, and what a killed run left is overwritten by the next.
+
+    Args:
+        bundle: An opened bundle.
+
+    Raises:
+        StorageError: The bundle's directory cannot be written to.
+        BundleError: It is damaged.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._sibling = TemporarySibling(bundle.path / "extension")
+        self._lock: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """The temporary directory to write into; it lies in the bundle's."""
+        return self._sibling.path
+
+    def __enter__(self) -> Self:
+        try:
+            self._lock = os.open(self.bundle.path, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.bundle = Bundle.open(self.bundle.path)  # another process may have extended it meanwhile
+            self._sibling.create()
+        except BaseException as error:
+            self._release()
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise self._translated(error) or error from error
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._release()
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            translated = self._translated(error)
+            if translated is not None:
+                raise translated from error
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Publishes what was written.
+
+        Args:
+            manifest: The bundle's with whatever is new; the new files are added here.
+
+        Raises:
+            StorageError: A file of this name stands in the bundle already, or writing failed.
+        """
+        root, new = self.bundle.path, sorted(path for path in self.path.iterdir() if path.is_file())
+        taken = [path.name for path in new if path.name in self.bundle.manifest.files]
+        if taken:
+            what = f"The bundle has a file {taken[0]!r} already"
+            raise StorageError(what, where=str(root), remedy="Export the model again to change what it holds")
+        files = {**self.bundle.manifest.files, **{path.name: file_entry(path) for path in new}}
+        complete = dataclasses.replace(manifest, files=dict(sorted(files.items())))
+        text = json.dumps(to_dict(complete), indent=1, ensure_ascii=False, allow_nan=False)
+        (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        fsync_tree(self.path)
+        for path in new:
+            os.replace(path, root / path.name)
+        os.replace(self.path / MANIFEST_NAME, root / MANIFEST_NAME)
+        if self._lock is not None:
+            os.fsync(self._lock)
+        return Bundle.open(root)
+
+    def _release(self) -> None:
+        self._sibling.remove()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _translated(self, error: OSError) -> StorageError | None:
+        return as_storage_error(error, self.bundle.path)
+
+
+__all__ = ["BundleExtension"]

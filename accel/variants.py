@@ -1,0 +1,157 @@
+"""Adds a precision, or the graph of another target, to a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.bundle import Bundle
+from accel.bundle_extension import BundleExtension
+from accel.errors import InputError, ParityError
+from accel.manifest import GraphEntry, Manifest, ParityResult, Variant
+from accel.recipe import ParityRecipe
+from accel.schema import suggest
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from accel.exporter.progress import ExportProgress
+
+_log = logging.getLogger("accel")
+TARGET = "tensorrt"
+CANONICAL, BASE = "canonical", "fp32"
+# Largest error against fp32, relative to the largest value. Rounding alone costs MiniLM and SmolLM2 some 2e-3 in fp16
+# and 2e-2 in bf16; a wrong graph costs more than half.
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+
+
+def add_variant(
+    bundle: Bundle | str | Path, variant: str, *, check: bool = True, show_progress: bool | None = None
+) -> Bundle:
+    """Adds a variant's TensorRT graph and weights to a bundle, unless they are there.
+
+    The graph is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine.
+
+    Args:
+        bundle: A bundle or its directory; the files it holds stay as they are.
+        variant: ``fp32``, ``fp16`` or ``bf16``.
+        check: Compare. Off only for graphs that are checked elsewhere.
+        show_progress: Show stages on stderr; None: when it is a terminal.
+
+    Returns:
+        The bundle, opened anew.
+
+    Raises:
+        InputError: An unknown variant.
+        ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
+        ExportError: A weight exceeds the variant's range, or a layer has no lowering.
+        StorageError: Writing failed; nothing was added.
+    """
+    from accel.exporter.progress import ExportProgress
+
+    if variant not in LIMITS:
+        raise InputError(f"unknown variant {variant!r}", where="variant", remedy=suggest(variant, list(LIMITS)))
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    if _has(opened.manifest, variant):
+        return opened
+    with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
+        if _has(extension.bundle.manifest, variant):  # another process was faster
+            return extension.bundle
+        manifest = _Addition(extension.bundle, extension.path, variant, progress).make(check)
+        progress.stage("Hashing and syncing")
+        return extension.commit(manifest)
+
+
+def _has(manifest: Manifest, variant: str) -> bool:
+    return variant in manifest.variants and TARGET in manifest.variants[variant].graphs
+
+
+@dataclasses.dataclass
+class _Addition:
+    bundle: Bundle
+    folder: Path
+    variant: str
+    progress: ExportProgress
+
+    def make(self, check: bool) -> Manifest:
+        """Writes the files; returns the manifest with them."""
+        model, entry, weights = self._write()
+        manifest = self.bundle.manifest
+        parity = dict(manifest.parity)
+        if check:
+            self.progress.stage("Checking parity")
+            parity[f"{self.variant}/{TARGET}"] = self._check(model)
+        dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.variant]
+        old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
+        new = Variant(dtype, (*old.weights, *weights), {**old.graphs, TARGET: entry})
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+
+    def _write(self) -> tuple[ir.Model, GraphEntry, tuple[str, ...]]:
+        from accel import __version__
+        from accel.graph.external import write_external
+        from accel.graph.lowering.tensorrt import lower
+        from accel.graph.save import load_canonical, save_graph
+
+        arch = self.bundle.manifest.arch
+        self.progress.stage(f"Lowering to TensorRT, {self.variant}")
+        canonical = self.bundle.graph(BASE, CANONICAL)
+        model = load_canonical(self.bundle.file(canonical.file))
+        model, passes = lower(model, arch, arch.max_positions, _dtype(self.variant))
+        self.progress.stage("Writing the weights")
+        path = self.folder / (f"{self.variant}.{TARGET}.weights" if self.variant == BASE else f"{self.variant}.weights")
+        written = write_external(model, path, keep=self.bundle.path, advance=self.progress.advance)
+        names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
+        entry = save_graph(
+            model, self.folder / f"{self.variant}.{TARGET}.onnx", names, (*canonical.passes, *passes), __version__
+        )
+        return model, entry, (path.name,) if written else ()
+
+    def _check(self, model: ir.Model) -> ParityResult:
+        from accel.engines import open_session
+        from accel.engines.session import SessionOptions
+        from accel.graph.evaluation.sessions import GraphEncoder, PaddedDecoder
+        from accel.graph.evaluation.torch_graph import TorchGraph
+        from accel.graph.parity import ROWS, capacity_of, check_parity, make_cases, references_from
+
+        arch = self.bundle.manifest.arch
+        recipe = ParityRecipe(limit=LIMITS[self.variant], greedy_tokens=0)
+        cases = make_cases(arch, recipe, **self._ids())
+        capacity = min(capacity_of(cases), arch.max_positions)
+        options = SessionOptions(capacity=capacity, max_batch=ROWS)
+        reference = open_session(self.bundle, engine="ort-cpu", variant=BASE, options=options).session
+        try:
+            references_from(reference, arch, cases)
+        finally:
+            reference.close()
+        run, dtype = TorchGraph(model).run, _dtype(self.variant)
+        session: Any = (
+            PaddedDecoder(run, arch, ROWS, capacity, dtype) if arch.kind == "decoder" else GraphEncoder(run, dtype)
+        )
+        try:
+            result = check_parity(session, arch, cases, recipe)
+        except ParityError as error:
+            raise ParityError(
+                error.what.replace("PyTorch", f"fp32 in {self.variant}"),
+                where=error.where,
+                remedy="Take bf16, whose range is float32's, or fp32" if self.variant == "fp16" else "Take fp32",
+            ) from error
+        _log.info("%s: error %.1e of the largest value, limit %.1e", self.variant, result.max_rel_error, result.limit)
+        return dataclasses.replace(result, reference="ort-cpu fp32")
+
+    def _ids(self) -> dict[str, int]:
+        """The padding id, and how many token types the graph takes."""
+        config = self.bundle.read_json("config.json") if self.bundle.has("config.json") else {}
+        inputs = {spec.name for spec in self.bundle.graph(BASE, CANONICAL).inputs}
+        types = int(config.get("type_vocab_size") or 0) if "token_type_ids" in inputs else 0
+        return {"pad_id": int(config.get("pad_token_id") or 0), "token_types": types}
+
+
+def _dtype(variant: str) -> ir.DataType:
+    import onnx_ir as ir
+
+    return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[variant]
+
+
+__all__ = ["LIMITS", "TARGET", "add_variant"]
