@@ -166,7 +166,7 @@ class TrtEncoderSession:
     def _pad_to(self, rows: int, width: int) -> tuple[Profile, int, int]:
         """The padded shape of fewest tokens, and its profile."""
         found = [
-            (batch * length, profile.index, profile, batch, length)
+            (batch * length, profile.tokens, profile.index, profile, batch, length)
             for profile in self._engine.profiles
             for batch in sizes(profile, 0)
             for length in (sizes(profile, 1, LEAST_WIDTH) if self._may_pad else [width])
@@ -174,7 +174,7 @@ class TrtEncoderSession:
         ]
         if not found:
             raise not_covered(self._engine, f"batch {rows}, sequence {width}")
-        _, _, profile, batch, length = min(found, key=lambda entry: entry[:2])
+        *_, profile, batch, length = min(found, key=lambda entry: entry[:3])
         return profile, batch, length
 
     def _run(self, feeds: Feeds) -> Feeds:

@@ -145,7 +145,7 @@ class Device:
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
         """A zeroed array in page-locked host memory, freed with the last array that looks at it."""
         count, item = int(np.prod(shape)), np.dtype(dtype)
-        size = max(1, count * item.itemsize)
+        size = max(count, 1) * item.itemsize
         status, address = self._runtime.cudaMallocHost(size)
         if status == self._runtime.cudaError_t.cudaErrorMemoryAllocation:
             self._runtime.cudaGetLastError()

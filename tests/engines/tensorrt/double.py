@@ -220,7 +220,9 @@ class Context:
         shape = self.engine.by_name[name].shape
         if name in self.shapes:
             shape = self.shapes[name]
-        elif name != "logits" and "input_ids" in self.shapes:
+        elif "logits_positions" in self.engine.by_name and name == "logits":
+            shape = (*self.shapes["logits_positions"], shape[1])
+        elif "input_ids" in self.shapes:
             shape = (*self.shapes["input_ids"][: shape.count(-1)], *shape[shape.count(-1) :])
         return self.engine.trt.Dims(shape)
 

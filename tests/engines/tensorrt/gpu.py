@@ -113,6 +113,7 @@ class Gpu:
             if callable(found) and not isinstance(found, type):
                 self.calls.append(name)
                 if name in self.fail:
+                    self.capturing = None  # a capture that fails is over
                     return lambda *arguments: (self.fail[name], None)
             return found
         return object.__getattribute__(self, name)

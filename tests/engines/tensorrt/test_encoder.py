@@ -101,9 +101,9 @@ def test_threads_get_their_own_results(tiny_bundle: Bundles, open_tiny: Opener) 
 
 def test_accels_encoder_runs_on_it(tiny_bundle: Bundles, open_tiny: Opener) -> None:
     bundle, feeds = tiny_bundle("bert_pairs"), batch("bert", [7, 3, 5])
-    with Encoder(bundle, OpenedSession(open_tiny("bert_pairs"))) as own:
-        with Encoder(bundle, OpenedSession(reference(bundle))) as other:
-            assert_equal(dict(own(**feeds)), dict(other(**feeds)), feeds["attention_mask"])
+    own, other = (Encoder(bundle, OpenedSession(one)) for one in (open_tiny("bert_pairs"), reference(bundle)))
+    with own, other:
+        assert_equal(dict(own(**feeds)), dict(other(**feeds)), feeds["attention_mask"])
 
 
 def test_a_batch_that_no_profile_covers(open_tiny: Opener) -> None:
@@ -132,11 +132,14 @@ def test_bad_feeds(change: dict[str, np.ndarray], message: str, open_tiny: Opene
 def test_a_broken_gpu_ends_the_session(open_tiny: Opener, world: World) -> None:
     session = open_tiny("bert")
     world.gpu.fail["cudaStreamSynchronize"] = world.gpu.cudaError_t.cudaErrorIllegalAddress
+    before = len(world.gpu.calls)
     with pytest.raises(EngineBrokenError, match="CUDA failed: cudaErrorIllegalAddress"):
         session.run(batch("bert", [4]))
     world.gpu.fail.clear()
+    calls = len(world.gpu.calls)
     with pytest.raises(EngineBrokenError):
         session.run(batch("bert", [4]))
+    assert before < calls == len(world.gpu.calls), "a broken session must leave the GPU alone"
 
 
 def test_an_engine_of_another_model(open_tiny: Opener, tiny_bundle: Bundles, built_engine: Any, world: World) -> None:
