@@ -162,12 +162,13 @@ class TrtDecoderSession:
         self._item_bytes = 4 if tensors["past.0.key"].dtype == "float32" else 2
         self._row_bytes = {name: int(np.prod(shape)) * self._item_bytes for name, shape in shapes.items()}
         self._check_alignment()
+        most = max(profile.ranges["logits_positions"][2][0] for profile in self._engine.profiles)
+        self._logits_bytes = 4 * most * self.vocab_size
         self._caches: dict[str, int] = {}
         for name, size in self._row_bytes.items():
             self._caches[name] = self._reserve(rows * size, name)
             self._device.clear(self._caches[name], rows * size)
-        most = max(profile.ranges["logits_positions"][2][0] for profile in self._engine.profiles)
-        self._device_logits = self._reserve(4 * most * self.vocab_size, "logits")
+        self._device_logits = self._reserve(self._logits_bytes, "logits")
         self._host_logits = self._device.pinned((most, self.vocab_size), np.float32)
         self._step_logits = np.zeros((rows, self.vocab_size), np.float32)
         for profile in self._engine.profiles:
@@ -200,7 +201,8 @@ class TrtDecoderSession:
             address = self._device.allocate(size, what)
         except DeviceMemoryError as error:
             row = sum(self._row_bytes.values())
-            free = error.free + sum(self._row_bytes[name] * self.max_batch for name in self._caches)
+            held = sum(self._row_bytes[name] * self.max_batch for name in self._caches)
+            free = max(0, error.free + held - self._logits_bytes)
             remedy = f"Rows of {self.capacity:,} positions take {row:,} bytes each: load with max_batch={free // row}"
             if free < row:
                 remedy = f"Not one row fits: build an engine of at most {free * self.capacity // row:,} positions"

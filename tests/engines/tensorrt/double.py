@@ -68,6 +68,7 @@ class World:
         runs: (profile, shapes of input_ids) of every run, those of graphs included.
         refuse: What ``execute_async_v3`` of the next contexts' runs returns False for: "capture", "run".
         slow: Work that takes its time: "run" or "graph", by how many seconds.
+        lasts: After how many runs all further ones fail.
         breaks: The broken rule that the test expects.
     """
 
@@ -79,6 +80,7 @@ class World:
     capturable: bool = True
     slow: dict[str, float] = field(default_factory=dict)
     breaks: str = ""
+    lasts: int | None = None
 
     def flavour(self) -> Flavour:
         """RTX's flavour, whose engines run on this world's GPU."""
@@ -233,7 +235,7 @@ class Context:
         """enqueueV3: every shape and address is set; an aliased output has its input's address."""
         self._check()
         gpu = self.world.gpu
-        if "run" in self.world.refuse:
+        if "run" in self.world.refuse or (self.world.lasts is not None and len(self.world.runs) >= self.world.lasts):
             self.engine.runtime.error("IExecutionContext::enqueueV3: Error Code 1: Cask")
             return False
         if gpu.capturing is not None:
