@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from accel.bundle import Bundle
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, MessageLog
@@ -15,6 +15,9 @@ from accel.engines.tensorrt.kernel_cache import read_kernels, write_kernels
 from accel.engines.tensorrt.memory import ALIGNMENT, Device
 from accel.engines.tensorrt.runtime_adapter import runtime_adapter
 from accel.errors import AccelError, EngineBrokenError, EngineUnavailableError
+
+if TYPE_CHECKING:  # full TensorRT has the same methods, see runtime_adapter
+    import tensorrt_rtx as trt
 
 Shape = tuple[int, ...]
 
@@ -143,13 +146,14 @@ class LoadedEngine:
         self._logger = flavour.logger(self.log)
         self._kernels_path, self._kernels, self._kernels_config = kernels, None, None
         with device, self.guard("opening the engine"):
-            self._runtime: Any = flavour.trt.Runtime(self._logger)
+            self._runtime: trt.Runtime = flavour.trt.Runtime(self._logger)
             self.adapter.check_plan(self._runtime, plan, self.log)
-            self._engine: Any = self._runtime.deserialize_cuda_engine(plan)
-            if self._engine is None:
+            engine: trt.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
+            if engine is None:
                 raise EngineUnavailableError(
                     f"{flavour.title} cannot load the engine: {self._said()}", where="plan", remedy="Build it again"
                 )
+            self._engine = engine
             self.tensors = {tensor.name: tensor for tensor in self._read_tensors()}
             self.profiles = sorted(self._read_profiles(), key=lambda profile: profile.tokens)
             config, cache = flavour.runtime_config(self._engine, read_kernels(kernels))
@@ -218,7 +222,7 @@ class LoadedEngine:
     def close(self) -> None:
         """Frees the engine; its contexts must be gone."""
         self._kernels = self._kernels_config = None
-        self._engine = self._runtime = None
+        del self._engine, self._runtime
         with self.device:
             self.device.give_up(self)
 
@@ -226,11 +230,11 @@ class LoadedEngine:
         return "; ".join(self.log.errors[-2:]) or "it gave no reason"
 
     def _read_tensors(self) -> Iterator[TensorInfo]:
-        trt, engine = self.flavour.trt, self._engine
+        library, engine = self.flavour.trt, self._engine
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
-            is_input = engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT
-            if engine.get_tensor_location(name) != trt.TensorLocation.DEVICE:
+            is_input = engine.get_tensor_mode(name) == library.TensorIOMode.INPUT
+            if engine.get_tensor_location(name) != library.TensorLocation.DEVICE:
                 what = f"the engine wants {name} in host memory"
                 raise EngineUnavailableError(what, where=name, remedy="Build it again with this version of accel")
             alias = None if is_input else engine.get_aliased_input_tensor(name) or None
@@ -255,7 +259,9 @@ def _three(low: Shape, best: Shape, high: Shape) -> tuple[Shape, Shape, Shape]:
 class ProfileContext:
     """An execution context that stays on one profile. Shapes and addresses are set when they change."""
 
-    def __init__(self, engine: LoadedEngine, profile: Profile, context: Any, settings: Any) -> None:
+    def __init__(
+        self, engine: LoadedEngine, profile: Profile, context: trt.IExecutionContext, settings: trt.IRuntimeConfig
+    ) -> None:
         self.engine, self.profile = engine, profile
         self._context, self._settings = context, settings
         self._shapes: dict[str, Shape] = {}
@@ -311,7 +317,7 @@ class ProfileContext:
 
     def close(self) -> None:
         """Frees it."""
-        self._context = self._settings = None
+        del self._context, self._settings
 
 
 __all__ = ["EngineFacts", "LoadedEngine", "Profile", "ProfileContext", "TensorInfo", "check_facts", "sizes"]

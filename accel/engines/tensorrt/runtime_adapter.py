@@ -7,10 +7,13 @@ the same methods as in RTX 1.7, except where a method here says otherwise.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accel.engines.tensorrt.adapter import Flavour, MessageLog
 from accel.errors import EngineUnavailableError
+
+if TYPE_CHECKING:
+    import tensorrt_rtx as trt
 
 
 class RuntimeAdapter(ABC):
@@ -20,18 +23,18 @@ class RuntimeAdapter(ABC):
         self.flavour, self.trt = flavour, flavour.trt
 
     @abstractmethod
-    def check_plan(self, runtime: Any, plan: Any, log: MessageLog) -> None:
+    def check_plan(self, runtime: trt.Runtime, plan: memoryview, log: MessageLog) -> None:
         """Asks the library whether it will take a plan, before it is deserialized.
 
         Raises:
             EngineUnavailableError: It will not; says why.
         """
 
-    def context(self, engine: Any, settings: Any) -> Any:
+    def context(self, engine: trt.ICudaEngine, settings: trt.IRuntimeConfig) -> trt.IExecutionContext | None:
         """A new execution context; None when the library refuses. Keep ``settings`` alive as long as it."""
         return engine.create_execution_context(settings)
 
-    def settings(self, engine: Any, kernels: Any, fixed: bool) -> Any:
+    def settings(self, engine: trt.ICudaEngine, kernels: Any, fixed: bool) -> trt.IRuntimeConfig:
         """The config of a context whose scratch memory is the caller's.
 
         Args:
@@ -44,7 +47,7 @@ class RuntimeAdapter(ABC):
 
 
 class _TensorRT(RuntimeAdapter):
-    def check_plan(self, runtime: Any, plan: Any, log: MessageLog) -> None:
+    def check_plan(self, runtime: trt.Runtime, plan: memoryview, log: MessageLog) -> None:
         """Nothing: there is no ``get_engine_validity`` (pyCore.cpp, 10.15); deserializing it tells."""
 
 
@@ -62,7 +65,7 @@ class _TensorRTRTX(RuntimeAdapter):
         ("CUDA_ERROR", "CUDA does not work here (no GPU, or a driver that does not fit)"),
     )
 
-    def check_plan(self, runtime: Any, plan: Any, log: MessageLog) -> None:
+    def check_plan(self, runtime: trt.Runtime, plan: memoryview, log: MessageLog) -> None:
         validity, diagnostics = runtime.get_engine_validity(plan)
         if validity != self.trt.EngineValidity.INVALID:
             return
@@ -72,7 +75,7 @@ class _TensorRTRTX(RuntimeAdapter):
         what = f"TensorRT-RTX refuses the engine: {'; '.join(reasons)}"
         raise EngineUnavailableError(what, where="plan", remedy="Build it again for this GPU and version")
 
-    def settings(self, engine: Any, kernels: Any, fixed: bool) -> Any:
+    def settings(self, engine: trt.ICudaEngine, kernels: Any, fixed: bool) -> trt.IRuntimeConfig:
         settings = super().settings(engine, kernels, fixed)
         if kernels is not None and not settings.set_runtime_cache(kernels):
             raise EngineUnavailableError("TensorRT-RTX refuses its runtime cache", where="runtime cache")

@@ -161,7 +161,7 @@ def test_memory_that_does_not_fit_says_what_would(open_tiny: Opener, world: Worl
         open_tiny("llama", max_batch=4)
     assert found.value.size == 4 * row // 6 and world.gpu.used == 0
     assert open_tiny("llama", max_batch=2).max_batch == 2
-    world.gpu.memory = world.gpu.used + 112_416 + row // 2
+    world.gpu.memory = world.gpu.used + 12_416 + row // 2
     with pytest.raises(DeviceMemoryError, match=r"Not one row fits: build an engine of at most [1-9]\d* positions"):
         open_tiny("qwen2", max_batch=4)
 
