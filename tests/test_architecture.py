@@ -17,26 +17,36 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel.errors", "accel.machine"),
     ("accel.spec", "accel.schema"),
     ("accel.storage", "accel.recipe", "accel.capabilities"),
-    ("accel.manifest", "accel.bundle", "accel.engines.session"),
+    ("accel.manifest", "accel.bundle", "accel.bundle_extension", "accel.engines.session"),
     ("accel.engines",),
     ("accel.runtime",),
     ("accel.exporter", "accel.graph", "accel.compress", "accel.store", "accel.builder"),
-    ("accel.api", "accel.inspection", "accel.doctor"),
+    ("accel.api", "accel.variants", "accel.inspection", "accel.doctor"),
     ("accel.bench", "accel.serving"),
     ("accel.commands", "accel.cli", "accel.__main__"),
 )
 # Lines whose units know each other; the units of the other lines do not.
 ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
 
+ONNX = (
+    *("accel.api", "accel.bench", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection"),
+    "accel.variants",
+)
 OWNERS = {
     "torch": (
-        *("accel.exporter", "accel.graph.parity", "accel.engines.torch_reference", "accel.engines.cuda"),
+        *(
+            "accel.exporter",
+            "accel.graph.parity",
+            "accel.graph.evaluation",
+            "accel.engines.torch_reference",
+            "accel.engines.cuda",
+        ),
         *("accel.bench", "accel_kernels"),
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
-    "onnxruntime": ("accel.engines.ort", "accel.graph.lowering", "accel.capabilities", "accel.bench"),
-    "onnx": ("accel.api", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
-    "onnx_ir": ("accel.api", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection", "accel.bench"),
+    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench"),
+    "onnx": ONNX,
+    "onnx_ir": ONNX,
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),
     "tensorrt": ("accel.engines.tensorrt", "accel.builder"),
     "tensorrt_rtx": ("accel.engines.tensorrt", "accel.builder"),

@@ -1,1 +1,1 @@
-"""Builds TensorRT engines: profiles, parsing, proof, build."""
+"""Builds TensorRT engines from a bundle's lowered graphs: parse, repair, prove, build."""

@@ -124,7 +124,7 @@ class SlotLoop:
     # Schedule
 
     def _admit(self, events: list[Event]) -> None:
-        """Drops cancelled sequences, then gives free rows to the waiting, on a new engine if the last one broke."""
+        """Drops cancelled sequences, then gives free rows to the waiting, or opens the engine that they wait for."""
         if not (self._inbox or self._waiting or self._cancelling):
             return
         self._cancelling = False  # before looking: one cancelled meanwhile is seen now or at the next step
@@ -137,8 +137,8 @@ class SlotLoop:
             self._end(sequence)
             events.append(Event(sequence, None, True))
         if self._waiting and self._broken is not None:
-            self._replace_session(self._broken, events)
-        if self._waiting and len(self._active) < len(self._rows):
+            self._replace_session(self._broken, events)  # a step of its own: the time is no sequence's processing
+        elif self._waiting and len(self._active) < len(self._rows):
             self._fill_rows(events)
 
     def _fill_rows(self, events: list[Event]) -> None:

@@ -7,6 +7,8 @@ and 11.1 (github.com/NVIDIA/TensorRT: ``include/NvInfer.h``, ``python/src/infer/
 from __future__ import annotations
 
 import re
+import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +31,7 @@ class LogMessage:
     text: str
 
 
-@dataclass
+@dataclass(eq=False)
 class MessageLog:
     """What the library said, in order; ``minimum`` and worse are kept."""
 
@@ -196,21 +198,39 @@ class Flavour(ABC):
     # Logging
 
     def logger(self, log: MessageLog) -> Any:
-        """An ``ILogger`` that appends to ``log``. Keep it alive as long as what was made with it."""
-        base: Any = self.trt.ILogger
-        order = ("internal_error", "error", "warning", "info", "verbose")
-        kept = set(order[: order.index(log.minimum) + 1])
+        """The ``ILogger`` of this process; from now on ``log`` gets what this thread's calls say, while it lives.
 
-        class Collector(base):  # type: ignore[misc]
-            def __init__(self) -> None:
-                base.__init__(self)
+        The library takes the first logger that it is given for good ("the current new logger is ignored" [1.7.1]),
+        so one serves all. What the library's own threads say goes to every log.
+        """
+        if self.target not in _LOGGERS:
+            _LOGGERS[self.target] = _make_logger(self.trt)
+        logger = _LOGGERS[self.target]
+        logger.logs[log] = threading.get_ident()
+        return logger
 
-            def log(self, severity: Any, text: str) -> None:
-                name = severity.name.lower()
-                if name in kept:
-                    log.messages.append(LogMessage(name, text))
 
-        return Collector()
+_LOGGERS: dict[str, Any] = {}  # by target; they must outlive everything made with them
+_SEVERITIES = ("internal_error", "error", "warning", "info", "verbose")
+
+
+def _make_logger(trt: Any) -> Any:
+    base: Any = trt.ILogger
+
+    class Dispatcher(base):  # type: ignore[misc]
+        def __init__(self) -> None:
+            base.__init__(self)
+            self.logs: weakref.WeakKeyDictionary[MessageLog, int] = weakref.WeakKeyDictionary()
+
+        def log(self, severity: Any, text: str) -> None:
+            message = LogMessage(severity.name.lower(), text)
+            logs = list(self.logs.items())
+            mine = [log for log, thread in logs if thread == threading.get_ident()]
+            for log in mine or [log for log, _ in logs]:
+                if _SEVERITIES.index(message.severity) <= _SEVERITIES.index(log.minimum):
+                    log.messages.append(message)
+
+    return Dispatcher()
 
 
 class TensorRT(Flavour):
