@@ -12,6 +12,7 @@ from accel.bundle import Bundle
 from accel.engines.tensorrt.adapter import Flavour, MessageLog, load_flavour
 from accel.engines.tensorrt.engine import EngineFacts, Shape
 from accel.graph.lowering.tensorrt import lower
+from accel.graph.save import load_canonical
 
 SM = "sm86"
 Range = tuple[Shape, Shape, Shape]
@@ -47,10 +48,7 @@ class BuiltEngine:
 
 def lowered(bundle: Bundle, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
     """The bundle's model in TensorRT's dialect."""
-    model = ir.external_data.load_to_model(ir.load(str(bundle.file("canonical.onnx"))))
-    model.functions.clear()
-    for node in model.graph:
-        node.overload = ""
+    model = ir.external_data.load_to_model(load_canonical(bundle.file("canonical.onnx")))
     arch = bundle.manifest.arch
     return lower(model, arch, arch.max_positions, dtype)[0]
 

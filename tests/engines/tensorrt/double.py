@@ -7,6 +7,7 @@ logs, so does this. The rules are NvInferRuntime.h's and the developer guide's, 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -284,8 +285,6 @@ class Context:
     def _compute(
         self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int], scratch: tuple[int, int], graph: bool
     ) -> None:
-        import time
-
         gpu = self.world.gpu
         gpu.find(*scratch)
         gpu.view(scratch[0], (scratch[1],), np.uint8).fill(0xFF)  # nothing survives there
@@ -302,6 +301,8 @@ class Context:
 
     def _check_values(self, feeds: dict[str, np.ndarray]) -> None:
         """KVCacheUpdate: "write index + sequence <= capacity", unchecked; and what Gather must not leave."""
+        if not feeds.get("attention_mask", np.ones((1, 1))).any(axis=1).all():
+            raise Illegal("a row sees no key at all")
         if "write_index" not in feeds:
             return
         rows, width = feeds["input_ids"].shape

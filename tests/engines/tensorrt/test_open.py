@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import multiprocessing
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from accel.bundle import Bundle
@@ -24,6 +26,7 @@ from tests.engines.tensorrt.conftest import CAPACITY, DECODE
 from tests.engines.tensorrt.double import World
 
 Bundles, Opener, Built = Callable[[str], Bundle], Callable[..., Any], Callable[..., BuiltEngine]
+FLOAT = ir.DataType.FLOAT
 ONE = StepInputs(np.array([5]), np.array([0]), np.array([1, 0, 0], np.int32), np.zeros(3, np.int32), np.array([0]))
 
 
@@ -53,8 +56,6 @@ def test_a_portable_engine_runs_on_other_gpus(open_tiny: Opener, built_engine: B
 
 
 def test_the_bundle_it_was_built_from(open_tiny: Opener, built_engine: Built, tiny_bundle: Bundles) -> None:
-    import hashlib
-
     built, files = built_engine("llama"), tiny_bundle("llama").manifest.files
     sources = {name: files[name].sha256 for name in ("canonical.onnx", "fp32.weights")}
     facts = built.facts(sources=sources, sha256=hashlib.sha256(built.plan).hexdigest())
@@ -131,19 +132,13 @@ def test_what_is_not_asked_for_comes_from_the_engine(open_tiny: Opener) -> None:
 def test_no_profile_for_single_tokens(open_tiny: Opener) -> None:
     wide = ((1,), (2,), (4,)), ((2,), (8,), (16,))
     with pytest.raises(EngineUnavailableError, match="takes single tokens.*sequence 2 to 16.*begins at 1"):
-        open_tiny("llama", ir_float(), wide)
-
-
-def ir_float() -> Any:
-    import onnx_ir as ir
-
-    return ir.DataType.FLOAT
+        open_tiny("llama", FLOAT, wide)
 
 
 def test_a_run_that_no_profile_covers(open_tiny: Opener) -> None:
     """Two tokens where the prefill profile begins at eight and padding them would not fit: that row ends alone."""
     prefill = ((1,), (1,), (1,)), ((8,), (16,), (32,))
-    session = open_tiny("llama", ir_float(), prefill, DECODE, max_batch=3)
+    session = open_tiny("llama", FLOAT, prefill, DECODE, max_batch=3)
     past = np.array([CAPACITY - 3, 0, 0], np.int32)
     step = StepInputs(np.array([5, 6]), past[:1] + np.arange(2), np.array([2, 0, 0], np.int32), past, np.array([1]))
     with pytest.raises(
