@@ -23,8 +23,8 @@ EXTRAS = {
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
     "cuda": ["onnxruntime-gpu", "triton", "torch"],
-    "tensorrt": ["tensorrt"],
-    "rtx": ["tensorrt-rtx-cu13"],
+    "tensorrt": ["tensorrt>=10.15.1", "cuda-python>=12.8"],
+    "rtx": ["tensorrt-rtx-cu13>=1.7", "cuda-python>=12.8"],
     "store": STORE,
     "s3": S3,
     "serve": ["fastapi", "uvicorn"],

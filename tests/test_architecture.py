@@ -50,6 +50,7 @@ OWNERS = {
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),
     "tensorrt": ("accel.engines.tensorrt", "accel.builder"),
     "tensorrt_rtx": ("accel.engines.tensorrt", "accel.builder"),
+    "cuda": ("accel.engines.tensorrt",),
     "triton": ("accel_kernels", "accel.engines.cuda"),
     "ray": ("accel.serving",),
     "sentence_transformers": ("accel.bench",),
