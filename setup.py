@@ -14,14 +14,19 @@ README = ROOT / "README.md"
 
 CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
-TEST = ["pytest", "pytest-xdist", "psutil", "matplotlib", "gguf", "accelerate", *EXPORT]  # GGUF: both
+STORE = ["fsspec", "cryptography>=42"]  # engines in object stores, and ed25519 signatures; a local folder needs neither
+S3 = ["s3fs>=2024.10", *STORE]  # the first with writes that fail if the object is there
+# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback.
+TEST = ["pytest", "pytest-xdist", "psutil", "matplotlib", "gguf", "accelerate", "moto[server]", *S3, *EXPORT]
 EXTRAS = {
     "cpu": CPU,
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
     "cuda": ["onnxruntime-gpu", "triton", "torch"],
-    "tensorrt": ["tensorrt"],
-    "rtx": ["tensorrt-rtx-cu13"],
+    "tensorrt": ["tensorrt>=10.15.1", "cuda-python>=12.8"],
+    "rtx": ["tensorrt-rtx-cu13>=1.7", "cuda-python>=12.8"],
+    "store": STORE,
+    "s3": S3,
     "serve": ["fastapi", "uvicorn"],
     # What runs beside this distribution; scripts/peers.sh builds the environments of those that exclude one another.
     "peers": ["matplotlib", "psutil", "ctranslate2", "onnxruntime-genai", "sentence-transformers"],

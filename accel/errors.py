@@ -65,6 +65,14 @@ class StorageError(AccelError, OSError):
     """Writing failed: disk full, no permission, read-only."""
 
 
+class EngineStoreError(AccelError):
+    """The engine store cannot serve or keep an engine: out of reach, locked too long, wrong keys."""
+
+
+class RefusedEngineError(EngineStoreError):
+    """An entry of the engine store is truncated, altered, unsigned or signed by another key; it is never served."""
+
+
 class EngineError(AccelError):
     """An engine failed while running."""
 

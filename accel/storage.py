@@ -56,6 +56,24 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a small file so that readers see the old or the new one, never a part. Makes its directory.
+
+    Raises:
+        OSError: Writing failed; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        with new.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
 class TemporarySibling:
     """A directory ``.{name}.tmp-{random}`` beside ``target``, locked while its writer lives.
 
@@ -155,4 +173,4 @@ def _exchange(new: Path, old: Path) -> None:
     os.rename(aside, new)
 
 
-__all__ = ["TemporarySibling", "as_storage_error", "fsync_tree"]
+__all__ = ["TemporarySibling", "as_storage_error", "fsync_tree", "replace_file"]

@@ -17,10 +17,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel.errors", "accel.machine"),
     ("accel.spec", "accel.schema"),
     ("accel.storage", "accel.recipe", "accel.capabilities"),
-    ("accel.manifest", "accel.bundle", "accel.bundle_extension", "accel.engines.session"),
+    ("accel.manifest", "accel.bundle", "accel.bundle_extension", "accel.engines.session", "accel.store"),
     ("accel.engines",),
     ("accel.runtime",),
-    ("accel.exporter", "accel.graph", "accel.compress", "accel.store", "accel.builder"),
+    ("accel.exporter", "accel.graph", "accel.compress", "accel.builder"),
     ("accel.api", "accel.variants", "accel.inspection", "accel.doctor"),
     ("accel.bench", "accel.serving"),
     ("accel.commands", "accel.cli", "accel.__main__"),
@@ -50,9 +50,12 @@ OWNERS = {
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),
     "tensorrt": ("accel.engines.tensorrt", "accel.builder"),
     "tensorrt_rtx": ("accel.engines.tensorrt", "accel.builder"),
+    "cuda": ("accel.engines.tensorrt",),
     "triton": ("accel_kernels", "accel.engines.cuda"),
     "ray": ("accel.serving",),
     "sentence_transformers": ("accel.bench",),
+    "fsspec": ("accel.store",),
+    "cryptography": ("accel.store",),
 }
 LAZY = {"export": "accel.api", "load": "accel.runtime.load"}  # what ``accel`` itself hands out
 

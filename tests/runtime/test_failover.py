@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -214,8 +215,11 @@ def test_strict_and_named_engines_are_not_replaced(load: Load, shelf: Shelf) -> 
 
 
 def test_no_engine_left(load: Load, shelf: Shelf) -> None:
+    refused = refusing("d", EngineError("no room"))
     order = (shelf.engine("a", steps=2), refusing("b", ValueError("no such thing")), shelf.engine("c", steps=1))
-    with load(*order, refusing("d", EngineError("no room"))) as lm:
+    tries: list[str] = []
+    counted = replace(refused, probe=lambda bundle, variant: tries.append(variant))
+    with load(*order, counted) as lm:
         for _ in range(2):
             with pytest.raises(EngineUnavailableError) as caught:
                 lm.generate(PROMPTS, max_new_tokens=NEW)
@@ -224,7 +228,7 @@ def test_no_engine_left(load: Load, shelf: Shelf) -> None:
         with pytest.raises(EngineUnavailableError):
             list(lm.stream(TEXT, max_new_tokens=3))
         assert not lm._driver.loop.has_work
-    assert [session.closed for session in shelf.opened] == [1, 1]
+    assert [session.closed for session in shelf.opened] == [1, 1] and len(tries) == 1
 
 
 def test_every_waiting_call_learns_that_no_engine_is_left(load: Load, shelf: Shelf) -> None:
@@ -265,6 +269,8 @@ def test_fewer_rows_make_the_others_wait(load: Load, shelf: Shelf) -> None:
     with load(shelf.engine("gpu", steps=6), shelf.engine("narrow", rows=1), max_batch=4) as lm:
         assert ids(lm.generate(PROMPTS, max_new_tokens=NEW)) == EXPECTED
         assert lm.max_batch == 1
+    began = [step.input_ids[: len(PROMPTS[4])].tolist() for step in shelf.opened[1].seen if not step.past_lengths[0]]
+    assert len(began) == 5 and began[4] == PROMPTS[4], "the one that had not begun comes last"
 
 
 def test_the_next_engine_is_asked_for_what_this_one_holds(load: Load, shelf: Shelf) -> None:

@@ -1,1 +1,0 @@
-"""Builds TensorRT engines: profiles, parsing, proof, build."""

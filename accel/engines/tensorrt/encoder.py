@@ -1,0 +1,235 @@
+"""Encoder session on a TensorRT engine: batches of any size run padded inside the engine's profiles."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.lifetime import Lifetime
+from accel.engines.session import EngineInfo
+from accel.engines.tensorrt.decoder import not_covered
+from accel.engines.tensorrt.engine import LoadedEngine, Profile, ProfileContext, sizes
+from accel.engines.tensorrt.staging import Staging
+from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError
+from accel.spec import OUTPUT_NAMES, ArchSpec
+
+Feeds = dict[str, NDArray]
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+LEAST_WIDTH = 8  # sequences are padded to powers of two from here on
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """What runs on one profile go through. ``outputs``: name -> device address; ``fetched``: name -> pinned array."""
+
+    context: ProfileContext
+    staging: Staging
+    outputs: dict[str, int]
+    fetched: dict[str, NDArray[np.float32]]
+
+
+class TrtEncoderSession:
+    """Implements ``accel.engines.session.EncoderSession``; thread-safe: calls take turns on the GPU."""
+
+    def __init__(self, engine: LoadedEngine, arch: ArchSpec, variant: str) -> None:
+        """Reserves inputs and outputs for the largest run of every profile.
+
+        Args:
+            engine: Closed with the session, or when this raises.
+            variant: Its name, for ``info``.
+
+        Raises:
+            EngineUnavailableError: The engine is not of this model.
+            DeviceMemoryError: The GPU's memory does not hold them.
+        """
+        self._engine, self._device = engine, engine.device
+        self._lifetime = Lifetime("encoder")
+        self._broken: EngineBrokenError | None = None
+        self._lanes: dict[int, _Lane] = {}
+        self._buffers: list[int] = []
+        flavour = engine.flavour
+        self.info = EngineInfo(flavour.target, flavour.version, f"cuda:{self._device.ordinal}", variant, 1)
+        try:
+            self._inputs, self._outputs = check_encoder(engine, arch)
+            with self._device, engine.guard("opening the encoder"):
+                self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Runs one batch, in several runs if it has more rows than a profile takes.
+
+        Args:
+            feeds: ``input_ids`` int64 [B, S], and as the engine has them ``attention_mask`` and
+                ``token_type_ids``. Without a mask, all tokens are real; without types, all are 0.
+
+        Returns:
+            The outputs by name, float32; arrays of their own.
+
+        Raises:
+            InputError: A feed that the model does not take, or of another shape or dtype.
+            EngineError: No profile covers the batch; closed; used after a fork.
+            EngineBrokenError: TensorRT or CUDA failed; nothing runs on this session again.
+        """
+        self._lifetime.check()
+        if self._broken is not None:
+            raise self._broken
+        feeds = self._complete(feeds)
+        batch, width = feeds["input_ids"].shape
+        most = self._most_rows(width)
+        try:
+            with self._device, self._engine.guard(f"encoder batch [{batch}, {width}]"):
+                parts = [
+                    self._run({name: array[start : start + most] for name, array in feeds.items()})
+                    for start in range(0, batch, most)
+                ]
+        except EngineBrokenError as error:
+            self._broken = error
+            raise
+        return parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+
+    def warm_up(self) -> None:
+        """Runs every batch and width of every profile once, so that kernels are compiled, and keeps them."""
+        for profile in self._engine.profiles:
+            for rows in sizes(profile, 0):
+                for width in sizes(profile, 1, LEAST_WIDTH):
+                    self.run({"input_ids": np.zeros((rows, width), np.int64)})
+        self._engine.save_kernels()
+
+    def close(self) -> None:
+        """Frees the engine. Safe to call twice; in a fork it leaves the GPU alone."""
+        if not self._lifetime.close() or self._lifetime.forked:
+            return
+        try:
+            with self._device:
+                if self._broken is None:
+                    self._device.synchronize()
+                    self._engine.save_kernels()
+                for lane in self._lanes.values():
+                    lane.context.close()
+                    lane.staging.close()
+                for address in self._buffers:
+                    self._device.release(address)
+                self._engine.close()
+        except EngineError as error:  # a broken device frees nothing: the process's end does
+            _log.warning("closing the encoder: %s", error)
+        self._lanes, self._buffers = {}, []
+
+    def _allocate(self) -> None:
+        for profile in self._engine.profiles:
+            context = self._engine.context(profile, fixed=False)
+            for name in self._inputs:
+                context.set_shape(name, profile.ranges[name][2])
+            lengths = {name: int(np.prod(context.output_shape(name))) for name in self._outputs}
+            outputs = {name: self._device.allocate(4 * length, name) for name, length in lengths.items()}
+            self._buffers += outputs.values()
+            fetched = {name: self._device.pinned((length,), np.float32) for name, length in lengths.items()}
+            staging = Staging(self._device, profile, self._inputs)
+            self._lanes[profile.index] = _Lane(context, staging, outputs, fetched)
+
+    def _complete(self, feeds: Feeds) -> Feeds:
+        """Checks the feeds and fills in those that are missing."""
+        have = ", ".join(self._inputs)
+        ids = feeds.get("input_ids")
+        if ids is None or ids.ndim != 2 or 0 in ids.shape:
+            raise InputError("input_ids must be there, of shape [B, S], not empty", where="input_ids")
+        for name, array in feeds.items():
+            if name not in self._inputs:
+                raise InputError(f"this model takes no {name}", where=name, remedy=f"It takes {have}")
+            if array.shape != ids.shape or array.dtype != np.int64:
+                what = f"{name} must be int64 {list(ids.shape)}, not {array.dtype} {list(array.shape)}"
+                raise InputError(what, where=name)
+        missing = {name: np.full(ids.shape, name == "attention_mask", np.int64) for name in self._inputs}
+        return {**missing, **feeds}
+
+    def _most_rows(self, width: int) -> int:
+        """Rows of the largest run of this width.
+
+        Raises:
+            EngineError: No profile takes the width.
+        """
+        shapes = (profile.ranges["input_ids"] for profile in self._engine.profiles)
+        rows = [high[0] for low, _, high in shapes if width <= high[1] and (self._may_pad or low[1] <= width)]
+        if not rows:
+            raise not_covered(self._engine, f"sequence {width}")
+        return max(rows)
+
+    @property
+    def _may_pad(self) -> bool:
+        return "attention_mask" in self._inputs
+
+    def _pad_to(self, rows: int, width: int) -> tuple[Profile, int, int]:
+        """The padded shape of fewest tokens, and its profile."""
+        found = [
+            (batch * length, profile.tokens, profile.index, profile, batch, length)
+            for profile in self._engine.profiles
+            for batch in sizes(profile, 0)
+            for length in (sizes(profile, 1, LEAST_WIDTH) if self._may_pad else [width])
+            if batch >= rows and length >= width and profile.covers({"input_ids": (batch, length)})
+        ]
+        if not found:
+            raise not_covered(self._engine, f"batch {rows}, sequence {width}")
+        *_, profile, batch, length = min(found, key=lambda entry: entry[:3])
+        return profile, batch, length
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        rows, width = feeds["input_ids"].shape
+        profile, batch, length = self._pad_to(rows, width)
+        lane = self._lanes[profile.index]
+        padded = {name: np.zeros((batch, length), np.int64) for name in self._inputs}
+        for name, array in padded.items():
+            array[:rows, :width] = feeds[name]
+        if self._may_pad:
+            padded["attention_mask"][rows:, 0] = 1  # a row that sees no key at all would be NaN
+        lane.staging.send(padded)
+        for name in self._inputs:
+            lane.context.set_shape(name, (batch, length))
+            lane.context.set_address(name, lane.staging.addresses[name])
+        for name, address in lane.outputs.items():
+            lane.context.set_address(name, address)
+        lane.context.prepare()
+        lane.context.enqueue()
+        return self._fetch(lane, rows, width)
+
+    def _fetch(self, lane: _Lane, rows: int, width: int) -> Feeds:
+        """The outputs, cut back to the caller's rows and tokens."""
+        whole = {}
+        for name, address in lane.outputs.items():
+            shape = lane.context.output_shape(name)
+            whole[name] = lane.fetched[name][: int(np.prod(shape))].reshape(shape)
+            self._device.download(whole[name], address)
+        self._device.synchronize()
+        return {
+            name: (array[:rows, :width] if self._engine.tensors[name].shape[1:2] == (-1,) else array[:rows]).copy()
+            for name, array in whole.items()
+        }
+
+
+def check_encoder(engine: LoadedEngine, arch: ArchSpec) -> tuple[list[str], list[str]]:
+    """Checks that the engine is one of this model's task; returns its inputs and outputs.
+
+    Raises:
+        EngineUnavailableError: It is not.
+    """
+    remedy = "Build it again from this bundle"
+    unknown = sorted(set(engine.inputs) - set(INPUTS))
+    wrong = [name for name in engine.inputs if len(engine.tensors[name].shape) != 2]
+    if unknown or wrong or "input_ids" not in engine.inputs:
+        what = f"the engine is of another model: it takes {', '.join(engine.inputs)}"
+        raise EngineUnavailableError(what, where="inputs", remedy=remedy)
+    missing = [name for name in OUTPUT_NAMES[arch.task] if name not in engine.outputs]
+    other = [name for name in engine.outputs if engine.tensors[name].dtype != "float32"]
+    hidden = engine.tensors.get("last_hidden_state")
+    narrow = hidden is not None and hidden.shape[-1] != arch.hidden_size
+    if missing or other or narrow:
+        what = f"the engine is of another model: it puts out {', '.join(engine.outputs)}"
+        raise EngineUnavailableError(what, where="outputs", remedy=remedy)
+    return engine.inputs, engine.outputs
+
+
+__all__ = ["TrtEncoderSession", "check_encoder"]
