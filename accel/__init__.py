@@ -13,13 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "export", "load"]
+__all__ = ["__version__", "add_variant", "build", "export", "load"]
 
 if TYPE_CHECKING:
     from accel.api import export
-    from accel.runtime.load import load
+    from accel.engine_build import build
+    from accel.loading import load
+    from accel.variants import add_variant
 
-_LAZY = {"export": "accel.api", "load": "accel.runtime.load"}
+_LAZY = {
+    **{"export": "accel.api", "load": "accel.loading"},
+    **{"add_variant": "accel.variants", "build": "accel.engine_build"},
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -86,6 +86,11 @@ def available_memory(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/
     return min([*rooms, *([] if free is None else [free])], default=None)
 
 
+def has_nvidia_device() -> bool:
+    """Whether an NVIDIA driver is loaded here, by its device files: asking it would take a second."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
+
+
 def probe_gpus() -> tuple[Gpu, ...]:
     """Asks nvidia-smi; none where there is no driver."""
     query = "--query-gpu=name,driver_version,memory.total,compute_cap"

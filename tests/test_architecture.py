@@ -21,7 +21,15 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel.engines",),
     ("accel.runtime",),
     ("accel.exporter", "accel.graph", "accel.compress", "accel.builder"),
-    ("accel.api", "accel.variants", "accel.inspection", "accel.doctor"),
+    (
+        "accel.api",
+        "accel.variants",
+        "accel.inspection",
+        "accel.doctor",
+        "accel.engine_build",
+        "accel.loading",
+        "accel.warmup",
+    ),
     ("accel.bench", "accel.serving"),
     ("accel.commands", "accel.cli", "accel.__main__"),
 )
@@ -57,7 +65,7 @@ OWNERS = {
     "fsspec": ("accel.store",),
     "cryptography": ("accel.store",),
 }
-LAZY = {"export": "accel.api", "load": "accel.runtime.load"}  # what ``accel`` itself hands out
+LAZY = {"export": "accel.api", "load": "accel.loading"}  # what ``accel`` itself hands out
 
 
 @dataclass(frozen=True)

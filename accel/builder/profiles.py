@@ -12,7 +12,10 @@ from accel.schema import from_dict
 from accel.spec import ArchSpec, TensorSpec
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt, max
-_PROMPT = 128  # positions that a prompt is tuned for unless the caller knows better
+_PROMPT = 128  # positions that a prompt is tuned for
+_CHUNK = 256  # tokens of a decoder's run; the slot loop's own default
+_LONGEST = 512  # tokens of an encoder's row
+_LOGITS = 32  # rows of logits of one run over a prompt: scoring wants many
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,11 @@ def read_profiles(data: Mapping[str, Any], where: str = "profiles") -> tuple[Pro
 
 
 def default_profiles(arch: ArchSpec, max_batch: int, capacity: int | None = None) -> tuple[Profile, ...]:
-    """Prefill and decode for decoders (up to ``capacity`` tokens, then one), one profile ``encode`` for encoders.
+    """What an engine is built for unless the caller knows better.
+
+    Decoders: ``prefill``, one row of up to 256 tokens (longer prompts take several runs, and the runtime runs each
+    prompt alone), and ``decode``, one token of each of up to ``max_batch`` rows. Encoders: ``encode``, up to
+    ``max_batch`` rows of up to 512 tokens.
 
     Raises:
         InputError: ``max_batch`` or ``capacity`` is below 1.
@@ -68,23 +75,26 @@ def default_profiles(arch: ArchSpec, max_batch: int, capacity: int | None = None
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}", where=name, remedy="Give a larger number")
     longest = arch.max_positions if capacity is None else min(capacity, arch.max_positions)
+    longest = min(longest, _CHUNK if arch.kind == "decoder" else _LONGEST)
     tokens = Range(1, min(_PROMPT, longest), longest)
     if arch.kind == "encoder":
         return (Profile("encode", Range(1, max_batch, max_batch), tokens),)
-    prefill = Profile("prefill", Range(1, 1, max_batch), tokens)
+    prefill = Profile("prefill", Range(1, 1, 1), tokens)
     return (prefill, Profile("decode", Range(1, max_batch, max_batch), Range(1, 1, 1)))
 
 
 def input_shapes(profile: Profile, inputs: Sequence[TensorSpec]) -> dict[str, Shapes]:
     """The smallest, best and largest shape of every input.
 
-    B is the batch, S the sequence, R (rows of logits) goes from 1 to the batch; numbers stay.
+    B is the batch, S the sequence, R (rows of logits) goes from 1 to the batch, or to 32 where rows have several
+    tokens; numbers stay.
 
     Raises:
         InputError: A dimension has another symbol; names profile, input and dimension.
     """
     batch, tokens = profile.batch, profile.sequence
-    symbols = {"B": batch, "S": tokens, "R": Range(1, batch.opt, batch.max)}
+    logits = max(batch.max, min(_LOGITS, batch.max * tokens.max))
+    symbols = {"B": batch, "S": tokens, "R": Range(1, batch.opt, logits)}
     shapes: dict[str, Shapes] = {}
     for spec in inputs:
         for place, dim in enumerate(spec.shape):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from accel.engines.kv_cache import check_count, resolve_cache, with_cache
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
@@ -18,7 +18,7 @@ from accel.errors import (
     EngineUnavailableError,
     InputError,
 )
-from accel.machine import available_cores
+from accel.machine import available_cores, has_nvidia_device
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
@@ -152,7 +152,23 @@ def _open_torch(bundle: Bundle, variant: str, options: SessionOptions) -> Encode
     return open_reference(bundle, variant, options)
 
 
+def _tensorrt(target: Literal["tensorrt", "rtx"]) -> Engine:
+    def probe(bundle: Bundle, variant: str) -> str | None:
+        from accel.engines.tensorrt.registry import probe_for
+
+        return probe_for(target)(bundle, variant)
+
+    def open_engine(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
+        from accel.engines.tensorrt.registry import open_for
+
+        return open_for(target)(bundle, variant, options)
+
+    return Engine(target, "cuda", probe, open_engine)
+
+
 ENGINES: tuple[Engine, ...] = (
+    _tensorrt("tensorrt"),
+    _tensorrt("rtx"),
     Engine("ort-cpu", "cpu", _probe_ort, _open_ort),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )
@@ -170,7 +186,7 @@ def open_session(
 
     Args:
         bundle: An opened bundle.
-        device: ``auto``, ``cpu`` or ``cuda`` (which no engine of this version has).
+        device: ``auto`` (CUDA engines are tried where there is a GPU), ``cpu`` or ``cuda``.
         engine: ``auto``, or the name of the one engine to use: it is never replaced by another.
         variant: ``auto``, or the precision to use.
         options: Threads, and for decoders cache rows and capacity.
@@ -187,10 +203,13 @@ def open_session(
     candidates = _candidates(device, engine)
     if variant != "auto":
         bundle.variant(variant)
-    if bundle.manifest.arch.kind == "decoder":
-        options = with_cache(options, resolve_cache(bundle.manifest.arch, options))
-    else:
+    if bundle.manifest.arch.kind == "encoder":
         options = replace(options, capacity=None, max_batch=None)
+    elif candidates and candidates[0].device == "cpu":
+        resolve_cache(bundle.manifest.arch, options)  # raises before anything is probed
+    else:
+        check_count("capacity", options.capacity)
+        check_count("max_batch", options.max_batch)
     return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"))
 
 
@@ -224,11 +243,19 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
 
 def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
     try:
-        return engine.open(request.bundle, request.variant, request.options)
+        return engine.open(request.bundle, request.variant, _settle(engine, request.bundle, request.options))
     except CapacityError:
         if not replacing:
             raise
-        return engine.open(request.bundle, request.variant, replace(request.options, capacity=None))
+        options = _settle(engine, request.bundle, replace(request.options, capacity=None))
+        return engine.open(request.bundle, request.variant, options)
+
+
+def _settle(engine: Engine, bundle: Bundle, options: SessionOptions) -> SessionOptions:
+    """A decoder's rows and capacity: on the CPU by its memory; a GPU's engine was built for its own."""
+    if engine.device != "cpu" or bundle.manifest.arch.kind == "encoder":
+        return options
+    return with_cache(options, resolve_cache(bundle.manifest.arch, options))
 
 
 def _check_threads(threads: int | None) -> None:
@@ -243,7 +270,8 @@ def _candidates(device: str, engine: str) -> tuple[Engine, ...]:
     if device not in DEVICES:
         raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
     if engine == "auto":
-        return ENGINES
+        gpu = device == "cuda" or (device == "auto" and has_nvidia_device())
+        return tuple(candidate for candidate in ENGINES if gpu or candidate.device != "cuda")
     chosen = tuple(candidate for candidate in ENGINES if candidate.name == engine)
     if not chosen:
         known = ["auto", *(candidate.name for candidate in ENGINES)]
@@ -254,7 +282,7 @@ def _candidates(device: str, engine: str) -> tuple[Engine, ...]:
 def _reject_device(engine: Engine, device: str) -> str | None:
     if device in ("auto", engine.device):
         return None
-    return f"it runs on {engine.device} only; this version of accel has no engine for {device}"
+    return f"it runs on {engine.device} only, not on {device}"
 
 
 def _unavailable(request: Request, passed_over: list[Fallback]) -> EngineUnavailableError:

@@ -36,11 +36,13 @@ class SessionOptions:
         threads: Worker threads; None: all cores this process may use.
         capacity: Cache positions per row (decoders); None: chosen from the memory at hand.
         max_batch: Cache rows (decoders); None: the default of the runtime.
+        store: Where built engines are kept (TensorRT): a directory or URL; None: the default of this machine.
     """
 
     threads: int | None = None
     capacity: int | None = None
     max_batch: int | None = None
+    store: str | None = None
 
 
 class StepInputs(NamedTuple):

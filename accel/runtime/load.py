@@ -24,18 +24,9 @@ def load(
     max_batch: int | None = None,
     threads: int | None = None,
     strict: bool = False,
+    store: str | None = None,
 ) -> Encoder | Decoder:
-    """Opens a bundle and starts an engine on it.
-
-    Args:
-        path: The bundle's directory.
-        device: ``auto`` or ``cpu``.
-        engine: ``auto``, or the one engine to use (``ort-cpu``, ``torch``): no other takes its place.
-        variant: ``auto``, or the precision to use.
-        capacity: Cache positions per sequence, decoders only. None: up to 4,096, as the model and memory allow.
-        max_batch: Sequences that run at a time, decoders only. None: 8.
-        threads: Worker threads. None: all cores that this process may use.
-        strict: Raise instead of falling back to a later engine, now and when the engine breaks later on.
+    """Opens a bundle and starts an engine on it; the arguments are those of ``accel.load``.
 
     Returns:
         An Encoder or a Decoder. ``.engine`` says what runs, ``.fallbacks`` what was passed over and why.
@@ -55,7 +46,7 @@ def load(
                 raise InputError(
                     f"{name} sizes a decoder's cache, and this model is an encoder", where=name, remedy=remedy
                 )
-    options = SessionOptions(threads=threads, capacity=capacity, max_batch=max_batch)
+    options = SessionOptions(threads=threads, capacity=capacity, max_batch=max_batch, store=store)
     opened = open_session(bundle, device, engine, variant, options, strict)
     try:
         if bundle.manifest.arch.kind == "encoder":

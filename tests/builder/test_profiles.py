@@ -19,9 +19,9 @@ def source(tmp_path: Path) -> GraphSource:
 
 def test_defaults_of_a_decoder(source: GraphSource) -> None:
     prefill, decode = default_profiles(graphs.arch(), 4, 64)
-    assert (prefill.name, prefill.batch, prefill.sequence) == ("prefill", Range(1, 1, 4), Range(1, 64, 64))
+    assert (prefill.name, prefill.batch, prefill.sequence) == ("prefill", Range(1, 1, 1), Range(1, 64, 64))
     assert (decode.name, decode.batch, decode.sequence) == ("decode", Range(1, 4, 4), Range(1, 1, 1))
-    check_profiles((prefill, decode), source, graphs.arch(), cover=[(4, 64), (4, 1)])
+    check_profiles((prefill, decode), source, graphs.arch(), cover=[(1, 64), (4, 1)])
 
 
 def test_defaults_of_an_encoder(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_shapes_of_every_input(source: GraphSource) -> None:
         "input_ids": ((1, 1), (2, 16), (4, 64)),
         "position_ids": ((1, 1), (2, 16), (4, 64)),
         "write_index": ((1,), (2,), (4,)),
-        "logits_positions": ((1,), (2,), (4,)),
+        "logits_positions": ((1,), (2,), (32,)),
         "past.0.key": ((1, 2, 64, 32), (2, 2, 64, 32), (4, 2, 64, 32)),
         "past.0.value": ((1, 2, 64, 32), (2, 2, 64, 32), (4, 2, 64, 32)),
     }

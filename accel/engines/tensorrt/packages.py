@@ -91,4 +91,14 @@ def current_sm() -> str | None:
     return f"sm{numbers[0]}{numbers[1]}"
 
 
-__all__ = ["MODULES", "TITLES", "current_sm", "import_package", "release_of"]
+def cuda_version() -> str | None:
+    """Version of the CUDA runtime, e.g. ``13.0``; None without cuda-python."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None
+    status, version = runtime.cudaRuntimeGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}" if status == runtime.cudaError_t.cudaSuccess else None
+
+
+__all__ = ["MODULES", "TITLES", "cuda_version", "current_sm", "import_package", "release_of"]

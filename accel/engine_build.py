@@ -1,0 +1,318 @@
+"""``accel.build``: a bundle's engines, built where the store has none yet."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.bundle import Bundle
+from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
+from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
+from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, open_store, pick_precision
+from accel.engines.tensorrt.packages import cuda_version, current_sm
+from accel.errors import InputError, StorageError
+from accel.spec import ArchSpec, TensorSpec
+from accel.store import EngineKey, EngineStore, StoredEngine, cache_folder
+
+if TYPE_CHECKING:
+    from accel.builder.build import BuildSettings, BuiltPlan
+    from accel.builder.profiles import Profile
+
+_log = logging.getLogger("accel")
+DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
+DEFAULT_PRECISION = "fp16"
+PASSES = "1"  # of parsing and repair: raise it when the same graph makes another network
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything that is asked of one engine, settled.
+
+    Attributes:
+        bundle: Opened; it has the variant's TensorRT graph.
+        variant: Its precision.
+        settings: For the builder.
+        max_batch: Most rows.
+        key: What it is stored under.
+    """
+
+    bundle: Bundle
+    variant: str
+    settings: BuildSettings
+    max_batch: int
+    key: EngineKey
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """One engine of a build.
+
+    Attributes:
+        digest: Its name in the store.
+        target, sm, variant, capacity, max_batch: What it is for.
+        built: Whether it was built now; False: the store had it.
+        size: Of the plan, in bytes.
+        facts: What was measured when it was built.
+    """
+
+    digest: str
+    target: str
+    sm: tuple[str, ...]
+    variant: str
+    capacity: int | None
+    max_batch: int
+    built: bool
+    size: int
+    facts: dict[str, Any]
+
+
+def build(
+    bundle: Bundle | str | Path,
+    target: str = "tensorrt",
+    sm: str | Sequence[str] = "auto",
+    *,
+    profiles: Mapping[str, Any] | None = None,
+    precision: str = "auto",
+    capacity: int | None = None,
+    max_batch: int | None = None,
+    optimization_level: int = 3,
+    workspace: int | None = None,
+    refittable: bool = False,
+    hardware_compatibility: Compatibility = "none",
+    store: EngineStore | str | Path | None = None,
+    show_progress: bool | None = None,
+) -> list[EngineReport]:
+    """Builds a bundle's TensorRT engines, one per SM, unless the store has them.
+
+    A precision that the bundle lacks is added to it first (see ``add_variant``).
+
+    Args:
+        bundle: A bundle or its directory.
+        target: ``tensorrt`` (for the GPU of this machine) or ``rtx`` (for any SM it knows, without a GPU).
+        sm: ``auto``: this machine's GPU; or names such as ``sm86``.
+        profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: the usual ones.
+        precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16`` or ``bf16``.
+        capacity: Cache positions per row, decoders only; None: 2,048 or what the model covers.
+        max_batch: Most rows; None: 8, encoders 32.
+        optimization_level: 0 (fast to build) to 5 (tries most).
+        workspace: Bytes of scratch memory that a layer may take; None: the library's default.
+        refittable: Whether weights can be replaced later.
+        hardware_compatibility: TensorRT only: ``same`` (SM) or ``ampere+`` lets other GPUs run the engine.
+        store: Where engines are kept: a store, a directory or URL; None: ``ACCEL_STORE``, else this user's cache.
+        show_progress: Bars on stderr; None: when it is a terminal.
+
+    Returns:
+        One report per SM.
+
+    Raises:
+        InputError, DependencyError, EngineBuildError, EngineProofError: see ``accel.builder.build.build_plan``.
+        BundleError: A damaged bundle.
+        StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, or holds a bad engine.
+        KeyboardInterrupt: Ctrl-C; nothing half made is left.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    flavour = load_flavour(target)
+    requests = prepare(
+        opened, flavour, sm, profiles=profiles, precision=precision, capacity=capacity, max_batch=max_batch,
+        optimization_level=optimization_level, workspace=workspace, refittable=refittable,
+        hardware_compatibility=hardware_compatibility, show_progress=show_progress,
+    )  # fmt: skip
+    place = store if isinstance(store, EngineStore) else open_store(store)
+    return [build_one(request, flavour, place, show_progress) for request in requests]
+
+
+def prepare(
+    bundle: Bundle,
+    flavour: Flavour,
+    sm: str | Sequence[str] = "auto",
+    *,
+    profiles: Mapping[str, Any] | None = None,
+    precision: str = "auto",
+    capacity: int | None = None,
+    max_batch: int | None = None,
+    optimization_level: int = 3,
+    workspace: int | None = None,
+    refittable: bool = False,
+    hardware_compatibility: Compatibility = "none",
+    show_progress: bool | None = None,
+) -> list[BuildRequest]:
+    """Settles what is asked, adds the variant where it is missing, and computes the keys; builds nothing."""
+    from accel.builder.build import BuildSettings, check_settings, per_sm
+    from accel.builder.profiles import default_profiles, read_profiles
+
+    arch = bundle.manifest.arch
+    sms = _resolve_sms(flavour, sm)
+    rows = check_count("max_batch", max_batch) or (32 if arch.kind == "encoder" else DEFAULT_MAX_BATCH)
+    positions = _resolve_capacity(arch, check_count("capacity", capacity))
+    chosen = read_profiles(profiles) if profiles is not None else default_profiles(arch, rows, positions)
+    settings = BuildSettings(
+        target=flavour.target, sm=sms, profiles=chosen, capacity=positions, optimization_level=optimization_level,
+        workspace=workspace, refittable=refittable, hardware_compatibility=hardware_compatibility,
+    )  # fmt: skip
+    check_settings(settings, flavour)
+    bundle, variant = _ensure_variant(bundle, precision, show_progress)
+    sources = hash_sources(bundle, variant)
+    settings = replace(settings, dtype=bundle.variant(variant).dtype)
+    inputs = bundle.graph(variant, TARGET).inputs
+    rows = max(profile.batch.max for profile in chosen)
+    return [
+        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, variant, one, inputs))
+        for one in per_sm(settings)
+    ]
+
+
+def build_one(
+    request: BuildRequest, flavour: Flavour, store: EngineStore, show_progress: bool | None = None
+) -> EngineReport:
+    """One engine from the store, or built and put there. Many processes may ask for it: one builds."""
+
+    def make() -> tuple[Any, dict[str, Any]]:
+        built = _build(request, flavour, show_progress)
+        return built.plan, _facts(request, built)
+
+    engine = store.get_or_build(request.key, make, on_wait=_say_waiting(request))
+    with engine:
+        return _report(request, engine)
+
+
+def _resolve_sms(flavour: Flavour, sm: str | Sequence[str]) -> tuple[str, ...]:
+    if sm != "auto":
+        return (sm.lower(),) if isinstance(sm, str) else tuple(name.lower() for name in sm)
+    here = current_sm()
+    if here is None:
+        known = ", ".join(flavour.known_sms())
+        remedy = f"Name the GPU it is for, e.g. sm='sm89' (--sm sm89); known: {known}" if known else "Use target='rtx'"
+        raise InputError("There is no GPU here to build for", where="sm", remedy=remedy)
+    return (here,)
+
+
+def _resolve_capacity(arch: ArchSpec, asked: int | None) -> int | None:
+    if arch.kind == "encoder":
+        if asked is not None:
+            what = "capacity sizes a decoder's cache, and this model is an encoder"
+            raise InputError(what, where="capacity", remedy="Leave it out")
+        return None
+    return asked or min(DEFAULT_CAPACITY, arch.max_positions)
+
+
+def _ensure_variant(bundle: Bundle, precision: str, show_progress: bool | None) -> tuple[Bundle, str]:
+    from accel.variants import add_variant
+
+    variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
+    before = bundle.manifest.variants
+    bundle = add_variant(bundle, variant, show_progress=show_progress)
+    if variant not in before:
+        _log.info("%s: the variant %s was added to the bundle", bundle.path, variant)
+    return bundle, variant
+
+
+def _key(
+    flavour: Flavour, sources: Sources, variant: str, settings: BuildSettings, inputs: tuple[TensorSpec, ...]
+) -> EngineKey:
+    from accel.graph.lowering.tensorrt import VERSION
+
+    return EngineKey(
+        graph=sources.graph,
+        weights=sources.weights,
+        target=flavour.target,
+        library_version=flavour.version,
+        sm=settings.sm,
+        variant=variant,
+        passes=f"{VERSION}.{PASSES}",
+        optimization_level=settings.optimization_level,
+        capacity=settings.capacity,
+        profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
+        gpu=_gpu_name() if flavour.needs_gpu else None,
+        cuda=cuda_version() if flavour.needs_gpu else None,
+        workspace_bytes=settings.workspace,
+        refittable=settings.refittable,
+        flags={"hardware_compatibility": settings.hardware_compatibility},
+    )
+
+
+def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | None) -> dict[str, Any]:
+    from accel.builder.profiles import input_shapes
+
+    static = [
+        TensorSpec(spec.name, spec.dtype, tuple(capacity if size == "C" and capacity else size for size in spec.shape))
+        for spec in inputs
+    ]
+    return dict(input_shapes(profile, static))
+
+
+def _gpu_name() -> str | None:
+    from accel.machine import probe_gpus
+
+    return next((gpu.name for gpu in probe_gpus()), None)
+
+
+def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) -> BuiltPlan:
+    """Builds, with what earlier builds timed; notes what this one did."""
+    from accel.builder.build import build_plan
+    from accel.builder.files import History, TimingCaches
+    from accel.builder.progress import BuildMonitor, ProgressBars
+
+    settings, bundle = request.settings, request.bundle
+    folder = cache_folder() / "builds"
+    timings, history = TimingCaches(folder), History(folder / "history.json")
+    like = f"{flavour.target} {flavour.version} {bundle.manifest.arch.architecture} {len(bundle.manifest.arch.layers)}"
+    graph = bundle.file(bundle.graph(request.variant, TARGET).file)
+    title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
+    cache = timings.load(flavour, settings.sm)
+    with ProgressBars(title, show_progress) as bars:
+        monitor = BuildMonitor(bars, history.seconds(like))
+        built = build_plan(graph, bundle.manifest.arch, settings, timing_cache=cache, monitor=monitor)
+    with suppress(StorageError):  # they make the next build faster; this one is done
+        timings.save(flavour, settings.sm, built.timing_cache)
+        history.record(like, built.facts.phases)
+    return built
+
+
+def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
+    from accel.schema import to_dict
+
+    return {
+        **to_dict(built.facts),
+        "max_batch": request.max_batch,
+        "hardware_compatibility": request.settings.hardware_compatibility,
+        "profile_order": [profile.name for profile in request.settings.profiles],
+        "cache_bytes": _cache_bytes(request),
+        "proof": {"rows": len(built.proof.rows), "repairs": list(built.proof.repairs), "table": built.proof.text()},
+        "python": platform.python_version(),
+    }
+
+
+def _cache_bytes(request: BuildRequest) -> int:
+    """Device memory that the caches of all rows take."""
+    from accel.engines.kv_cache import bytes_per_token
+
+    arch, item = request.bundle.manifest.arch, 4 if request.settings.dtype == "float32" else 2
+    return request.max_batch * (request.settings.capacity or 0) * bytes_per_token(arch, item)
+
+
+def _report(request: BuildRequest, engine: StoredEngine) -> EngineReport:
+    manifest = engine.manifest
+    return EngineReport(
+        manifest.key.digest, manifest.key.target, manifest.key.sm, request.variant, manifest.key.capacity,
+        request.max_batch, engine.built, manifest.size, manifest.facts,
+    )  # fmt: skip
+
+
+def _say_waiting(request: BuildRequest) -> Any:
+    said = False
+
+    def say(seconds: float) -> None:
+        nonlocal said
+        if not said:
+            _log.info("%s: another process builds this engine; waiting for it", request.bundle.path)
+            said = True
+
+    return say
+
+
+__all__ = ["BuildRequest", "EngineReport", "build", "build_one", "prepare"]

@@ -1,0 +1,151 @@
+"""Finds an engine for a bundle in the engine store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel.bundle import Bundle
+from accel.engines.session import SessionOptions
+from accel.engines.tensorrt.adapter import Flavour
+from accel.engines.tensorrt.engine import EngineFacts
+from accel.errors import BundleError, EngineUnavailableError
+from accel.store import (
+    EngineManifest,
+    EngineStore,
+    HashCache,
+    StoredEngine,
+    cache_folder,
+    engine_identity,
+    read_signer,
+    read_verifier,
+)
+
+TARGET = "tensorrt"  # of the graph that both flavours are built from
+PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers, where the bundle does not say
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files that an engine is made from.
+
+    Attributes:
+        graph, weights: Their sha256, of the bytes that lie on the disk now.
+        files: Name in the bundle -> sha256 in its manifest.
+    """
+
+    graph: str
+    weights: str
+    files: dict[str, str]
+
+
+def hash_sources(bundle: Bundle, variant: str, hashes: HashCache | None = None) -> Sources:
+    """Hashes a variant's TensorRT graph and weights; what was hashed before and has not changed is remembered.
+
+    Raises:
+        BundleError: The variant has no such graph, or a file is not what the manifest says.
+    """
+    hashes = hashes or HashCache()
+    graph = bundle.graph(variant, TARGET).file
+    names = bundle.variant(variant).weights
+    found = {name: hashes.sha256(bundle.file(name)) for name in (graph, *names)}
+    listed = {name: bundle.manifest.files[name].sha256 for name in found}
+    for name, digest in found.items():
+        if digest != listed[name]:
+            remedy = "Export the model again, or copy the bundle again from its source"
+            raise BundleError("The file is corrupt: its sha256 differs", where=name, remedy=remedy)
+    return Sources(found[graph], hashes.combined({name: bundle.file(name) for name in names}), listed)
+
+
+def pick_precision(bundle: Bundle, variant: str) -> str | None:
+    """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a TensorRT graph."""
+    if variant != "auto":
+        return variant if TARGET in bundle.variant(variant).graphs else None
+    variants = bundle.manifest.variants
+    return next((name for name in PRECISIONS if name in variants and TARGET in variants[name].graphs), None)
+
+
+def open_store(url: str | Path | None = None, **options: Any) -> EngineStore:
+    """The engine store: the one given, else ``ACCEL_STORE``, else a folder in this user's cache.
+
+    Engines are code. With ``ACCEL_STORE_KEY`` (a file, or ``env:NAME``) engines without its signature are refused; a
+    key that can sign signs what is put.
+    """
+    place = url or os.environ.get("ACCEL_STORE") or cache_folder() / "engines"
+    source = os.environ.get("ACCEL_STORE_KEY")
+    if source and "verifier" not in options and "signer" not in options:
+        verifier = read_verifier(source)
+        options = {
+            **options,
+            "verifier": verifier,
+            **({"signer": read_signer(source)} if hasattr(verifier, "sign") else {}),
+        }
+    return EngineStore(place, **options)
+
+
+def find_engine(
+    store: EngineStore, bundle: Bundle, variant: str, flavour: Flavour, sm: str, options: SessionOptions
+) -> tuple[StoredEngine, EngineFacts]:
+    """The stored engine that fits best: large enough for what is asked, and no larger than it must be.
+
+    Raises:
+        EngineUnavailableError: The store has none; names the command that builds it.
+        RefusedEngineError: It is damaged, altered, or not signed by the store's key.
+    """
+    sources = hash_sources(bundle, variant)
+    identity = engine_identity(sources.graph, sources.weights, flavour.target, flavour.version, variant)
+    found = store.find(identity)
+    fitting = [manifest for manifest in found if _fits(manifest, sm, options)]
+    for manifest in sorted(fitting, key=_size):
+        engine = store.get(manifest.key)
+        if engine is not None:
+            return engine, facts_of(engine.manifest, sources)
+    command = f"accel build {bundle.path} --target {flavour.target} --sm {sm} --precision {variant}{_asked(options)}"
+    remedy = f"Build it beforehand: {command}; or load with build='allow'"
+    raise EngineUnavailableError(_reason(found, flavour, sm, options), where=store.url, remedy=remedy)
+
+
+def facts_of(manifest: EngineManifest, sources: Sources) -> EngineFacts:
+    """What a session wants to know of a stored engine."""
+    key, facts = manifest.key, manifest.facts
+    return EngineFacts(
+        target=key.target,
+        version=key.library_version,
+        sms=key.sm,
+        size=manifest.size,
+        profiles=tuple(facts.get("profile_order", sorted(key.profiles))),
+        compatibility=facts.get("hardware_compatibility", "none"),
+        sources=sources.files,
+    )
+
+
+def _fits(manifest: EngineManifest, sm: str, options: SessionOptions) -> bool:
+    portable = manifest.facts.get("hardware_compatibility") == "ampere+" and int(sm[2:]) >= 80
+    if sm not in manifest.key.sm and not portable:
+        return False
+    capacity, rows = manifest.key.capacity, manifest.facts.get("max_batch", 1)
+    enough = options.capacity is None or (capacity is not None and capacity >= options.capacity)
+    return enough and (options.max_batch is None or rows >= options.max_batch)
+
+
+def _size(manifest: EngineManifest) -> tuple[int, int, int]:
+    """Engines for this SM alone first, then the smaller ones."""
+    return len(manifest.key.sm), manifest.key.capacity or 0, int(manifest.facts.get("max_batch", 1))
+
+
+def _reason(found: Sequence[EngineManifest], flavour: Flavour, sm: str, options: SessionOptions) -> str:
+    if not found:
+        return f"the store has no {flavour.title} {flavour.version} engine of this bundle"
+    have = sorted({f"{'+'.join(m.key.sm)}, capacity {m.key.capacity}, batch {m.facts.get('max_batch')}" for m in found})
+    return f"the store's engines of this bundle do not fit {sm}{_asked(options)}: it has {'; '.join(have)}"
+
+
+def _asked(options: SessionOptions) -> str:
+    capacity = "" if options.capacity is None else f" --capacity {options.capacity}"
+    return capacity + ("" if options.max_batch is None else f" --max-batch {options.max_batch}")
+
+
+__all__ = ["PRECISIONS", "Sources", "TARGET", "facts_of", "find_engine", "hash_sources", "open_store", "pick_precision"]
