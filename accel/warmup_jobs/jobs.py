@@ -120,7 +120,7 @@ def read_jobs(source: str | Path | Mapping[str, Any]) -> tuple[JobFile, Path]:
         InputError: It asks for nothing.
     """
     if isinstance(source, Mapping):
-        data, where, folder = dict(source), "jobs", Path.cwd()
+        data, where, folder = dict(source), "the given mapping", Path.cwd()
     else:
         path = Path(source)
         if path.suffix not in (".yaml", ".yml"):
