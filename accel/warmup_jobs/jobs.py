@@ -65,7 +65,7 @@ class JobFile:
         store: Where engines are kept: a directory (relative to the jobs file) or URL.
         memory: What all builds together may take, e.g. ``16GB``; None: what this machine has free.
         workers: Most builds at a time; None: one per core.
-        summary: File that the report is written to, as JSON.
+        summary: File that the plan, and in the end the report, is written to, as JSON.
         logs: Folder for the logs of the builds; None: a temporary one, which is kept if an engine fails.
     """
 

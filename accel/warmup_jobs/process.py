@@ -27,16 +27,15 @@ class Child:
 
     Args:
         request: What to do; plain JSON.
-        result: File that the child writes its result to.
-        log: File that its output is appended to.
+        log: File that its output is appended to. The child writes its result beside it, as long as it takes to read it.
     """
 
-    def __init__(self, request: Mapping[str, Any], result: Path, log: Path) -> None:
-        self._result, self._log = result, log
+    def __init__(self, request: Mapping[str, Any], log: Path) -> None:
+        self._result, self._log = log.with_suffix(".json"), log
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: Outcome | None = None
         try:
-            self._start({**request, "result": str(result)})
+            self._start({**request, "result": str(self._result)})
         except OSError as error:  # a full disk, or no more processes: one attempt's trouble
             said = as_storage_error(error, log.parent) or f"The process cannot be started: {error}"
             self._failure = Outcome(error=str(said))
@@ -67,6 +66,7 @@ class Child:
         self._close()
         with suppress(OSError, ValueError):
             answer = json.loads(self._result.read_bytes())
+            self._result.unlink()
             return Outcome(answer.get("result"), answer.get("error"), answer.get("permanent", False))
         killed = code == -signal.SIGKILL
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
@@ -85,6 +85,8 @@ class Child:
             self._process.kill()
             self._process.wait()
             self._close()
+        with suppress(OSError):
+            self._result.unlink()
 
     def _close(self) -> None:
         if self._process is not None and self._process.stdin is not None:

@@ -75,9 +75,11 @@ def warmup(
     show = sys.stderr.isatty() if show_progress is None else show_progress
     job = _Job(place, url, limits, show)
     job.engines = [_Engine(planned) for planned in Planner(place).plan(wanted)]
-    if show and not dry_run:
-        job.say(str(job.report(started, dry_run=True)))
+    planned = job.report(started, dry_run=True)
+    if file.summary is not None:  # what cannot be written is found before hours of building
+        planned.write(folder / file.summary)
     if not dry_run:
+        job.say(str(planned))
         with _logs(file, folder, job), _stop_signals() as stopped:
             job.run(wanted, stopped)
     report = job.report(started, dry_run)
@@ -108,7 +110,6 @@ class _Job:
     show: bool
     engines: list[_Engine] = field(default_factory=list)
     logs: Path = Path()
-    results: Path = Path()
     tasks: int = 0  # begun so far
     interrupted: bool = False
     gpu: str | None = None
@@ -172,9 +173,8 @@ class _Job:
 
     def _task(self, name: str, memory: int, request: dict[str, Any], alone: bool = False) -> Task:
         self.tasks += 1
-        result = self.results / f"{self.tasks}.json"
         log = self.logs / f"{self.tasks:03}-{name.replace(' ', '-')}.log"
-        return Task(name, memory, lambda: Child(request, result, log), alone, log)
+        return Task(name, memory, lambda: Child(request, log), alone, log)
 
     def _tell(self, task: Task) -> None:
         outcome = task.outcome
@@ -256,7 +256,7 @@ def _store_url(store: str | Path | None, file: JobFile, folder: Path) -> str | N
 
 @contextmanager
 def _logs(file: JobFile, folder: Path, job: _Job) -> Iterator[None]:
-    """Gives the job its folders; temporary logs stay if there is something to be read in them."""
+    """Gives the job its folder for logs; a temporary one stays if there is something to be read in it."""
     chosen = None if file.logs is None else folder / file.logs
     try:
         if chosen is not None:
@@ -264,10 +264,9 @@ def _logs(file: JobFile, folder: Path, job: _Job) -> Iterator[None]:
         job.logs = chosen or Path(tempfile.mkdtemp(prefix="accel-warmup-"))
     except OSError as error:
         raise as_storage_error(error, chosen or Path(tempfile.gettempdir())) or error from error
-    with tempfile.TemporaryDirectory(prefix="accel-warmup-") as results:
-        job.results = Path(results)
-        yield
-    if chosen is None and all(_status(engine) in ("hit", "built") for engine in job.engines):
+    yield
+    done = all(_status(engine) in ("hit", "built") for engine in job.engines)
+    if chosen is None and (done or not any(job.logs.iterdir())):
         shutil.rmtree(job.logs, ignore_errors=True)
 
 

@@ -45,18 +45,18 @@ def test_a_crash(command: str, said: str, killed: bool, tmp_path: Path, monkeypa
     script.write_text(f"#!/bin/bash\necho about to build\n{command}\n")
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
-    (tmp_path / "result").write_text('{"result": {"of": "an earlier attempt"}}')
-    outcome = end_of(Child({}, tmp_path / "result", tmp_path / "log"))
+    (tmp_path / "a.json").write_text('{"result": {"of": "an earlier attempt"}}')
+    outcome = end_of(Child({}, tmp_path / "a.log"))
     assert outcome.result is None and outcome.error is not None and said in outcome.error
     assert outcome.killed == killed and not outcome.permanent
-    assert (tmp_path / "log").read_text() == "about to build\n"
+    assert (tmp_path / "a.log").read_text() == "about to build\n"
 
 
 def test_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome = end_of(Child({}, tmp_path / "result", tmp_path / "absent" / "log"))
+    outcome = end_of(Child({}, tmp_path / "absent" / "a.log"))
     assert outcome.error is not None and "cannot be started" in outcome.error
     monkeypatch.setattr(sys, "executable", str(tmp_path / "no-python"))
-    child = Child({}, tmp_path / "result", tmp_path / "log")
+    child = Child({}, tmp_path / "a.log")
     child.interrupt()
     child.kill()
     assert "cannot be started" in str(end_of(child).error)
@@ -64,9 +64,10 @@ def test_no_process_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_an_error_is_answered_and_logged(tmp_path: Path) -> None:
     request = {"do": "variant", "bundle": str(tmp_path / "absent"), "variant": "fp16"}
-    outcome = end_of(Child(request, tmp_path / "result", tmp_path / "log"))
+    outcome = end_of(Child(request, tmp_path / "a.log"))
     assert outcome.permanent and "There is no bundle directory" in str(outcome.error)
-    assert "Traceback" in (tmp_path / "log").read_text()
+    assert "Traceback" in (tmp_path / "a.log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.log"]
 
 
 def test_which_errors_stay() -> None:
