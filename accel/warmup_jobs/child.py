@@ -56,7 +56,7 @@ def is_permanent(error: Exception) -> bool:
 
 def _end_with_parent() -> None:
     """Waits for the end of standard input, which is the end of the parent; the store bears a death at any moment."""
-    while sys.stdin.buffer.read(1):
+    while os.read(sys.stdin.fileno(), 1):  # not the buffered stream, whose lock Python wants when it ends
         pass
     os._exit(1)
 
