@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from accel.variants import add_variant
 
 _LAZY = {
-    **{"export": "accel.api", "load": "accel.loading"},
-    **{"add_variant": "accel.variants", "build": "accel.engine_build"},
+    "export": "accel.api",
+    "load": "accel.loading",
+    "add_variant": "accel.variants",
+    "build": "accel.engine_build",
 }
 
 

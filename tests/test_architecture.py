@@ -31,7 +31,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.warmup",
     ),
     ("accel.bench", "accel.serving"),
-    ("accel.commands", "accel.cli", "accel.__main__"),
+    ("accel.commands", "accel.build_commands", "accel.cli", "accel.__main__"),
 )
 # Lines whose units know each other; the units of the other lines do not.
 ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
