@@ -193,6 +193,7 @@ def _configure(parsed: ParsedNetwork, settings: BuildSettings, timing_cache: byt
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     flavour.set_workspace(config, settings.workspace)
+    flavour.allow_capture(config)
     flavour.set_sms(config, settings.sm, settings.hardware_compatibility)
     if settings.refittable:
         config.set_flag(trt.BuilderFlag.REFIT)
