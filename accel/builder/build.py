@@ -1,4 +1,8 @@
-"""One graph and its settings -> one plan: parse, repair, prove, build. Nothing is written but a scratch file."""
+"""One graph and its settings -> one plan: parse, repair, prove, build. Nothing is written but a scratch file.
+
+Memory, measured with TensorRT-RTX 1.7.1: the interpreter and the libraries take some 230 MB, compiling some 12 MB for
+each layer of the model, and the builder copies the weights up to twice; the mapped weights and the plan take none.
+"""
 
 from __future__ import annotations
 
