@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from accel.loading import load
     from accel.variants import add_variant
 
-_LAZY = {
-    "export": "accel.api",
-    "load": "accel.loading",
-    "add_variant": "accel.variants",
-    "build": "accel.engine_build",
-}
+_LAZY = {"export": "accel.api", "load": "accel.loading"}
+_LAZY |= {"add_variant": "accel.variants", "build": "accel.engine_build"}
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,7 @@ class Flavour(ABC):
         if size is not None:
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, size)
 
-    def allow_capture(self, config: Any) -> None:
+    def allow_capture(self, config: Any) -> None:  # noqa: B027
         """Builds an engine whose runs a CUDA graph may hold. Full TensorRT needs nothing for it."""
 
     @abstractmethod
