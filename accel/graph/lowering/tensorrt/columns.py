@@ -1,7 +1,7 @@
 """Slices that cut a tensor into columns -> one Split.
 
-TensorRT's parser makes more shape arithmetic of a Slice than of a Split: three layers of phi3 had 182 elementwise layers
-with slices, and 56 with splits.
+TensorRT's parser makes more shape arithmetic of a Slice than of a Split: three layers of phi3 had 182 elementwise
+layers with slices, and 56 with splits.
 
 Case: two or more Slice nodes over one value, along its last axis, with constant bounds and steps of 1, that cover it
 whole without overlap. Refused: anything else, and values that have other readers of the same columns.
