@@ -247,8 +247,7 @@ def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession |
     except CapacityError:
         if not replacing:
             raise
-        options = _settle(engine, request.bundle, replace(request.options, capacity=None))
-        return engine.open(request.bundle, request.variant, options)
+        return engine.open(request.bundle, request.variant, replace(request.options, capacity=None))
 
 
 def _settle(engine: Engine, bundle: Bundle, options: SessionOptions) -> SessionOptions:
