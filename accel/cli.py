@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import accel
-from accel import build_commands, commands
+from accel import build_commands, commands, engine_commands
 from accel.errors import AccelError
 
 
@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
     _add_bench(sub.add_parser("bench", help="measure a bundle beside eager PyTorch"))
+    _add_warmup(sub.add_parser("warmup", help="build the TensorRT engines that a jobs file asks for"))
     return parser
 
 
@@ -198,6 +199,16 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave eager PyTorch out")
     parser.add_argument("--limits", action="store_true", help="also measure how near the machine's limits it comes")
     _finish(parser, commands.bench)
+
+
+def _add_warmup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", type=Path, metavar="JOBS.yaml", help="bundles, targets, SMs and capacities")
+    parser.add_argument("--dry-run", action="store_true", help="print what is there and what would be built")
+    parser.add_argument("--store", metavar="URL", help="a directory or URL; default: as the file says")
+    parser.add_argument("--workers", type=int, metavar="N", help="most builds at a time; default: one per core")
+    parser.add_argument("--memory", metavar="SIZE", help="that all builds may take, e.g. 16GB; default: what is free")
+    parser.add_argument("--retries", type=int, default=1, metavar="N", help="of a failed build (default 1)")
+    _finish(parser, engine_commands.warmup)
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -260,7 +260,7 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     settings, bundle = request.settings, request.bundle
     folder = cache_folder() / "builds"
     timings, history = TimingCaches(folder), History(folder / "history.json")
-    like = f"{flavour.target} {flavour.version} {bundle.manifest.arch.architecture} {len(bundle.manifest.arch.layers)}"
+    like = _like(bundle, flavour)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
@@ -271,6 +271,19 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
         timings.save(flavour, settings.sm, built.timing_cache)
         history.record(like, built.facts.phases)
     return built
+
+
+def past_seconds(bundle: Bundle, flavour: Flavour) -> float | None:
+    """What the latest build like this one took on this machine; None: there was none."""
+    from accel.builder.files import History
+
+    phases = History(cache_folder() / "builds" / "history.json").seconds(_like(bundle, flavour))
+    return sum(phases.values()) if phases else None
+
+
+def _like(bundle: Bundle, flavour: Flavour) -> str:
+    arch = bundle.manifest.arch
+    return f"{flavour.target} {flavour.version} {arch.architecture} {len(arch.layers)}"
 
 
 def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
@@ -315,4 +328,4 @@ def _say_waiting(request: BuildRequest) -> Any:
     return say
 
 
-__all__ = ["BuildRequest", "EngineReport", "build", "build_one", "prepare"]
+__all__ = ["BuildRequest", "EngineReport", "build", "build_one", "past_seconds", "prepare"]

@@ -28,10 +28,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.doctor",
         "accel.engine_build",
         "accel.loading",
-        "accel.warmup",
+        "accel.warmup_jobs",
     ),
     ("accel.bench", "accel.serving"),
-    ("accel.commands", "accel.build_commands", "accel.cli", "accel.__main__"),
+    ("accel.commands", "accel.build_commands", "accel.engine_commands", "accel.cli", "accel.__main__"),
 )
 # Lines whose units know each other; the units of the other lines do not.
 ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}

@@ -1,0 +1,118 @@
+"""The child's side: does one thing that a line of JSON on standard input asks for, and writes the result to a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import Any
+
+from accel.builder.files import write_atomically
+from accel.errors import (
+    AccelError,
+    BundleError,
+    DependencyError,
+    EngineBuildError,
+    EngineProofError,
+    ExportError,
+    InputError,
+    RecipeError,
+)
+from accel.schema import from_dict
+from accel.warmup_jobs.jobs import Wanted
+
+# Asking again changes nothing. ExportError: the graph cannot be lowered, or its rounding costs too much.
+_PERMANENT = (InputError, RecipeError, BundleError, DependencyError, EngineProofError, ExportError)
+
+
+def main() -> int:
+    """Answers one request; what it raises is part of the answer."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background hands down SIG_IGN
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    request = json.loads(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, name="accel-parent", daemon=True).start()
+    try:
+        answer: dict[str, Any] = {"result": _answer(request)}
+    except KeyboardInterrupt:
+        answer = {"error": "It was interrupted"}
+    except Exception as error:
+        traceback.print_exc()  # into the log
+        said = str(error) if isinstance(error, AccelError) else f"{type(error).__name__}: {error}"
+        answer = {"error": said, "permanent": is_permanent(error)}
+    write_atomically(Path(request["result"]), json.dumps(answer).encode())
+    return 0
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether the next attempt would fail alike: wrong input, a missing package, a graph that TensorRT refuses."""
+    refused = isinstance(error, EngineBuildError) and (error.where or "").startswith("node ")
+    return isinstance(error, _PERMANENT) or refused
+
+
+def _end_with_parent() -> None:
+    """Waits for the end of standard input, which is the end of the parent; the store bears a death at any moment."""
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(1)
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    if request["do"] == "variant":
+        return _add_variant(request["bundle"], request["variant"])
+    wanted = from_dict(Wanted, request["wanted"], "request")
+    if request["do"] == "build":
+        return _build(wanted, request["store"])
+    return _run(wanted, request["store"])
+
+
+def _add_variant(bundle: str, variant: str) -> dict[str, Any]:
+    from accel.variants import add_variant
+
+    add_variant(bundle, variant, show_progress=False)
+    return {}
+
+
+def _build(wanted: Wanted, store: str | None) -> dict[str, Any]:
+    from accel.engine_build import build_one
+    from accel.engines.tensorrt.adapter import load_flavour
+    from accel.engines.tensorrt.lookup import open_store
+
+    flavour = load_flavour(wanted.target)
+    report = build_one(_settle(wanted), flavour, open_store(store), show_progress=False)
+    return {"digest": report.digest, "built": report.built, "bytes": report.size}
+
+
+def _run(wanted: Wanted, store: str | None) -> dict[str, Any]:
+    from accel.engines import open_session
+    from accel.engines.session import SessionOptions
+    from accel.warmup_jobs.measure import warm_and_measure
+
+    request = _settle(wanted)
+    options = SessionOptions(capacity=request.settings.capacity, max_batch=request.max_batch, store=store)
+    opened = open_session(request.bundle, engine=wanted.target, variant=request.variant, options=options)
+    try:
+        return {"latency_ms": warm_and_measure(opened.session, request.settings.profiles)}
+    finally:
+        opened.session.close()
+
+
+def _settle(wanted: Wanted) -> Any:
+    from accel.bundle import Bundle
+    from accel.engine_build import prepare
+    from accel.engines.tensorrt.adapter import load_flavour
+
+    bundle, flavour = Bundle.open(wanted.bundle), load_flavour(wanted.target)
+    (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
+    return request
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
+
+
+__all__ = ["is_permanent", "main"]

@@ -1,0 +1,190 @@
+"""What a warm-up job asks for: YAML or a mapping -> frozen dataclasses -> single engines."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accel.engines.tensorrt.adapter import Compatibility, Target
+from accel.errors import InputError, RecipeError
+from accel.recipe import read_recipe
+from accel.schema import from_dict, suggest
+
+Profiles = dict[str, dict[str, dict[str, int]]]
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}{end}": 1000 ** (power + 1) for power, prefix in enumerate("kmgt") for end in ("", "b")},
+    **{f"{prefix}i{end}": 1024 ** (power + 1) for power, prefix in enumerate("kmgt") for end in ("", "b")},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What a job says of its engines, and what ``defaults`` says for all jobs. Every list means an engine for each.
+
+    Attributes:
+        target: ``tensorrt`` or ``rtx``.
+        sm: ``auto`` (this machine's GPU), or names such as ``sm86``.
+        precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16`` or ``bf16``.
+        capacity: Cache positions per row, decoders only.
+        workspace: Scratch memory that a layer may take, e.g. ``4GB``.
+        max_batch, profiles, optimization_level, refittable, hardware_compatibility: As in ``accel.build``.
+    """
+
+    target: Target | tuple[Target, ...] = "tensorrt"
+    sm: str | tuple[str, ...] = "auto"
+    precision: str | tuple[str, ...] = "auto"
+    capacity: int | tuple[int, ...] | None = None
+    max_batch: int | None = None
+    profiles: Profiles | None = None
+    optimization_level: int = 3
+    workspace: int | str | None = None
+    refittable: bool = False
+    hardware_compatibility: Compatibility = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(EngineSettings):
+    """Engines of one bundle, or of several; paths are relative to the jobs file."""
+
+    bundle: str | tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """A whole job.
+
+    Attributes:
+        defaults: Taken where a job says nothing.
+        store: Where engines are kept: a directory (relative to the jobs file) or URL.
+        memory: What all builds together may take, e.g. ``16GB``; None: what this machine has free.
+        workers: Most builds at a time; None: one per core.
+        summary: File that the report is written to, as JSON.
+        logs: Folder for the logs of the builds; None: a temporary one, which is kept if an engine fails.
+    """
+
+    defaults: EngineSettings = EngineSettings()
+    jobs: tuple[Job, ...]
+    store: str | None = None
+    memory: int | str | None = None
+    workers: int | None = None
+    summary: str | None = None
+    logs: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One engine as asked for: an absolute path, ``workspace`` in bytes, the rest as in ``EngineSettings``."""
+
+    bundle: str
+    target: Target
+    sm: str
+    precision: str
+    capacity: int | None
+    max_batch: int | None
+    profiles: Profiles | None
+    optimization_level: int
+    workspace: int | None
+    refittable: bool
+    hardware_compatibility: Compatibility
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        capacity = "" if self.capacity is None else f" capacity {self.capacity}"
+        return f"{Path(self.bundle).name} {self.target} {self.sm} {self.precision}{capacity}"
+
+    def asked(self) -> dict[str, Any]:
+        """The keyword arguments of ``accel.engine_build.prepare``."""
+        names = ("profiles", "precision", "capacity", "max_batch", "optimization_level", "workspace", "refittable")
+        return {name: getattr(self, name) for name in (*names, "hardware_compatibility")}
+
+
+def read_jobs(source: str | Path | Mapping[str, Any]) -> tuple[JobFile, Path]:
+    """Reads a job.
+
+    Args:
+        source: A YAML file, or what it would hold.
+
+    Returns:
+        The job, and the folder that its paths are relative to (of a mapping: the current one).
+
+    Raises:
+        RecipeError: The file cannot be read, or has an unknown key or a value of the wrong type.
+        InputError: It asks for nothing.
+    """
+    if isinstance(source, Mapping):
+        data, where, folder = dict(source), "the given mapping", Path.cwd()
+    else:
+        path = Path(source)
+        if path.suffix not in (".yaml", ".yml"):
+            raise RecipeError(
+                "A jobs file ends in .yaml or .yml", where=str(path), remedy="Check the path, or rename it"
+            )
+        data, where, folder = read_recipe(path), str(path), path.absolute().parent
+    file = from_dict(JobFile, _with_defaults(data), where, error=RecipeError)
+    if not file.jobs:
+        raise InputError("There are no jobs", where=f"{where}: jobs", remedy="Name a bundle, a target and its SMs")
+    for index, job in enumerate(file.jobs):
+        for name in ("bundle", "target", "sm", "precision", "capacity"):
+            if getattr(job, name) == ():
+                remedy = "Give a value, or leave the key out"
+                raise InputError("The list is empty", where=f"{where}: jobs[{index}]: {name}", remedy=remedy)
+    return file, folder
+
+
+def expand(file: JobFile, folder: Path) -> list[Wanted]:
+    """Every single engine that a job asks for, each once, in the job's order.
+
+    Raises:
+        RecipeError: A workspace that is no size.
+    """
+    found: list[Wanted] = []
+    for job in file.jobs:
+        workspace = None if job.workspace is None else parse_size(job.workspace, "workspace")
+        choices = (job.bundle, job.target, job.precision, job.capacity, job.sm)
+        for bundle, target, precision, capacity, sm in itertools.product(*map(_many, choices)):
+            wanted = Wanted(
+                str(folder / bundle), target, sm.lower(), precision, capacity, job.max_batch, job.profiles,
+                job.optimization_level, workspace, job.refittable, job.hardware_compatibility,
+            )  # fmt: skip
+            if wanted not in found:
+                found.append(wanted)
+    return found
+
+
+def parse_size(value: int | str, where: str) -> int:
+    """Bytes of ``16GB``, ``512 MiB``, ``16Gi`` (as Kubernetes writes it) or a plain number.
+
+    Raises:
+        RecipeError: It is none of these, or not above 0.
+    """
+    match = _SIZE.fullmatch(str(value).strip().lower())
+    if match and match[2] not in _UNITS:
+        remedy = suggest(match[2].upper(), [unit.upper() for unit in _UNITS if unit])
+        raise RecipeError(f"{value!r} has an unknown unit", where=where, remedy=remedy)
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size < 1:
+        raise RecipeError(f"{value!r} is no size", where=where, remedy="Write it like 16GB or 16GiB")
+    return size
+
+
+def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """Lays each job over the defaults; whatever has the wrong type stays, to be named by its place."""
+    defaults, jobs = data.get("defaults", {}), data.get("jobs")
+    if not isinstance(defaults, Mapping) or not isinstance(jobs, (list, tuple)):
+        return data
+    return {**data, "jobs": [{**defaults, **job} if isinstance(job, Mapping) else job for job in jobs]}
+
+
+def _many(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+__all__ = ["EngineSettings", "Job", "JobFile", "Wanted", "expand", "parse_size", "read_jobs"]

@@ -1,0 +1,158 @@
+"""Looks every engine up in the store, and says what the missing ones will cost; builds nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from accel.bundle import Bundle
+from accel.engine_build import DEFAULT_PRECISION, BuildRequest, past_seconds, prepare
+from accel.engines.tensorrt.adapter import Flavour, load_flavour
+from accel.engines.tensorrt.lookup import TARGET, pick_precision
+from accel.engines.tensorrt.packages import current_sm
+from accel.errors import AccelError, InputError, RefusedEngineError
+from accel.schema import suggest
+from accel.store import EngineManifest, EngineStore
+from accel.variants import LIMITS
+from accel.warmup_jobs.jobs import Wanted
+
+MEMORY_PER_WEIGHT = 2.5  # peak of a build by the bytes of its weights
+BUILD_BASE = 512 << 20  # the library itself: a build without weights
+VARIANT_BASE = 1 << 30  # PyTorch, which checks a new variant
+VARIANT_MISSING = "variant missing"
+
+
+@dataclass(frozen=True)
+class PlannedEngine:
+    """One engine of a plan.
+
+    Attributes:
+        wanted: What was asked for.
+        state: ``hit``: the store has it. ``miss``: to be built. ``failed``: it cannot be.
+        reason: Why it is no hit.
+        missing: Precision that must be added to the bundle first; None: it is there.
+        variant: Precision that it has or will have.
+        digest: Its name in the store; None as long as it is not known.
+        bytes: Size of a hit's plan.
+        memory: Bytes that its build is expected to take.
+        seconds: That the build is expected to take; None: there was none like it on this machine.
+        alone: Whether its build times kernels on the GPU and so must not be disturbed.
+    """
+
+    wanted: Wanted
+    state: Literal["hit", "miss", "failed"]
+    reason: str | None = None
+    missing: str | None = None
+    variant: str | None = None
+    digest: str | None = None
+    bytes: int | None = None
+    memory: int = 0
+    seconds: float | None = None
+    alone: bool = False
+
+
+class Planner:
+    """Plans engines, opening each bundle and listing each folder of the store once.
+
+    Args:
+        store: Where engines are looked up.
+        verify: Whether the plan of a hit is read too, which finds truncated and altered ones; else its manifest alone.
+    """
+
+    def __init__(self, store: EngineStore, verify: bool = False) -> None:
+        self._store, self._verify = store, verify
+        self._bundles: dict[str, Bundle] = {}
+        self._found: dict[str, list[EngineManifest]] = {}
+
+    def plan(self, wanted: Sequence[Wanted]) -> list[PlannedEngine]:
+        """Plans all; what is wrong with one is its reason."""
+        return [self._plan_one(one) for one in wanted]
+
+    def _plan_one(self, wanted: Wanted) -> PlannedEngine:
+        try:
+            bundle, flavour = self._open(wanted.bundle), load_flavour(wanted.target)
+            wanted = replace(wanted, sm=_resolve_sm(wanted.sm, flavour))
+            variant = _resolve_variant(bundle, wanted.precision)
+            common: dict[str, Any] = {
+                "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu,
+                "seconds": past_seconds(bundle, flavour),
+            }  # fmt: skip
+            if not has_variant(bundle, variant):
+                flavour.check_sms((wanted.sm,), wanted.hardware_compatibility)
+                return PlannedEngine(wanted, "miss", VARIANT_MISSING, missing=variant, **common)
+            (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
+            manifest, reason = self._look_up(request)
+        except AccelError as error:
+            return PlannedEngine(wanted, "failed", str(error))
+        except Exception as error:  # one engine's trouble is not the others'
+            return PlannedEngine(wanted, "failed", f"{type(error).__name__}: {error}")
+        size = None if manifest is None else manifest.size
+        state: Literal["hit", "miss"] = "miss" if manifest is None else "hit"
+        return PlannedEngine(wanted, state, reason, digest=request.key.digest, bytes=size, **common)
+
+    def _open(self, path: str) -> Bundle:
+        if path not in self._bundles:
+            self._bundles[path] = Bundle.open(path)
+        return self._bundles[path]
+
+    def _look_up(self, request: BuildRequest) -> tuple[EngineManifest | None, str | None]:
+        """The stored engine's manifest, or why there is none."""
+        key = request.key
+        if key.identity not in self._found:
+            self._found[key.identity] = self._store.find(key.identity)
+        found = next((manifest for manifest in self._found[key.identity] if manifest.key == key), None)
+        if found is None:
+            return None, "not in the store"
+        if self._verify:
+            try:
+                engine = self._store.get(key)
+            except RefusedEngineError as error:
+                return None, f"the stored one is refused: {error.what}"
+            if engine is None:
+                return None, "not in the store"
+            engine.close()
+        return found, None
+
+
+def has_variant(bundle: Bundle, variant: str) -> bool:
+    """Whether the bundle has the TensorRT graph of a precision."""
+    variants = bundle.manifest.variants
+    return variant in variants and TARGET in variants[variant].graphs
+
+
+def variant_memory(bundle: str) -> int:
+    """Bytes that adding a variant is expected to take: fp32 weights, as read, lowered and compared."""
+    return VARIANT_BASE + int(MEMORY_PER_WEIGHT * 4 * Bundle.open(bundle).manifest.arch.parameters)
+
+
+def _resolve_sm(sm: str, flavour: Flavour) -> str:
+    if sm != "auto":
+        return sm
+    here = current_sm()
+    if here is None:
+        known = ", ".join(flavour.known_sms())
+        remedy = f"Name the SMs in the job, e.g. sm: [sm89]{f'; known: {known}' if known else ''}"
+        raise InputError("There is no GPU here to build for", where="sm: auto", remedy=remedy)
+    return here
+
+
+def _resolve_variant(bundle: Bundle, precision: str) -> str:
+    if precision == "auto":
+        return pick_precision(bundle, "auto") or DEFAULT_PRECISION
+    if precision not in LIMITS and not has_variant(bundle, precision):
+        remedy = suggest(precision, ["auto", *LIMITS])
+        raise InputError(f"There is no precision {precision!r}", where="precision", remedy=remedy)
+    return precision
+
+
+def _build_memory(bundle: Bundle, variant: str) -> int:
+    manifest = bundle.manifest
+    if has_variant(bundle, variant):
+        weights = sum(manifest.files[name].size for name in manifest.variants[variant].weights)
+    else:
+        weights = manifest.arch.parameters * (4 if variant == "fp32" else 2)
+    return BUILD_BASE + int(MEMORY_PER_WEIGHT * weights)
+
+
+__all__ = ["VARIANT_MISSING", "PlannedEngine", "Planner", "has_variant", "variant_memory"]

@@ -1,0 +1,99 @@
+"""Jobs files: strict, with defaults, expanded to single engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accel.errors import InputError, RecipeError
+from accel.warmup_jobs.jobs import expand, parse_size, read_jobs
+
+JOB = {"bundle": "llama", "target": "rtx", "sm": "sm86"}
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "jobs.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_becomes_single_engines(tmp_path: Path) -> None:
+    text = """
+    defaults: {target: rtx, sm: [SM86, sm89], max_batch: 4}
+    jobs:
+      - {bundle: llama, capacity: [64, 128], workspace: 1GiB}
+      - {bundle: [bert, mpnet], sm: sm120, max_batch: 2}
+      - {bundle: bert, sm: sm120, max_batch: 2}
+    """
+    found = expand(*read_jobs(write(tmp_path, text)))
+    named = [(Path(one.bundle).name, one.sm, one.capacity, one.max_batch, one.workspace) for one in found]
+    assert named == [
+        ("llama", "sm86", 64, 4, 1 << 30),
+        ("llama", "sm89", 64, 4, 1 << 30),
+        ("llama", "sm86", 128, 4, 1 << 30),
+        ("llama", "sm89", 128, 4, 1 << 30),
+        ("bert", "sm120", None, 2, None),  # asked for twice, found once
+        ("mpnet", "sm120", None, 2, None),
+    ]
+    assert {one.target for one in found} == {"rtx"}
+    assert found[0].bundle == str(tmp_path / "llama")  # beside the file
+
+
+@pytest.mark.parametrize(
+    ("data", "where", "remedy"),
+    [
+        ({"jobs": [JOB], "memroy": "1GB"}, "", "'memory'"),
+        ({"jobs": [JOB, {**JOB, "capasity": 8}]}, r"jobs\[1\]", "'capacity'"),
+        ({"jobs": [JOB], "defaults": {"targt": "rtx"}}, "defaults", "'target'"),
+        ({"jobs": [{**JOB, "target": "rtxx"}]}, r"jobs\[0\]: target", "Correct"),
+        ({"jobs": [{**JOB, "sm": [86]}]}, r"jobs\[0\]: sm", "Correct"),
+        ({"jobs": [{"sm": "sm86"}]}, r": jobs\[0\]", "a string"),
+        ({"jobs": ["llama"]}, r"jobs\[0\]", "Correct"),
+        ({"jobs": "llama"}, ": jobs", "Correct"),
+        ({}, "", "Add it: a list"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(data: dict[str, Any], where: str, remedy: str) -> None:
+    with pytest.raises(RecipeError, match=rf"\(at the given mapping.*{where}.*{remedy}"):
+        read_jobs(data)
+
+
+@pytest.mark.parametrize("name", ["bundle", "target", "sm", "precision", "capacity"])
+def test_an_empty_list_is_no_silence(name: str) -> None:
+    with pytest.raises(InputError, match=rf"empty.*jobs\[0\]: {name}"):
+        read_jobs({"jobs": [{**JOB, name: []}]})
+
+
+def test_nothing_to_do() -> None:
+    with pytest.raises(InputError, match="no jobs"):
+        read_jobs({"jobs": []})
+
+
+@pytest.mark.parametrize("text", ["jobs: [", "- a list", "jobs: []\njobs: []"])
+def test_no_yaml(text: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="not YAML|not a mapping|stands twice"):
+        read_jobs(write(tmp_path, text))
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"No such file"):
+        read_jobs(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match=r"ends in \.yaml"):
+        read_jobs(tmp_path / "jobs.json")
+
+
+def test_sizes() -> None:
+    units = {"1kb": 1000, "1 GB": 10**9, "16Gi": 16 << 30, "0.5 GiB": 1 << 29, "3M": 3 * 10**6, "7": 7}
+    assert {text: parse_size(text, "memory") for text in units} == units
+    assert parse_size(5, "memory") == 5
+    for wrong, said in {
+        "-1GB": "no size",
+        "0": "no size",
+        "much": "no size",
+        "4GX": "unknown unit",
+        "": "no size",
+    }.items():
+        with pytest.raises(RecipeError, match=f"{said}.*at memory"):
+            parse_size(wrong, "memory")
