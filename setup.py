@@ -12,19 +12,33 @@ VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "accel" / "__init__.py").r
 assert VERSION is not None
 README = ROOT / "README.md"
 
+CUDA = "cuda-python>=12.8"
+RTX = ["tensorrt-rtx-cu13>=1.7", CUDA]
 CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
 STORE = ["fsspec", "cryptography>=42"]  # engines in object stores, and ed25519 signatures; a local folder needs neither
 S3 = ["s3fs>=2024.10", *STORE]  # the first with writes that fail if the object is there
-# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback.
-TEST = ["pytest", "pytest-xdist", "psutil", "matplotlib", "gguf", "accelerate", "moto[server]", *S3, *EXPORT]
+# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback; TensorRT-RTX builds engines without a GPU.
+LINUX_RTX = [f"{package}; sys_platform == 'linux'" for package in RTX]
+TEST = [
+    "pytest",
+    "pytest-xdist",
+    "psutil",
+    "matplotlib",
+    "gguf",
+    "accelerate",
+    "moto[server]",
+    *S3,
+    *EXPORT,
+    *LINUX_RTX,
+]
 EXTRAS = {
     "cpu": CPU,
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
     "cuda": ["onnxruntime-gpu", "triton", "torch"],
-    "tensorrt": ["tensorrt>=10.15.1", "cuda-python>=12.8"],
-    "rtx": ["tensorrt-rtx-cu13>=1.7", "cuda-python>=12.8"],
+    "tensorrt": ["tensorrt>=10.15.1", CUDA],
+    "rtx": RTX,
     "store": STORE,
     "s3": S3,
     "serve": ["fastapi", "uvicorn"],

@@ -106,7 +106,7 @@ def probe() -> Capabilities:
         gpus=gpus,
         onnxruntime=onnxruntime,
         packages=_packages(bool(gpus)),
-        engines=(_onnxruntime_engine(onnxruntime), _torch_engine()),
+        engines=(*_tensorrt_engines(bool(gpus)), _onnxruntime_engine(onnxruntime), _torch_engine()),
         warnings=tuple(warnings),
     )
 
@@ -196,6 +196,27 @@ def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
     if usable and found.problem is None:
         return EngineStatus("ort-cpu", True, f"onnxruntime {found.version}, ragged attention proven", None)
     return EngineStatus("ort-cpu", usable, found.problem or "", install)
+
+
+def _tensorrt_engines(has_gpu: bool) -> tuple[EngineStatus, EngineStatus]:
+    """What can be said without importing them: loading an engine proves the rest."""
+    rows = []
+    for name, extra, packages in (
+        ("tensorrt", "tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")),
+        ("rtx", "rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")),
+    ):
+        found = next((f"{package} {version}" for package in packages if (version := version_of(package))), None)
+        runs = has_gpu and found is not None and version_of("cuda-python") is not None
+        if found is None:
+            reason = f"{packages[0]} is not installed"
+        elif not has_gpu:
+            builds = "; engines can be built here: accel build --target rtx" if name == "rtx" else ""
+            reason = f"{found}, but no NVIDIA GPU or driver{builds}"
+        else:
+            reason = f"{found}; engines come from the store (accel build)" if runs else "cuda-python is not installed"
+        wanted = not runs and (has_gpu or (name == "rtx" and found is None))
+        rows.append(EngineStatus(name, runs, reason, f'pip install "accelrt[{extra}]"' if wanted else None))
+    return rows[0], rows[1]
 
 
 def _torch_engine() -> EngineStatus:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import accel
-from accel import commands, engine_commands
+from accel import build_commands, commands, engine_commands
 from accel.errors import AccelError
 
 
@@ -78,6 +78,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(sub.add_parser("run", help="generate text with a bundle"))
     _add_embed(sub.add_parser("embed", help="embed texts with a bundle"))
     _add_inspect(sub.add_parser("inspect", help="show what is in a bundle"))
+    _add_quantize(sub.add_parser("quantize", help="add a precision to a bundle"))
+    _add_build(sub.add_parser("build", help="build a bundle's TensorRT engines"))
+    _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
     _add_bench(sub.add_parser("bench", help="measure a bundle beside eager PyTorch"))
     _add_warmup(sub.add_parser("warmup", help="build the TensorRT engines that a jobs file asks for"))
@@ -133,6 +136,54 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _finish(parser, commands.inspect)
 
 
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    variants = "fp16, bf16 or fp32, for TensorRT; may be repeated"
+    parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
+    parser.add_argument("--no-parity", action="store_true", help="skip the comparison with fp32")
+    _finish(parser, build_commands.quantize)
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--target", choices=("tensorrt", "rtx"), default="tensorrt", help="default: tensorrt")
+    parser.add_argument("--sm", nargs="+", metavar="SM", help="e.g. sm86 sm89; default: this machine's GPU")
+    parser.add_argument("--precision", default="auto", help="fp16, bf16, fp32; default: what the bundle has, or fp16")
+    parser.add_argument("--capacity", type=int, metavar="N", help="decoders: cache positions per row (default 2048)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="most rows (default 8, encoders 32)")
+    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML; default: prefill and decode, or encode")
+    parser.add_argument("--optimization-level", type=int, default=3, metavar="N", help="0 to 5 (default 3)")
+    parser.add_argument("--workspace", metavar="SIZE", help="scratch memory of a layer, e.g. 2G")
+    parser.add_argument("--refittable", action="store_true", help="keep the weights replaceable")
+    levels = ("none", "same", "ampere+")
+    parser.add_argument("--hardware-compatibility", choices=levels, default="none", help="tensorrt only")
+    parser.add_argument("--proof", action="store_true", help="print what was proved of the network")
+    _add_store(parser)
+    _finish(parser, build_commands.build)
+
+
+def _add_cache(parser: argparse.ArgumentParser) -> None:
+    sub = parser.add_subparsers(required=True, metavar="ACTION")
+    for name, text, command in (
+        ("ls", "list the engines", build_commands.cache_ls),
+        ("verify", "read every engine and check it", build_commands.cache_verify),
+        ("prune", "remove the least recently used", build_commands.cache_prune),
+        ("rm", "remove engines", build_commands.cache_rm),
+    ):
+        action = sub.add_parser(name, help=text)
+        if name == "prune":
+            action.add_argument("--max-bytes", required=True, metavar="SIZE", help="keep at most this much, e.g. 20G")
+        if name == "rm":
+            action.add_argument("digest", nargs="+", help="as cache ls shows it")
+        _add_store(action)
+        _finish(action, command)
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    help_text = "a directory or URL; default: $ACCEL_STORE, else this user's cache"
+    parser.add_argument("--store", metavar="URL", help=help_text)
+
+
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     _finish(parser, commands.doctor)
 
@@ -170,10 +221,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument("--engine", default="auto", help="ort-cpu, torch; default: the first that runs")
+    group.add_argument("--engine", default="auto", help="tensorrt, rtx, ort-cpu, torch; default: the first that runs")
     group.add_argument("--device", default="auto")
     group.add_argument("--variant", default="auto", help="e.g. fp32")
     group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    _add_store(group)  # type: ignore[arg-type]
     group.add_argument("--strict", action="store_true", help="fail rather than fall back to another engine")
 
 

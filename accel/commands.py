@@ -159,7 +159,7 @@ def bench(options: Namespace) -> int:
 
 def _load(options: Namespace, **more: Any) -> Any:
     """The encoder or decoder; ``_check_kind`` told which."""
-    names = ("engine", "device", "variant", "threads", "strict")
+    names = ("engine", "device", "variant", "threads", "strict", "store")
     return accel.load(options.bundle, **{name: getattr(options, name) for name in names}, **more)
 
 

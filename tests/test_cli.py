@@ -295,5 +295,5 @@ def test_every_generation_option_reaches_the_runtime(monkeypatch: pytest.MonkeyP
     expected = {name.replace("-", "_"): value for name, value in values.items()}
     assert given == expected | {
         "prompt": "p", "stop": ["a", "b"], "do_sample": True, "strict": True,
-        "engine": "auto", "device": "auto", "variant": "auto",
+        "engine": "auto", "device": "auto", "variant": "auto", "store": None,
     }  # fmt: skip

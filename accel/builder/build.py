@@ -1,4 +1,8 @@
-"""One graph and its settings -> one plan: parse, repair, prove, build. Nothing is written but a scratch file."""
+"""One graph and its settings -> one plan: parse, repair, prove, build. Nothing is written but a scratch file.
+
+Memory, measured with TensorRT-RTX 1.7.1: the interpreter and the libraries take some 230 MB, compiling some 12 MB for
+each layer of the model, and the builder copies the weights up to twice; the mapped weights and the plan take none.
+"""
 
 from __future__ import annotations
 
@@ -193,6 +197,7 @@ def _configure(parsed: ParsedNetwork, settings: BuildSettings, timing_cache: byt
     config = builder.create_builder_config()
     config.builder_optimization_level = settings.optimization_level
     flavour.set_workspace(config, settings.workspace)
+    flavour.allow_capture(config)
     flavour.set_sms(config, settings.sm, settings.hardware_compatibility)
     if settings.refittable:
         config.set_flag(trt.BuilderFlag.REFIT)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from accel.engines.tensorrt.adapter import Flavour
 from accel.errors import StorageError
-from accel.storage import as_storage_error
+from accel.storage import as_storage_error, replace_file
 
 
 class TimingCaches:
@@ -81,17 +80,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         StorageError: The folder is full, read-only or not there to be made.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.tmp-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_file(path, data)
     except OSError as error:
         if isinstance(error, FileExistsError):  # mkdir says so of a file in the folder's place
             error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent))

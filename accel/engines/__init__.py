@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
-from accel.engines.kv_cache import check_count, resolve_cache, with_cache
+from accel.engines.kv_cache import check_count, resolve_cache
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
 from accel.errors import (
     AccelError,
@@ -36,7 +36,7 @@ class Engine:
         name: What ``engine=`` takes and ``EngineInfo.name`` says.
         device: The device it runs on.
         probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
-        open: (bundle, variant name or "auto", options with everything settled) -> session.
+        open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
     """
 
     name: str
@@ -243,19 +243,11 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
 
 def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
     try:
-        return engine.open(request.bundle, request.variant, _settle(engine, request.bundle, request.options))
+        return engine.open(request.bundle, request.variant, request.options)
     except CapacityError:
         if not replacing:
             raise
-        options = _settle(engine, request.bundle, replace(request.options, capacity=None))
-        return engine.open(request.bundle, request.variant, options)
-
-
-def _settle(engine: Engine, bundle: Bundle, options: SessionOptions) -> SessionOptions:
-    """A decoder's rows and capacity: on the CPU by its memory; a GPU's engine was built for its own."""
-    if engine.device != "cpu" or bundle.manifest.arch.kind == "encoder":
-        return options
-    return with_cache(options, resolve_cache(bundle.manifest.arch, options))
+        return engine.open(request.bundle, request.variant, replace(request.options, capacity=None))
 
 
 def _check_threads(threads: int | None) -> None:

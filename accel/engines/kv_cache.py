@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from accel.engines.session import SessionOptions
 from accel.errors import CapacityError, InputError
@@ -69,11 +69,6 @@ def check_count(name: str, value: object) -> int | None:
     return value
 
 
-def with_cache(options: SessionOptions, shape: CacheShape) -> SessionOptions:
-    """The options with rows and capacity settled."""
-    return replace(options, max_batch=shape.rows, capacity=shape.capacity)
-
-
 def _check_asked(arch: ArchSpec, asked: int, rows: int, row_bytes: int, memory: int | None) -> None:
     if asked > arch.max_positions:
         raise CapacityError(
@@ -90,4 +85,4 @@ def _check_asked(arch: ArchSpec, asked: int, rows: int, row_bytes: int, memory: 
         )
 
 
-__all__ = ["CacheShape", "bytes_per_token", "check_count", "resolve_cache", "with_cache"]
+__all__ = ["CacheShape", "bytes_per_token", "check_count", "resolve_cache"]

@@ -133,7 +133,7 @@ def test_ort_errors_become_engine_errors() -> None:
 
 
 def test_registry_names_are_what_sessions_say(bundle: Bundle) -> None:
-    for engine in engines.ENGINES:
+    for engine in (engine for engine in engines.ENGINES if engine.device == "cpu"):
         opened = open_session(bundle, engine=engine.name, options=OPTIONS)
         assert opened.session.info.name == engine.name and opened.session.info.device == engine.device
         opened.session.close()

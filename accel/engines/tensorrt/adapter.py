@@ -122,6 +122,9 @@ class Flavour(ABC):
         if size is not None:
             config.set_memory_pool_limit(self.trt.MemoryPoolType.WORKSPACE, size)
 
+    def allow_capture(self, config: Any) -> None:  # noqa: B027
+        """Builds an engine whose runs a CUDA graph may hold. Full TensorRT needs nothing for it."""
+
     @abstractmethod
     def load_timing_cache(self, config: Any, data: bytes) -> bool:
         """Gives a build the timings of earlier ones (empty: none yet); False where the flavour has no such cache."""
@@ -317,6 +320,10 @@ class TensorRTRTX(Flavour):
             # False, not an error, when refused; the build would then be for the GPU at hand.
             if not config.set_compute_capability(getattr(self.trt.ComputeCapability, sm.upper()), index):
                 raise EngineBuildError(f"{self.title} refused the SM {sm}", where="sm", remedy="Leave it out")
+
+    def allow_capture(self, config: Any) -> None:
+        # Release notes of 1.2: capture of a user's stream needs engines that never allocate memory themselves.
+        config.set_flag(self.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
 
     def can_refit(self) -> str | None:
         # Without a GPU REFIT and STRIP_PLAN end in "graph_jit.cpp:278 CHECK(status == CUDA_SUCCESS)" [1.7.1].

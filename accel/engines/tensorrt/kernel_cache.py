@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
 from pathlib import Path
+
+from accel.storage import replace_file
 
 _log = logging.getLogger(__name__)
 
@@ -25,14 +25,8 @@ def read_kernels(path: Path | None) -> bytes | None:
 
 def write_kernels(path: Path, data: bytes) -> None:
     """Replaces the file in one step; a failure is logged and leaves the old one."""
-    temporary = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, data)
     except OSError as error:
         _log.warning("compiled kernels are not kept: %s", error)
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from accel.errors import FusionError
 from accel.graph.clean import clean
+from accel.graph.lowering.tensorrt.columns import split_columns
 from accel.graph.lowering.tensorrt.decoder_attention import lower_cached_attention
 from accel.graph.lowering.tensorrt.encoder_attention import lower_attention
 from accel.graph.lowering.tensorrt.linear import lower_linear
@@ -47,6 +48,7 @@ def lower(
         (
             ("unit_batch", drop_unit_batch if decoder else _nothing),
             ("linear", lower_linear),
+            ("columns", split_columns),
             ("clean", clean),
             ("precision", lambda model: set_precision(model, dtype)),
         ),
