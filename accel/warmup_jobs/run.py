@@ -26,7 +26,7 @@ from accel.warmup_jobs.jobs import JobFile, Wanted, expand, parse_size, read_job
 from accel.warmup_jobs.plan import PlannedEngine, Planner, variant_memory
 from accel.warmup_jobs.process import Child
 from accel.warmup_jobs.report import EngineLine, Status, WarmupReport
-from accel.warmup_jobs.scheduler import Limits, Task, run_tasks
+from accel.warmup_jobs.scheduler import Limits, Outcome, Task, run_tasks
 
 UNKNOWN_MEMORY = 8 << 30  # where the system does not say what is free
 
@@ -153,6 +153,18 @@ class _Job:
                 engine.build = self._task(planned.wanted.title, planned.memory, request, planned.alone)
                 engine.log = engine.build.log
         run_tasks([engine.build for engine in self.engines if engine.build], self.limits, stopped, self._tell)
+        if stopped():
+            self._count_stored()
+
+    def _count_stored(self) -> None:
+        """A child that is stopped right behind its last step has no time to say that its engine is in the store."""
+        stored = {entry.digest: entry for entry in self.store.entries() if entry.manifest is not None}
+        for engine in self.engines:
+            entry = stored.get(engine.planned.digest or "")
+            if engine.build is not None and engine.build.outcome is None and entry is not None:
+                assert entry.manifest is not None
+                result = {"built": True, "digest": entry.digest, "bytes": entry.manifest.size}
+                engine.build.outcome = Outcome(result=result)
 
     def _run_engines(self, stopped: Callable[[], bool]) -> None:
         """Loads, warms up and times this GPU's engines, one at a time: they share its memory and its clock."""
