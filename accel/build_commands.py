@@ -47,7 +47,7 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
     how = f"built in {facts['seconds']:.1f} s" if report.built else "from the store"
     head = f"{'+'.join(report.sm)} {report.variant}: {report.size / 1e6:.1f} MB, {how}  [{report.digest[:16]}]"
     layers = facts.get("layers", {})
-    caches = f", {layers['KV_CACHE_UPDATE']} cache updates" if "KV_CACHE_UPDATE" in layers else ""
+    caches = f", {layers['kv_cache_update']} cache updates" if "kv_cache_update" in layers else ""
     lines = [head, f"  {facts['fused_attention']} fused attention layers{caches}, {sum(layers.values())} layers in all"]
     if report.capacity is not None:
         size = facts["cache_bytes"] / 1e6
