@@ -141,7 +141,7 @@ def test_killed_builds_leave_a_good_store(bundle_of: Callable[[str], Path], tmp_
     """SIGKILL at twenty moments of a build: what the store holds is always whole, and the next run succeeds."""
     shutil.copytree(bundle_of("llama"), tmp_path / "bundle")
     add_variant(tmp_path / "bundle", "fp16", check=False)
-    store, sms = tmp_path / "store", ["sm75", "sm80", "sm86", "sm89", "sm120"]
+    store, sms = tmp_path / "store", ["sm86", "sm89", "sm120"]
     command = [sys.executable, "-m", "accel", "build", tmp_path / "bundle", "--target", "rtx", "--capacity", "32"]
     command += ["--sm", *sms, "--store", store, "--json"]
     root = Path(accel.__file__).parents[1]
