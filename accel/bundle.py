@@ -66,7 +66,7 @@ class Bundle:
         root = root.resolve()
         bundle = cls(root, _read_manifest(root))
         _check_sizes(bundle.manifest.arch)
-        _check_references(bundle.manifest)
+        check_references(bundle.manifest)
         for name, entry in bundle.manifest.files.items():
             _check_file(root, name, entry, verify)
         return bundle
@@ -181,7 +181,7 @@ class BundleWriter:
         }
         files.pop(MANIFEST_NAME, None)
         complete = dataclasses.replace(manifest, schema_version=SCHEMA_VERSION, files=files)
-        _check_references(complete)
+        check_references(complete)
         text = json.dumps(to_dict(complete), indent=1, ensure_ascii=False, allow_nan=False)
         (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
         fsync_tree(self.path)
@@ -277,8 +277,12 @@ def _check_sizes(arch: ArchSpec) -> None:
             raise BundleError(f"arch.{name} is {size}, which is no size", where=MANIFEST_NAME, remedy=RE_EXPORT)
 
 
-def _check_references(manifest: Manifest) -> None:
-    """Every file that the manifest speaks of is listed, and every parameter lies inside its file."""
+def check_references(manifest: Manifest) -> None:
+    """Every file that the manifest speaks of is listed, and every parameter lies inside its file.
+
+    Raises:
+        BundleError: One is not.
+    """
     wanted = {name for variant in manifest.variants.values() for name in variant.weights}
     wanted |= {graph.file for variant in manifest.variants.values() for graph in variant.graphs.values()}
     wanted |= {entry.file for entry in manifest.parameters.values()}
@@ -338,4 +342,4 @@ def _check_file(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
         raise BundleError(f"Cannot read the file: {error.strerror}", where=str(path), remedy=remedy) from error
 
 
-__all__ = ["Bundle", "BundleWriter", "file_entry"]
+__all__ = ["Bundle", "BundleWriter", "check_references", "file_entry"]

@@ -6,12 +6,13 @@ import dataclasses
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from accel.bundle import Bundle, file_entry
-from accel.errors import StorageError
+from accel.bundle import Bundle, check_references, file_entry
+from accel.errors import BundleError, StorageError
 from accel.manifest import MANIFEST_NAME, Manifest
 from accel.schema import to_dict
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
@@ -50,7 +51,7 @@ class BundleExtension:
         except BaseException as error:
             self._release()
             if isinstance(error, OSError) and not isinstance(error, StorageError):
-                raise self._translated(error) or error from error
+                raise self._translated(error) or self._cannot_open(error) from error
             raise
         return self
 
@@ -70,7 +71,9 @@ class BundleExtension:
             manifest: The bundle's with whatever is new; the new files are added here.
 
         Raises:
-            StorageError: A file of this name stands in the bundle already, or writing failed.
+            BundleError: The manifest names a file that was not written.
+            StorageError: A file of this name stands in the bundle already, or writing failed. Whatever is raised,
+                nothing was added.
         """
         root, new = self.bundle.path, sorted(path for path in self.path.iterdir() if path.is_file())
         taken = [path.name for path in new if path.name in self.bundle.manifest.files]
@@ -79,15 +82,26 @@ class BundleExtension:
             raise StorageError(what, where=str(root), remedy="Export the model again to change what it holds")
         files = {**self.bundle.manifest.files, **{path.name: file_entry(path) for path in new}}
         complete = dataclasses.replace(manifest, files=dict(sorted(files.items())))
+        check_references(complete)
         text = json.dumps(to_dict(complete), indent=1, ensure_ascii=False, allow_nan=False)
         (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
         fsync_tree(self.path)
-        for path in new:
-            os.replace(path, root / path.name)
-        os.replace(self.path / MANIFEST_NAME, root / MANIFEST_NAME)
+        self._move_in(new)
         if self._lock is not None:
             os.fsync(self._lock)
         return Bundle.open(root)
+
+    def _move_in(self, new: list[Path]) -> None:
+        root, manifest = self.bundle.path, self.path / MANIFEST_NAME
+        try:
+            for path in new:
+                os.replace(path, root / path.name)
+            os.replace(manifest, root / MANIFEST_NAME)
+        finally:
+            if manifest.exists():  # it did not move: nobody knows of the others
+                for path in new:
+                    with suppress(OSError):
+                        (root / path.name).unlink(missing_ok=True)
 
     def _release(self) -> None:
         self._sibling.remove()
@@ -97,6 +111,10 @@ class BundleExtension:
 
     def _translated(self, error: OSError) -> StorageError | None:
         return as_storage_error(error, self.bundle.path)
+
+    def _cannot_open(self, error: OSError) -> BundleError:
+        remedy = "Give the directory that accel.export wrote"
+        return BundleError(f"The bundle cannot be opened: {error.strerror}", where=str(self.bundle.path), remedy=remedy)
 
 
 __all__ = ["BundleExtension"]

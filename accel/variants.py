@@ -101,7 +101,9 @@ class _Addition:
         model, passes = lower(model, arch, arch.max_positions, _dtype(self.variant))
         self.progress.stage("Writing the weights")
         path = self.folder / (f"{self.variant}.{TARGET}.weights" if self.variant == BASE else f"{self.variant}.weights")
-        written = write_external(model, path, keep=self.bundle.path, advance=self.progress.advance)
+        # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
+        keep = self.bundle.path if self.variant == BASE else None
+        written = write_external(model, path, keep=keep, advance=self.progress.advance)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
         entry = save_graph(
             model, self.folder / f"{self.variant}.{TARGET}.onnx", names, (*canonical.passes, *passes), __version__

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,23 +14,11 @@ import pytest
 
 from accel.errors import StorageError
 from accel.store import EngineStore
+from tests.full_disk import file_size_limit
 from tests.store.samples import Files, Place, key
 
 PLAN = b"p" * 100_000
 LARGE = b"q" * (2 << 20)
-
-
-@contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Fails a write half way, as a full disk does."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, previous)
 
 
 def check_unchanged(place: Place, plans: int) -> None:

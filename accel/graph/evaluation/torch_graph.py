@@ -6,7 +6,7 @@ as a strongly typed network does. Products add up in float32 and round once, lik
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,12 +36,12 @@ class TorchGraph:
         model: Standard operators of opset 24.
 
     Raises:
-        FusionError: An operator that TensorRT's dialect does not use.
+        FusionError: An operator, or an attribute of one, that TensorRT's dialect does not use.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
-        unknown = sorted({node.op_type for node in model.graph} - set(OPERATORS))
+        unknown = sorted({name for node in model.graph for name in _unknown(node)})
         if unknown:
             raise FusionError(f"no evaluation for {', '.join(unknown)}", where="tensorrt")
         self._weights = {
@@ -84,6 +84,16 @@ def to_numpy(tensor: Tensor) -> NDArray:
     return tensor.numpy()
 
 
+def _unknown(node: ir.Node) -> Iterator[str]:
+    """What of a node would be computed wrongly or not at all."""
+    if node.op_type not in OPERATORS or node.domain:
+        yield f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        return
+    for name, value in FIXED.get(node.op_type, {}).items():
+        if name in node.attributes and node.attributes[name].value != value:
+            yield f"{node.op_type} with {name}"
+
+
 def _int(node: ir.Node, name: str, default: int = 0) -> int:
     value = node.attributes.get_int(name, default)
     assert value is not None
@@ -116,11 +126,22 @@ def _shape(node: ir.Node, x: Tensor) -> Tensor:
 
 def _gather(node: ir.Node, x: Tensor, index: Tensor) -> Tensor:
     axis = _int(node, "axis") % x.dim()
-    taken = x.index_select(axis, torch.where(index < 0, index + x.shape[axis], index).reshape(-1))
+    taken = x.index_select(axis, _from_front(index, x.shape[axis]).reshape(-1))
     return taken.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
 
 
-def _slice(node: ir.Node, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None, *steps: Tensor) -> Tensor:
+def _gather_elements(node: ir.Node, x: Tensor, index: Tensor) -> Tensor:
+    axis = _int(node, "axis")
+    return torch.gather(x, axis, _from_front(index, x.shape[axis]))
+
+
+def _from_front(index: Tensor, size: int) -> Tensor:
+    return torch.where(index < 0, index + size, index)
+
+
+def _slice(
+    node: ir.Node, x: Tensor, starts: Tensor, ends: Tensor, axes: Tensor | None = None, *steps: Tensor
+) -> Tensor:
     places = range(starts.numel()) if axes is None else _axes(axes)
     strides = _axes(steps[0]) if steps else [1] * starts.numel()
     for axis, start, end, stride in zip(places, _axes(starts), _axes(ends), strides, strict=True):
@@ -209,7 +230,6 @@ def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _cumsum(node: ir.Node, x: Tensor, axis: Tensor) -> Tensor:
-    assert not _int(node, "exclusive") and not _int(node, "reverse")
     return torch.cumsum(x, int(axis))
 
 
@@ -246,7 +266,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Squeeze": _squeeze,
     "Shape": _shape,
     "Gather": _gather,
-    "GatherElements": lambda node, x, index: torch.gather(x, _int(node, "axis"), index),
+    "GatherElements": _gather_elements,
     "Slice": _slice,
     "Split": _split,
     "Expand": _expand,
@@ -261,6 +281,16 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "RotaryEmbedding": _rotary,
     "TensorScatter": _tensor_scatter,
     "Attention": _attention,
+}
+# Attributes that are not looked at, with the only value at which that is right.
+FIXED: dict[str, dict[str, Any]] = {
+    "Attention": {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0},
+    "CumSum": {"exclusive": 0, "reverse": 0},
+    "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
+    "LayerNormalization": {"axis": -1},
+    "RMSNormalization": {"axis": -1},
+    "Reshape": {"allowzero": 0},
+    "TensorScatter": {"axis": -2, "mode": "linear"},
 }
 
 
