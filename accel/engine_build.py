@@ -150,6 +150,9 @@ def prepare(
     rows = check_count("max_batch", max_batch) or (32 if arch.kind == "encoder" else DEFAULT_MAX_BATCH)
     positions = _resolve_capacity(arch, check_count("capacity", capacity))
     chosen = read_profiles(profiles) if profiles is not None else default_profiles(arch, rows, positions)
+    if not chosen:
+        remedy = "Name at least one, or leave them out for the usual ones"
+        raise InputError("There is no profile", where="profiles", remedy=remedy)
     settings = BuildSettings(
         target=flavour.target, sm=sms, profiles=chosen, capacity=positions, optimization_level=optimization_level,
         workspace=workspace, refittable=refittable, hardware_compatibility=hardware_compatibility,
@@ -181,8 +184,9 @@ def build_one(
 
 
 def _resolve_sms(flavour: Flavour, sm: str | Sequence[str]) -> tuple[str, ...]:
-    if sm != "auto":
-        return (sm.lower(),) if isinstance(sm, str) else tuple(name.lower() for name in sm)
+    names = (sm.lower(),) if isinstance(sm, str) else tuple(name.lower() for name in sm)
+    if names != ("auto",):
+        return names
     here = current_sm()
     if here is None:
         known = ", ".join(flavour.known_sms())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from accel.inspection.report import GraphNodes, Rotary
 
 ATTENTION = {"CachedAttention", "Attention", "CrossAttention", "GroupQueryAttention", "MultiHeadAttention"}
 PROJECTIONS = {"Linear", "MatMul", "FusedMatMul", "Gemm", "MatMulNBits"}  # where a search for rotary nodes ends
+WRITTEN_OUT = re.compile(r"layers\.\d+\.attention")  # the second product of attention that no operator does
 MAX_SEARCH = 256  # nodes between an attention node and its projections; a crafted graph may have more
 
 
@@ -90,6 +93,8 @@ class _Reader:
         self.model = model
         self.nodes = list(_walk(model.graph))
         self.producers = {output: node for node in self.nodes for output in node.output if output}
+        self.named = {node.name: node for node in model.graph.node}
+        self.inline = {tensor.name: tensor for tensor in model.graph.initializer if not tensor.external_data}
 
     def read(self) -> GraphFile:
         graph = self.model.graph
@@ -113,12 +118,33 @@ class _Reader:
         branch = _op(node) if kernels else None
         if node.op_type in ATTENTION:
             kernels = [node]
-        if not kernels:
+        written_out = node.op_type == "MatMul" and WRITTEN_OUT.fullmatch(node.name) is not None
+        if not kernels and not written_out:
             return None
-        found = tuple((_op(kernel), _numbers(kernel)) for kernel in kernels)
-        inputs = [*kernels[0].input, "", "", ""][:3]
+        found = tuple((_op(kernel), self._with_scale(kernel, node.name)) for kernel in kernels or [node])
+        inputs = [*(self._first_product(node).input if written_out else kernels[0].input), "", "", ""][:3]
         packed = bool(inputs[0]) and not inputs[1] and not inputs[2]
         return AttentionNode(found, branch, self._rotary(inputs, found[0][1]), packed)
+
+    def _with_scale(self, kernel: Any, name: str) -> dict[str, int | float]:
+        """The kernel's numbers; a scale that stands before it in a node of its own belongs to them."""
+        import onnx
+
+        numbers, node = _numbers(kernel), self.named.get(f"{name.removesuffix('attention')}scale")
+        for constant in () if node is None else (self.inline[name] for name in node.input if name in self.inline):
+            with suppress(TypeError, ValueError):  # not one number, or damaged
+                numbers["scale"] = numbers.get("scale", 1.0) * float(onnx.numpy_helper.to_array(constant).item())
+        return numbers
+
+    def _first_product(self, node: Any) -> Any:
+        """The product of query and key before this one of weights and value; itself where there is none."""
+        first = node
+        for _ in range(MAX_SEARCH):
+            place = 1 if first.op_type == "Where" else 0  # its condition is the mask
+            first = self.producers.get(first.input[place]) if len(first.input) > place else None
+            if first is None or first.op_type == "MatMul":
+                break
+        return first or node
 
     def _rotary(self, inputs: list[str], attributes: dict[str, int | float]) -> Rotary:
         if attributes.get("do_rotary"):

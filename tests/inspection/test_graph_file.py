@@ -35,6 +35,28 @@ def test_a_branch_around_the_kernel(tmp_path: Path) -> None:
     assert found.nodes.operators["com.microsoft::MultiHeadAttention"] == 2
 
 
+def test_attention_that_is_written_out(tmp_path: Path) -> None:
+    """As in a graph for TensorRT whose layers have softcaps: the second product carries the layer's name."""
+    nodes = [
+        helper.make_node("RotaryEmbedding", ["x", "c", "s", "p"], ["turned"]),
+        helper.make_node("Mul", ["turned", "scale"], ["q"], "layers.0.scale"),
+        helper.make_node("MatMul", ["q", "k"], ["scores"]),
+        helper.make_node("Tanh", ["scores"], ["capped"]),
+        helper.make_node("Where", ["mask", "capped", "hidden"], ["seen"]),
+        helper.make_node("Softmax", ["seen"], ["weights"]),
+        helper.make_node("MatMul", ["weights", "v"], ["y"], "layers.0.attention"),
+        helper.make_node("MatMul", ["y", "v"], ["z"], "MatMul_7"),
+    ]
+    scale = helper.make_tensor("scale", 1, [], [0.25])
+    graph = helper.make_graph(nodes, "g", [], [], [scale])
+    (tmp_path / "g.onnx").write_bytes(helper.make_model(graph).SerializeToString())
+    found = read_graph(tmp_path / "g.onnx").attention
+    node = found["layers.0.attention"]
+    assert list(found) == ["layers.0.attention"]
+    assert (node.op, node.rotary, node.packed_qkv) == ("MatMul", "outside", False)
+    assert node.kernels == (("MatMul", {"scale": 0.25}),)
+
+
 def test_rotary_of_an_earlier_layer_does_not_count(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("RotaryEmbedding", ["x"], ["turned"]),
