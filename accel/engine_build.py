@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
-from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
+from accel.engines.kv_cache import DEFAULT_MAX_BATCH, bytes_per_token, check_count
+from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
-from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, open_store, pick_precision
+from accel.engines.tensorrt.lookup import TARGET, Sources, find_engine, hash_sources, open_store, pick_precision
+from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import cuda_version, current_sm
-from accel.errors import InputError, StorageError
+from accel.errors import EngineUnavailableError, InputError, StorageError
 from accel.spec import ArchSpec, TensorSpec
 from accel.store import EngineKey, EngineStore, StoredEngine, cache_folder
 
@@ -126,6 +129,28 @@ def build(
     return [build_one(request, flavour, place, show_progress) for request in requests]
 
 
+def build_missing(
+    bundle: Bundle, target: str, variant: str, capacity: int | None, max_batch: int | None, store: str | Path | None
+) -> None:
+    """Builds the engine that ``accel.load`` would not find; nothing where it would, or where there is no GPU.
+
+    Raises:
+        As ``build``.
+    """
+    flavour, sm = load_flavour(target), current_sm()
+    if sm is None:
+        return
+    chosen = pick_precision(bundle, variant)
+    if chosen is not None:
+        options = SessionOptions(capacity=capacity, max_batch=max_batch)
+        try:
+            find_engine(open_store(store), bundle, chosen, flavour, sm, options)[0].close()
+            return
+        except EngineUnavailableError:
+            pass
+    build(bundle, target, precision=variant, capacity=capacity, max_batch=max_batch, store=store)
+
+
 def prepare(
     bundle: Bundle,
     flavour: Flavour,
@@ -158,11 +183,12 @@ def prepare(
         workspace=workspace, refittable=refittable, hardware_compatibility=hardware_compatibility,
     )  # fmt: skip
     check_settings(settings, flavour)
+    rows = _most_rows(arch, settings)
     bundle, variant = _ensure_variant(bundle, precision, show_progress)
     sources = hash_sources(bundle, variant)
     settings = replace(settings, dtype=bundle.variant(variant).dtype)
+    _check_alignment(arch, settings, rows)
     inputs = bundle.graph(variant, TARGET).inputs
-    rows = max(profile.batch.max for profile in chosen)
     return [
         BuildRequest(bundle, variant, one, rows, _key(flavour, sources, variant, one, inputs))
         for one in per_sm(settings)
@@ -201,7 +227,32 @@ def _resolve_capacity(arch: ArchSpec, asked: int | None) -> int | None:
             what = "capacity sizes a decoder's cache, and this model is an encoder"
             raise InputError(what, where="capacity", remedy="Leave it out")
         return None
-    return asked or min(DEFAULT_CAPACITY, arch.max_positions)
+    most = min(DEFAULT_CAPACITY, arch.max_positions)
+    return asked or most // 16 * 16 or most  # whole sixteens: cache rows begin at aligned addresses
+
+
+def _most_rows(arch: ArchSpec, settings: BuildSettings) -> int:
+    """Rows that the engine serves together: decoders run several rows on profiles of single tokens alone."""
+    decoder = arch.kind == "decoder"
+    usable = [profile for profile in settings.profiles if not decoder or profile.sequence.min == 1]
+    if not usable:
+        what = "No profile takes one token of a row" if settings.profiles else "An engine needs a profile"
+        raise InputError(what, where="profiles", remedy="Leave them out to get the usual ones")
+    single = [profile for profile in usable if profile.sequence.max == 1]
+    return max(profile.batch.max for profile in (single or usable))
+
+
+def _check_alignment(arch: ArchSpec, settings: BuildSettings, rows: int) -> None:
+    """A cache row must be a multiple of 256 bytes for runs over later rows."""
+    item = 4 if settings.dtype == "float32" else 2
+    for layer in arch.layers:
+        size = layer.kv_heads * layer.head_dim * item
+        step = ALIGNMENT // math.gcd(size, ALIGNMENT)
+        if rows > 1 and settings.capacity is not None and settings.capacity % step:
+            lower = settings.capacity // step * step
+            near = f"{lower} or {lower + step}" if lower else str(step)
+            what = f"a cache row of {settings.capacity} positions is no multiple of {ALIGNMENT} bytes"
+            raise InputError(what, where="capacity", remedy=f"Take a capacity of {near}, or max_batch=1")
 
 
 def _ensure_variant(bundle: Bundle, precision: str, show_progress: bool | None) -> tuple[Bundle, str]:
@@ -306,8 +357,6 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
 
 def _cache_bytes(request: BuildRequest) -> int:
     """Device memory that the caches of all rows take."""
-    from accel.engines.kv_cache import bytes_per_token
-
     arch, item = request.bundle.manifest.arch, 4 if request.settings.dtype == "float32" else 2
     return request.max_batch * (request.settings.capacity or 0) * bytes_per_token(arch, item)
 

@@ -64,10 +64,9 @@ def load(
         if engine not in TENSORRT:
             what = f"build='allow' builds for a named TensorRT engine, not for engine={engine!r}"
             raise InputError(what, where="build", remedy="Pass engine='tensorrt' or engine='rtx'")
-        from accel.engine_build import build as build_engines
+        from accel.engine_build import build_missing
 
-        bundle = Bundle.open(path)
-        build_engines(bundle, engine, precision=variant, store=store, capacity=capacity, max_batch=max_batch)
+        build_missing(Bundle.open(path), engine, variant, capacity, max_batch, store)
     place = None if store is None else str(store)
     return runtime.load(path, device, engine, variant, capacity, max_batch, threads, strict, place)
 

@@ -183,6 +183,8 @@ class TrtDecoderSession:
         single = [profile for profile in profiles if profile.ranges["input_ids"][0][1] == 1]
         self._batches = sorted({size for profile in single for size in sizes(profile, 0) if size <= rows} | {rows})
         alone = [profile for profile in profiles if profile.ranges["input_ids"][0][0] == 1]
+        longer = [profile for profile in alone if profile.ranges["input_ids"][2][1] > 1]
+        alone = longer or alone  # a profile of single tokens says nothing about runs of several
         widths = {size for profile in alone for size in sizes(profile, 1, LEAST_WIDTH)}
         self._widths = sorted(width for width in widths if 1 < width <= self.capacity)
         most_tokens = max((profile.ranges["input_ids"][2][1] for profile in alone), default=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from accel.bundle import Bundle
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Flavour
 from accel.engines.tensorrt.engine import EngineFacts
-from accel.errors import BundleError, EngineUnavailableError
+from accel.errors import BundleError, EngineUnavailableError, RefusedEngineError
 from accel.store import (
     EngineManifest,
     EngineStore,
@@ -24,6 +25,7 @@ from accel.store import (
     read_verifier,
 )
 
+_log = logging.getLogger("accel")
 TARGET = "tensorrt"  # of the graph that both flavours are built from
 PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers, where the bundle does not say
 
@@ -89,18 +91,23 @@ def open_store(url: str | Path | None = None, **options: Any) -> EngineStore:
 def find_engine(
     store: EngineStore, bundle: Bundle, variant: str, flavour: Flavour, sm: str, options: SessionOptions
 ) -> tuple[StoredEngine, EngineFacts]:
-    """The stored engine that fits best: large enough for what is asked, and no larger than it must be.
+    """The stored engine that fits best: the smallest that holds what is asked; where nothing is asked, the largest.
+
+    One that is damaged, altered or not signed by the store's key is logged and passed over.
 
     Raises:
         EngineUnavailableError: The store has none; names the command that builds it.
-        RefusedEngineError: It is damaged, altered, or not signed by the store's key.
     """
     sources = hash_sources(bundle, variant)
     identity = engine_identity(sources.graph, sources.weights, flavour.target, flavour.version, variant)
     found = store.find(identity)
     fitting = [manifest for manifest in found if _fits(manifest, sm, options)]
-    for manifest in sorted(fitting, key=_size):
-        engine = store.get(manifest.key)
+    for manifest in sorted(fitting, key=lambda manifest: _rank(manifest, options)):
+        try:
+            engine = store.get(manifest.key)
+        except RefusedEngineError as error:
+            _log.warning("a stored engine is passed over: %s", error)
+            continue
         if engine is not None:
             return engine, facts_of(engine.manifest, sources)
     command = f"accel build {bundle.path} --target {flavour.target} --sm {sm} --precision {variant}{_asked(options)}"
@@ -131,9 +138,15 @@ def _fits(manifest: EngineManifest, sm: str, options: SessionOptions) -> bool:
     return enough and (options.max_batch is None or rows >= options.max_batch)
 
 
-def _size(manifest: EngineManifest) -> tuple[int, int, int]:
-    """Engines for this SM alone first, then the smaller ones."""
-    return len(manifest.key.sm), manifest.key.capacity or 0, int(manifest.facts.get("max_batch", 1))
+def _rank(manifest: EngineManifest, options: SessionOptions) -> tuple[int, int, int, int]:
+    """Engines for this SM alone first; then by capacity and rows, and by the effort of their build."""
+    capacity, rows = manifest.key.capacity or 0, int(manifest.facts.get("max_batch", 1))
+    return (
+        len(manifest.key.sm),
+        -capacity if options.capacity is None else capacity,
+        -rows if options.max_batch is None else rows,
+        -manifest.key.optimization_level,
+    )
 
 
 def _reason(found: Sequence[EngineManifest], flavour: Flavour, sm: str, options: SessionOptions) -> str:

@@ -11,7 +11,7 @@ from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.engines.tensorrt.adapter import Target, load_flavour
 from accel.engines.tensorrt.lookup import find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import TITLES, current_sm
-from accel.errors import AccelError, DependencyError, EngineUnavailableError
+from accel.errors import AccelError, DependencyError, EngineError, EngineUnavailableError
 from accel.store import StoredEngine, cache_folder
 
 _log = logging.getLogger("accel")
@@ -47,17 +47,18 @@ def open_for(target: Target) -> Callable[[Bundle, str, SessionOptions], Session]
         flavour, sm = load_flavour(target), current_sm()
         chosen = pick_precision(bundle, variant)
         assert sm is not None and chosen is not None, "probe comes first"
-        store = open_store(options.store)
-        try:
-            engine, facts = find_engine(store, bundle, chosen, flavour, sm, options)
+        try:  # whatever is wrong with the store or the engine is a reason to try the next one
+            engine, facts = find_engine(open_store(options.store), bundle, chosen, flavour, sm, options)
+            kernels = cache_folder() / "kernels" / f"{engine.manifest.key.digest}-{sm}.cache"
+            try:
+                session: Any = open_tensorrt(bundle, chosen, options, engine.plan(), facts, flavour, kernels=kernels)
+            except BaseException:
+                engine.close()
+                raise
+        except EngineError:
+            raise
         except AccelError as error:
             raise EngineUnavailableError(error.what, where=error.where, remedy=error.remedy) from error
-        kernels = cache_folder() / "kernels" / f"{engine.manifest.key.digest}-{sm}.cache"
-        try:
-            session: Any = open_tensorrt(bundle, chosen, options, engine.plan(), facts, flavour, kernels=kernels)
-        except BaseException:
-            engine.close()
-            raise
         return _hold(session, engine)
 
     return open_session
