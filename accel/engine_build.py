@@ -184,6 +184,9 @@ def prepare(
     )  # fmt: skip
     check_settings(settings, flavour)
     rows = _most_rows(arch, settings)
+    if max_batch is not None and rows != max_batch:
+        what = f"max_batch is {max_batch}, and the profiles serve {rows} rows"
+        raise InputError(what, where="max_batch", remedy="Leave max_batch out: profiles say how many rows there are")
     bundle, variant = _ensure_variant(bundle, precision, show_progress)
     sources = hash_sources(bundle, variant)
     settings = replace(settings, dtype=bundle.variant(variant).dtype)

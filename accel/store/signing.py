@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -158,6 +159,9 @@ def _read(source: str) -> tuple[str, bytes]:
             remedy = "Set it to the key, or give a key file"
             raise EngineStoreError(f"The environment variable {name!r} holds no key", remedy=remedy)
         return source, os.fsencode(value)
+    if source.startswith("-----BEGIN ") or re.fullmatch(r"[0-9a-fA-F]{32,}", source.strip()):
+        what = "The key itself was given where its place is wanted"  # and is not repeated: logs are read by many
+        raise EngineStoreError(what, remedy="Write it to a file and give its path, or give env:NAME")
     path = Path(source).expanduser()
     try:
         with path.open("rb") as stream:

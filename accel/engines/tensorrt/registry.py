@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 from accel.bundle import Bundle
@@ -26,8 +27,10 @@ def probe_for(target: Target) -> Callable[[Bundle, str], str | None]:
             load_flavour(target)
         except DependencyError as error:
             return str(error)
+        if find_spec("cuda") is None:
+            return f'{TITLES[target]} runs through cuda-python, which is not installed: pip install "cuda-python>=12.8"'
         if current_sm() is None:
-            return f"{TITLES[target]} needs an NVIDIA GPU, its driver, and the package cuda-python"
+            return f"{TITLES[target]} needs an NVIDIA GPU and its driver; CUDA finds none here"
         if pick_precision(bundle, variant) is None:
             command = f"accel build {bundle.path} --target {target}"
             return (
