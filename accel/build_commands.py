@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from accel.engine_build import EngineReport
     from accel.store import Entry
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?(?:([kmgt])(i?))?b?")
 
 
 def build(options: Namespace) -> int:
@@ -106,16 +107,18 @@ def cache_rm(options: Namespace) -> int:
     """Removes engines by their digests, or beginnings of them."""
     store = _store(options)
     known = [entry.digest for entry in store.entries()]
-    removed = []
-    for asked in options.digest:
-        found = [digest for digest in known if digest.startswith(asked)]
-        if len(found) != 1:
-            what = f"{len(found)} engines begin with {asked!r}" if found else f"The store has no engine {asked!r}"
-            raise InputError(what, where=store.url, remedy="accel cache ls lists them")
-        if store.remove(found[0]):
-            removed.append(found[0])
+    chosen = dict.fromkeys(_find(asked, known, store.url) for asked in options.digest)  # all, before one is removed
+    removed = [digest for digest in chosen if store.remove(digest)]
     print(json.dumps({"removed": removed}) if options.json else f"{len(removed)} engines removed")
     return 0
+
+
+def _find(asked: str, known: list[str], where: str) -> str:
+    found = [digest for digest in known if asked and digest.startswith(asked)]
+    if len(found) != 1:
+        what = f"{len(found)} engines begin with {asked!r}" if found else f"The store has no engine {asked!r}"
+        raise InputError(what, where=where, remedy="accel cache ls lists them")
+    return found[0]
 
 
 def _store(options: Namespace) -> Any:
@@ -150,19 +153,18 @@ def _what(entry: Entry) -> str:
 
 
 def parse_size(text: str | None) -> int | None:
-    """Bytes from ``500M``, ``2.5GB`` or a plain number; None stays None.
+    """Bytes from ``500M``, ``2.5GB``, ``2GiB`` or a plain number; None stays None.
 
     Raises:
         InputError: Something else.
     """
     if text is None:
         return None
-    plain = text.strip().lower().removesuffix("b").removesuffix("i")
-    number, unit = (plain[:-1], plain[-1]) if plain and plain[-1] in _UNITS else (plain, "")
-    try:
-        return int(float(number) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        raise InputError(f"{text!r} is no size", where="size", remedy="Write bytes, or 500M, 2.5G") from None
+    found = _SIZE.fullmatch(text.strip().lower())
+    if found is None:
+        raise InputError(f"{text!r} is no size", where="size", remedy="Write bytes, or 500M, 2.5G, 2GiB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
 
 
 def _read_profiles(path: Path | None) -> Mapping[str, Any] | None:
@@ -175,7 +177,7 @@ def _read_profiles(path: Path | None) -> Mapping[str, Any] | None:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"Cannot read the profiles: {error.strerror}", where=str(path)) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"The profiles are not YAML: {error}", where=str(path)) from error
     if not isinstance(data, dict):
         remedy = "Write 'name: {batch: {min, opt, max}, sequence: {min, opt, max}}'"
