@@ -101,7 +101,7 @@ def build(
         profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: the usual ones.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16`` or ``bf16``.
         capacity: Cache positions per row, decoders only; None: 2,048 or what the model covers.
-        max_batch: Most rows; None: 8, encoders 32.
+        max_batch: Most rows; None: 8, encoders 32. With ``profiles`` theirs counts.
         optimization_level: 0 (fast to build) to 5 (tries most).
         workspace: Bytes of scratch memory that a layer may take; None: the library's default.
         refittable: Whether weights can be replaced later.
@@ -185,8 +185,7 @@ def prepare(
     check_settings(settings, flavour)
     rows = _most_rows(arch, settings)
     if max_batch is not None and rows != max_batch:
-        what = f"max_batch is {max_batch}, and the profiles serve {rows} rows"
-        raise InputError(what, where="max_batch", remedy="Leave max_batch out: profiles say how many rows there are")
+        _log.warning("max_batch=%d is not used: the profiles serve %d rows", max_batch, rows)
     bundle, variant = _ensure_variant(bundle, precision, show_progress)
     sources = hash_sources(bundle, variant)
     settings = replace(settings, dtype=bundle.variant(variant).dtype)
@@ -236,13 +235,10 @@ def _resolve_capacity(arch: ArchSpec, asked: int | None) -> int | None:
 
 def _most_rows(arch: ArchSpec, settings: BuildSettings) -> int:
     """Rows that the engine serves together: decoders run several rows on profiles of single tokens alone."""
-    decoder = arch.kind == "decoder"
-    usable = [profile for profile in settings.profiles if not decoder or profile.sequence.min == 1]
-    if not usable:
-        what = "No profile takes one token of a row" if settings.profiles else "An engine needs a profile"
-        raise InputError(what, where="profiles", remedy="Leave them out to get the usual ones")
-    single = [profile for profile in usable if profile.sequence.max == 1]
-    return max(profile.batch.max for profile in (single or usable))
+    if not settings.profiles:
+        raise InputError("An engine needs a profile", where="profiles", remedy="Leave them out to get the usual ones")
+    single = [profile for profile in settings.profiles if profile.sequence.max == 1 and arch.kind == "decoder"]
+    return max(profile.batch.max for profile in (single or settings.profiles))
 
 
 def _check_alignment(arch: ArchSpec, settings: BuildSettings, rows: int) -> None:
