@@ -47,11 +47,6 @@ TEXTS = [
 PROMPTS = ["The capital of France is", "Once upon a time, in a village by the sea,"]
 
 
-def linked(source: Path, target: Path) -> Path:
-    """A copy that shares the files: whatever is added to it replaces nothing."""
-    return Path(shutil.copytree(source, target, copy_function=os.link))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     made = tmp_path_factory.mktemp("real")
@@ -63,12 +58,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def minilm(folder: Path, minilm_bundle: Path) -> Bundle:
-    return add_variant(linked(minilm_bundle, folder / "minilm"), "fp16")
+    return add_variant(shutil.copytree(minilm_bundle, folder / "minilm"), "fp16")
 
 
 @pytest.fixture(scope="module")
 def smollm2(folder: Path, smollm2_bundle: Path) -> Bundle:
-    bundle = add_variant(linked(smollm2_bundle, folder / "smollm2"), "fp16", check=False)  # it is compared below
+    bundle = add_variant(
+        shutil.copytree(smollm2_bundle, folder / "smollm2"), "fp16", check=False
+    )  # it is compared below
     return add_variant(bundle, "fp32", check=False)
 
 
@@ -91,7 +88,7 @@ def test_minilm_engines(minilm: Bundle, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
 def test_sliding_window_engines(name: str, bundle_of: Callable[[str], Path], folder: Path) -> None:
-    bundle = add_variant(linked(bundle_of(name), folder / name), "fp16", check=False)
+    bundle = add_variant(shutil.copytree(bundle_of(name), folder / name), "fp16", check=False)
     assert any(layer.window for layer in bundle.manifest.arch.layers)
     reports = build(bundle, "rtx", SMS, precision="fp16", capacity=64, max_batch=2, store=folder / "store")
     check_engines(bundle, reports, ["prefill", "decode"])
@@ -214,7 +211,7 @@ def start(bundle: Path, store: Path, rows: int) -> subprocess.Popen[str]:
 @pytest.mark.slow
 def test_killed_builds(tiny_decoder_bundle: Path, folder: Path) -> None:
     """Twenty moments of the command's life, each of another engine: whatever the store shows is whole."""
-    bundle = add_variant(linked(tiny_decoder_bundle, folder / "killed"), "fp16").path
+    bundle = add_variant(shutil.copytree(tiny_decoder_bundle, folder / "killed"), "fp16").path
     store, rng = folder / "killed_store", random.Random(0)
     began = time.monotonic()
     process = start(bundle, store, 1)
