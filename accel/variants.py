@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import InputError, ParityError
+from accel.errors import BundleError, InputError, ParityError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Variant
 from accel.recipe import ParityRecipe
 from accel.schema import suggest
@@ -46,6 +48,7 @@ def add_variant(
     Raises:
         InputError: An unknown variant.
         ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
+        BundleError: It is damaged, or its weight file has hard links.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.
     """
@@ -77,7 +80,8 @@ class _Addition:
 
     def make(self, check: bool) -> Manifest:
         """Writes the files; returns the manifest with them."""
-        model, entry, weights = self._write()
+        with _links_in_words():
+            model, entry, weights = self._write()
         manifest = self.bundle.manifest
         parity = dict(manifest.parity)
         if check:
@@ -148,6 +152,18 @@ class _Addition:
         inputs = {spec.name for spec in self.bundle.graph(BASE, CANONICAL).inputs}
         types = int(config.get("type_vocab_size") or 0) if "token_type_ids" in inputs else 0
         return {"pad_id": int(config.get("pad_token_id") or 0), "token_types": types}
+
+
+@contextmanager
+def _links_in_words() -> Iterator[None]:
+    """onnx_ir reads no weights from files with several names: another could lie anywhere."""
+    try:
+        yield
+    except ValueError as error:
+        if "External data path" not in str(error):
+            raise
+        remedy = "Copy the bundle so that its files are files of their own: cp -r"
+        raise BundleError(f"The weights cannot be read: {error}", where="fp32.weights", remedy=remedy) from error
 
 
 def _dtype(variant: str) -> ir.DataType:

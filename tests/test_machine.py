@@ -85,3 +85,13 @@ def test_gpus_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert machine.probe_gpus() == (machine.Gpu("NVIDIA L4", "550.5", 23034, "8.9"),)
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert machine.probe_gpus() == ()
+
+
+@pytest.mark.parametrize(
+    ("there", "found"), [((), False), (("/dev/nvidiactl",), True), (("/dev/dxg",), True), (("/dev/dri",), False)]
+)
+def test_the_driver_s_device_files(monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], found: bool) -> None:
+    """The second is Windows' under WSL. Nothing is started to find out."""
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in there)
+    monkeypatch.setattr(machine.subprocess, "run", None)
+    assert machine.has_nvidia_device() is found

@@ -14,7 +14,9 @@ import pytest
 
 from accel.bundle import Bundle, BundleWriter
 from accel.errors import BundleError, StorageError
+from accel.storage import replace_file
 from tests.bundle_samples import manifest, write, write_files
+from tests.full_disk import file_size_limit
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(3)])
@@ -206,3 +208,38 @@ def test_ctrl_c_in_another_process_and_live_siblings(tmp_path: Path) -> None:
     process.communicate()
     assert process.returncode != 0
     assert os.listdir(tmp_path) == []
+
+
+def test_a_small_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "made" / "history.json"
+    replace_file(path, b"old")
+    stop, seen = threading.Event(), set[bytes]()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(50):
+        replace_file(path, b"new" * 10_000)
+        replace_file(path, b"old")
+    stop.set()
+    reader.join()
+    assert seen <= {b"old", b"new" * 10_000} and b"old" in seen
+    assert os.listdir(path.parent) == ["history.json"]
+
+
+def test_a_small_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "history.json"
+    replace_file(path, b"old")
+    with file_size_limit(1 << 16), pytest.raises(OSError, match="too large"):
+        replace_file(path, b"n" * (1 << 17))
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        replace_file(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["history.json"]

@@ -200,6 +200,16 @@ def test_unknown_variants_and_bundles(decoder: Path, tmp_path: Path) -> None:
         add_variant(tmp_path / "absent", "fp16")
 
 
+def test_weights_with_hard_links(decoder: Path) -> None:
+    os.link(decoder / "fp32.weights", decoder.parent / "elsewhere")
+    before = content(decoder)
+    with pytest.raises(BundleError, match="weights cannot be read: .*hard links.*cp -r"):
+        add_variant(decoder, "fp16", check=False)
+    assert content(decoder) == before and not list(decoder.glob(".*"))
+    (decoder.parent / "elsewhere").unlink()
+    assert is_complete(add_variant(decoder, "fp16", check=False).path, "fp16")
+
+
 def test_a_full_disk(decoder: Path) -> None:
     before = content(decoder)
     with file_size_limit(1 << 16), pytest.raises(StorageError, match="larger than.*allows"):

@@ -1,0 +1,224 @@
+"""Choosing among stored engines: the smallest that is enough, for this SM, from this bundle, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accel.bundle import Bundle
+from accel.engines.session import SessionOptions
+from accel.engines.tensorrt import registry
+from accel.engines.tensorrt.adapter import Flavour, load_flavour
+from accel.engines.tensorrt.lookup import find_engine, hash_sources, open_store, pick_precision
+from accel.errors import BundleError, EngineUnavailableError, RefusedEngineError
+from accel.store import EngineKey, EngineStore, HashCache
+from accel.variants import add_variant
+from tests.store.samples import key
+
+pytest.importorskip("tensorrt_rtx")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCEL_STORE", "ACCEL_STORE_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def bundle(tiny_decoder_bundle: Path, tmp_path: Path) -> Bundle:
+    return add_variant(shutil.copytree(tiny_decoder_bundle, tmp_path / "bundle"), "fp16", check=False)
+
+
+@pytest.fixture
+def flavour() -> Flavour:
+    return load_flavour("rtx")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EngineStore:
+    return EngineStore(tmp_path / "store")
+
+
+@pytest.fixture
+def keep(bundle: Bundle, flavour: Flavour, store: EngineStore) -> Callable[..., EngineKey]:
+    """Puts an engine of the bundle; its plan says which one it is."""
+    sources = hash_sources(bundle, "fp16")
+
+    def put(sm: str = "sm86", capacity: int | None = 256, rows: int = 4, level: str = "none", **changes: Any) -> Any:
+        made = key(
+            graph=sources.graph, weights=sources.weights, library_version=flavour.version, sm=tuple(sm.split("+")),
+            capacity=capacity, flags={"rows": rows}, **changes,
+        )  # fmt: skip
+        facts = {"max_batch": rows, "hardware_compatibility": level, "profile_order": ["prefill", "decode"]}
+        store.put(made, f"{sm} {capacity} {rows} {level}".encode(), facts)
+        return made
+
+    return put
+
+
+def test_the_smallest_that_is_enough(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    for sm, capacity, rows in (("sm86", 512, 4), ("sm86", 256, 8), ("sm86", 256, 4), ("sm86", 1024, 1),
+                               ("sm86+sm89", 128, 4), ("sm89", 2048, 16)):  # fmt: skip
+        keep(sm, capacity, rows)
+
+    def found(sm: str, **options: Any) -> str:
+        engine, facts = find_engine(store, bundle, "fp16", flavour, sm, SessionOptions(**options))
+        with engine:
+            assert sm in facts.sms and facts.size == len(engine.plan()) and facts.version == flavour.version
+            assert facts.profiles == ("prefill", "decode")
+            assert set(facts.sources) == {"fp16.tensorrt.onnx", "fp16.weights"}
+            return bytes(engine.plan()).decode()
+
+    assert found("sm86") == "sm86 256 4 none"
+    assert found("sm86", capacity=256) == "sm86 256 4 none"
+    assert found("sm86", capacity=257) == "sm86 512 4 none"
+    assert found("sm86", max_batch=5) == "sm86 256 8 none"
+    assert found("sm86", capacity=100, max_batch=1) == "sm86 256 4 none"
+    assert found("sm86", capacity=1024) == "sm86 1024 1 none"
+    assert found("sm89") == "sm89 2048 16 none"  # for this SM alone before one for several
+    with pytest.raises(EngineUnavailableError, match="do not fit sm86 --capacity 1024 --max-batch 2: it has .*sm86"):
+        found("sm86", capacity=1024, max_batch=2)
+    with pytest.raises(EngineUnavailableError, match="do not fit sm120.*accel build .*--target rtx --sm sm120"):
+        found("sm120")
+
+
+def test_portable_engines(bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]) -> None:
+    keep("sm80", 256, 4, "ampere+")
+    for sm, fits in (("sm80", True), ("sm89", True), ("sm120", True), ("sm75", False)):
+        if fits:
+            engine, facts = find_engine(store, bundle, "fp16", flavour, sm, SessionOptions())
+            assert facts.compatibility == "ampere+"
+            engine.close()
+            continue
+        with pytest.raises(EngineUnavailableError, match=f"do not fit {sm}"):
+            find_engine(store, bundle, "fp16", flavour, sm, SessionOptions())
+
+
+@pytest.mark.parametrize("changes", [{"library_version": "1.0"}, {"target": "tensorrt"}, {"variant": "bf16"},
+                                     {"graph": "1" * 64}, {"weights": "2" * 64}])  # fmt: skip
+def test_engines_of_something_else_are_not_seen(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey], changes: dict[str, str]
+) -> None:
+    made = dataclasses.replace(keep(), **changes)
+    own = EngineStore(store.url + "-other")
+    own.put(made, b"plan", {"max_batch": 4})
+    with pytest.raises(EngineUnavailableError, match=f"the store has no TensorRT-RTX {flavour.version} engine"):
+        find_engine(own, bundle, "fp16", flavour, "sm86", SessionOptions())
+
+
+def test_a_damaged_engine_is_refused(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    keep()
+    (plan,) = Path(store.url).rglob("*.plan")
+    plan.write_bytes(b"x" + plan.read_bytes()[1:])
+    with pytest.raises(RefusedEngineError):
+        find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions())
+
+
+def test_sources_are_what_lies_on_the_disk(bundle: Bundle, tmp_path: Path) -> None:
+    cache = HashCache(tmp_path / "hashes")
+    before = hash_sources(bundle, "fp16", cache)
+    assert before == hash_sources(bundle, "fp16", cache) and len(before.graph) == len(before.weights) == 64
+    with pytest.raises(BundleError, match="no graph for target 'tensorrt'"):
+        hash_sources(bundle, "fp32", cache)
+    weights = bundle.file("fp16.weights")
+    data = bytearray(weights.read_bytes())
+    data[50] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(BundleError, match="sha256 differs .*fp16.weights"):
+        hash_sources(bundle, "fp16", cache)
+
+
+def test_the_precision_that_runs(bundle: Bundle) -> None:
+    assert pick_precision(bundle, "auto") == pick_precision(bundle, "fp16") == "fp16"
+    assert pick_precision(bundle, "fp32") is None
+    with pytest.raises(BundleError, match="no variant 'bf16'"):
+        pick_precision(bundle, "bf16")
+    both = add_variant(add_variant(bundle, "fp32", check=False), "bf16", check=False)
+    assert pick_precision(both, "auto") == "fp16" and pick_precision(both, "fp32") == "fp32"
+
+
+def test_keys_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An HMAC key signs and checks; a public key only checks."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    secret, public = tmp_path / "secret", tmp_path / "public.pem"
+    secret.write_text("ab" * 32)
+    form = PublicFormat.SubjectPublicKeyInfo
+    public.write_bytes(Ed25519PrivateKey.generate().public_key().public_bytes(Encoding.PEM, form))
+    monkeypatch.setenv("ACCEL_STORE_KEY", str(secret))
+    signed = open_store(tmp_path / "store")
+    assert signed.put(key(), b"plan").signature is not None
+    engine = open_store(tmp_path / "store").get(key())
+    assert engine is not None
+    engine.close()
+    monkeypatch.setenv("ACCEL_STORE_KEY", str(public))
+    with pytest.raises(RefusedEngineError):
+        open_store(tmp_path / "store").get(key())
+    with pytest.raises(Exception, match="(?i)sign"):
+        open_store(tmp_path / "store").put(key(capacity=1), b"plan")
+
+
+def test_probe(bundle: Bundle, tiny_decoder_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = registry.probe_for("rtx")
+    monkeypatch.setattr(registry, "current_sm", lambda: None)
+    assert "needs an NVIDIA GPU, its driver, and the package cuda-python" in str(probe(bundle, "auto"))
+    monkeypatch.setattr(registry, "current_sm", lambda: "sm86")
+    assert probe(bundle, "auto") is None and probe(bundle, "fp16") is None
+    assert "no TensorRT graph for variant 'fp32': accel build" in str(probe(bundle, "fp32"))
+    assert "--target rtx makes one" in str(probe(Bundle.open(tiny_decoder_bundle), "auto"))
+    assert 'pip install "tensorrt>=10.15.1"' in str(registry.probe_for("tensorrt")(bundle, "auto"))
+
+
+class Session:
+    def __init__(self) -> None:
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_open_session_keeps_its_engine(
+    bundle: Bundle, store: EngineStore, keep: Callable[..., EngineKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, given = Session(), list[Any]()
+    monkeypatch.setattr(registry, "current_sm", lambda: "sm86")
+    made = keep()
+
+    def open_it(bundle: Bundle, variant: str, options: Any, plan: memoryview, facts: Any, *_: Any, **more: Any) -> Any:
+        given.append((variant, bytes(plan), facts.sms, more["kernels"].name))
+        return session
+
+    monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", open_it)
+    opened: Any = registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
+    assert given == [("fp16", b"sm86 256 4 none", ("sm86",), f"{made.digest}-sm86.cache")]
+    assert store.prune(0) == []  # in use
+    opened.close()
+    assert session.closed == 1 and [record.digest for record in store.prune(0)] == [made.digest]
+
+
+def test_a_session_that_fails_lets_its_engine_go(
+    bundle: Bundle, store: EngineStore, keep: Callable[..., EngineKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "current_sm", lambda: "sm86")
+    keep()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", fail)
+    with pytest.raises(MemoryError):
+        registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
+    assert len(store.prune(0)) == 1
+    with pytest.raises(EngineUnavailableError, match="has no TensorRT-RTX .* Build it beforehand: accel build"):
+        registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
