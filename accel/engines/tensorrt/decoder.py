@@ -84,6 +84,8 @@ class TrtDecoderSession:
         logits = self._logits_for(len(inputs.logits_positions))
         try:
             with self._device, self._engine.guard("decoder step"):
+                for row in np.flatnonzero((inputs.query_lengths > 0) & (inputs.past_lengths == 0)):
+                    self._clear(int(row))
                 for run in self._padder.split(inputs):
                     self._run(run, logits)
         except EngineBrokenError as error:
@@ -96,6 +98,7 @@ class TrtDecoderSession:
         self._check()
         try:
             with self._device, self._engine.guard("copying a cache row"):
+                self._clear(target)
                 for name, address in self._caches.items():
                     _, heads, capacity, dim = self._engine.tensors[f"past.{name}"].shape
                     item, row = self._item_bytes, self._row_bytes[name]
@@ -106,6 +109,13 @@ class TrtDecoderSession:
             self._broken = error
             raise
         self._padder.copied(source, target, length)
+
+    def _clear(self, row: int) -> None:
+        """Queues zeroing a row that a new sequence takes: an infinity that the last one left behind would turn the
+        hidden slots' weight of 0 into a NaN."""
+        for name, address in self._caches.items():
+            size = self._row_bytes[name]
+            self._device.clear(address + row * size, size)
 
     def warm_up(self) -> None:
         """Runs every batch and width once or more, so that kernels are compiled and graphs captured, and keeps the

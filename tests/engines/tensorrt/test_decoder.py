@@ -60,6 +60,27 @@ def test_steps_equal_ort(name: str, course: str, tiny_bundle: Bundles, open_tiny
     )
 
 
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_a_row_held_before_does_not_reach_the_next_sequence(
+    copied: bool, tiny_bundle: Bundles, open_tiny: Opener, world: World
+) -> None:
+    """Infinities of an overflow in hidden slots: 0 x inf would be NaN."""
+    session, rows = open_tiny("llama", max_batch=3), draw_rows((4, 3, 4))
+    for address in session.cache_pointers().values():
+        block = world.gpu.blocks[address]
+        world.gpu.view(address, (block.size // 4,), np.float32)[:] = np.inf
+    lengths, none = np.array([4, 3, 0], np.int32), np.zeros(3, np.int32)
+    ids, positions = np.concatenate(rows[:2]), np.concatenate([np.arange(4), np.arange(3)])
+    first = session.step(StepInputs(ids, positions, lengths, none, np.arange(7))).copy()
+    if copied:
+        session.copy_row(0, 2, 3)
+        past = np.array([0, 0, 3], np.int32)
+        step = StepInputs(rows[0][3:4], np.array([3]), np.array([0, 0, 1], np.int32), past, np.zeros(1, np.int64))
+        second = session.step(step)
+        np.testing.assert_allclose(second[0], first[3], rtol=1e-4, atol=1e-4)
+    assert np.isfinite(first).all()
+
+
 def test_half_precision_caches(tiny_bundle: Bundles, open_tiny: Opener, world: World) -> None:
     session, rows = open_tiny("llama", ir.DataType.FLOAT16, max_batch=3), draw_rows()
     course = COURSES["rows that join, wait and go"]
