@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import accel
 from accel.errors import InputError, RecipeError
 from accel.schema import to_dict
+from accel.sizes import parse_size
 
 if TYPE_CHECKING:
     from accel.engine_build import EngineReport
     from accel.store import Entry
-
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?(?:([kmgt])(i?))?b?")
 
 
 def build(options: Namespace) -> int:
@@ -26,7 +24,7 @@ def build(options: Namespace) -> int:
     started = time.perf_counter()
     names = ("precision", "capacity", "max_batch", "optimization_level", "refittable", "store")
     choices = {name: getattr(options, name) for name in names}
-    workspace = None if options.workspace is None else parse_size(options.workspace)
+    workspace = None if options.workspace is None else parse_size(options.workspace, "--workspace")
     reports = accel.build(
         options.bundle, options.target, options.sm or "auto",
         profiles=_read_profiles(options.profiles), workspace=workspace,
@@ -94,7 +92,7 @@ def cache_verify(options: Namespace) -> int:
 
 def cache_prune(options: Namespace) -> int:
     """Removes the least recently used engines that nobody uses."""
-    removed = _store(options).prune(parse_size(options.max_bytes))
+    removed = _store(options).prune(parse_size(options.max_bytes, "--max-bytes"))
     size = sum(record.bytes for record in removed)
     if options.json:
         print(json.dumps({"removed": [record.digest for record in removed], "bytes": size}))
@@ -150,21 +148,6 @@ def _what(entry: Entry) -> str:
     key = entry.manifest.key
     capacity = "" if key.capacity is None else f", capacity {key.capacity}"
     return f"{key.target} {key.library_version} {'+'.join(key.sm)} {key.variant}{capacity}"
-
-
-def parse_size(text: str | None) -> int | None:
-    """Bytes from ``500M``, ``2.5GB``, ``2GiB`` or a plain number; None stays None.
-
-    Raises:
-        InputError: Something else.
-    """
-    if text is None:
-        return None
-    found = _SIZE.fullmatch(text.strip().lower())
-    if found is None:
-        raise InputError(f"{text!r} is no size", where="size", remedy="Write bytes, or 500M, 2.5G, 2GiB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
 
 
 def _read_profiles(path: Path | None) -> Mapping[str, Any] | None:

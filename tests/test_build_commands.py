@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 
-from accel.build_commands import parse_size
 from accel.bundle import Bundle
 from accel.cli import main
-from accel.errors import InputError
 from accel.store import EngineStore
 from tests.store.samples import key
 
@@ -24,7 +22,7 @@ PLAN = b"p" * 100_000
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ACCEL_STORE", "ACCEL_STORE_KEY"):
+    for name in ("ACCEL_STORE", "ACCEL_STORE_KEY", "ACCEL_STORE_MAX_BYTES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
 
@@ -229,21 +227,6 @@ def test_several_engines_with_one_beginning(store: EngineStore, capsys: Output) 
     twice = next(digit for digit in first if first.count(digit) > 1)
     error = answer(capsys, "cache", "rm", twice, "--store", store.url, code=1)["error"]
     assert error["what"] == f"{first.count(twice)} engines begin with {twice!r}"
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [(None, None), ("0", 0), ("512", 512), ("500M", 500_000_000), ("2.5GB", 2_500_000_000), ("1k", 1000),
-     ("2GiB", 2 << 30), ("1.5 Gi", 3 << 29), (" 3t ", 3 * 10**12), ("12b", 12)],
-)  # fmt: skip
-def test_sizes(text: str | None, size: int | None) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "-1", "1e3", "nan", "inf", "5x", "G", "1ib", "٣"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(InputError, match="is no size.*500M"):
-        parse_size(text)
 
 
 def test_as_a_module(store: EngineStore) -> None:

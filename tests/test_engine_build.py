@@ -44,7 +44,7 @@ PROFILES = {"prefill": {"batch": RANGE, "sequence": {"min": 1, "opt": 8, "max": 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's cache and stores stay out of it."""
-    for name in ("ACCEL_STORE", "ACCEL_STORE_KEY"):
+    for name in ("ACCEL_STORE", "ACCEL_STORE_KEY", "ACCEL_STORE_MAX_BYTES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
@@ -293,6 +293,20 @@ def test_the_store_that_is_used(bundle: Path, tmp_path: Path, own_cache: Path, m
     monkeypatch.setenv("ACCEL_STORE", str(tmp_path / "named"))
     assert open_store().url == str(tmp_path / "named")
     assert open_store(tmp_path / "given").url == str(tmp_path / "given")
+
+
+def test_the_environment_limits_the_store(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_store().max_bytes is None
+    monkeypatch.setenv("ACCEL_STORE_MAX_BYTES", "1k")
+    assert open_store().max_bytes == 1000 and open_store(tmp_path, max_bytes=7).max_bytes == 7
+    for sm in ("sm86", "sm89"):
+        build(bundle, store=tmp_path / "store", **{**SMALL, "sm": sm})
+    (entry,) = open_store(tmp_path / "store").entries()
+    assert entry.manifest is not None and entry.manifest.key.sm == ("sm89",)
+    for wrong in ("20 gallons", "-1", "nan"):
+        monkeypatch.setenv("ACCEL_STORE_MAX_BYTES", wrong)
+        with pytest.raises(InputError, match=f"'{wrong}' is no size .at ACCEL_STORE_MAX_BYTES.*500M"):
+            open_store()
 
 
 def test_a_cold_store_names_the_command(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ class EngineStore:
     Args:
         url: A directory, ``file://``, ``s3://``, ``gs://``, ``memory://`` or what else ``fsspec`` knows.
         max_bytes: After each ``put``, least recently used engines that nobody uses are removed down to this. It also
-            bounds the local cache of a remote store.
+            bounds the local cache of a remote store, after each ``get`` too.
         signer: Signs what is put.
         verifier: Engines without its signature are refused; the signer by default, None if there is neither.
         cache: Local copies of a remote store's plans; below ``cache_folder()`` by default.
@@ -273,6 +273,8 @@ class EngineStore:
                 time.sleep(0.02)
                 continue
             self._folder.touch(manifest.plan)
+            with suppress(StorageError, EngineStoreError):  # the engine is here; what could not go is no reason to fail
+                self._evict_copies(self.max_bytes, keep={key.digest})
             return StoredEngine(manifest, file, self._verifier is not None, built)
         remedy = "Build the engine again (accel build, accel warmup), or remove the entry"
         raise RefusedEngineError("The engine's plan is missing", where=self._where(key), remedy=remedy)
@@ -344,10 +346,14 @@ class EngineStore:
     def _evict(self, max_bytes: int | None, keep: set[str] | tuple[()]) -> list[Record]:
         if max_bytes is None:
             return []
-        if isinstance(self._folder, RemoteFolder):
-            evict(self._folder.cache, self._folder.cache.records(), max_bytes, keep)
+        self._evict_copies(max_bytes, keep)
         complete = [record for record in self._folder.records() if record.manifest in record.files]
         return evict(self._folder, complete, max_bytes, keep)
+
+    def _evict_copies(self, max_bytes: int | None, keep: set[str] | tuple[()]) -> None:
+        """Makes room in the local cache of a remote store."""
+        if max_bytes is not None and isinstance(self._folder, RemoteFolder):
+            evict(self._folder.cache, self._folder.cache.records(), max_bytes, keep)
 
     def _check_can_sign(self) -> None:
         if self._verifier is not None and self._signer is None:

@@ -66,7 +66,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return _add_variant(request["bundle"], request["variant"])
     wanted = from_dict(Wanted, request["wanted"], "request")
     if request["do"] == "build":
-        return _build(wanted, request["store"])
+        return _build(wanted, request["store"], request["max_bytes"])
     return _run(wanted, request["store"])
 
 
@@ -77,13 +77,13 @@ def _add_variant(bundle: str, variant: str) -> dict[str, Any]:
     return {}
 
 
-def _build(wanted: Wanted, store: str | None) -> dict[str, Any]:
+def _build(wanted: Wanted, store: str | None, max_bytes: int | None) -> dict[str, Any]:
     from accel.engine_build import build_one
     from accel.engines.tensorrt.adapter import load_flavour
     from accel.engines.tensorrt.lookup import open_store
 
     flavour = load_flavour(wanted.target)
-    report = build_one(_settle(wanted), flavour, open_store(store), show_progress=False)
+    report = build_one(_settle(wanted), flavour, open_store(store, max_bytes=max_bytes), show_progress=False)
     return {"digest": report.digest, "built": report.built, "bytes": report.size}
 
 

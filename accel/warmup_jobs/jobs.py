@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,10 @@ from typing import Any
 from accel.engines.tensorrt.adapter import Compatibility, Target
 from accel.errors import InputError, RecipeError
 from accel.recipe import read_recipe
-from accel.schema import from_dict, suggest
+from accel.schema import from_dict
+from accel.sizes import parse_size
 
 Profiles = dict[str, dict[str, dict[str, int]]]
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
-_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{prefix}{end}": 1000 ** (power + 1) for power, prefix in enumerate("kmgt") for end in ("", "b")},
-    **{f"{prefix}i{end}": 1024 ** (power + 1) for power, prefix in enumerate("kmgt") for end in ("", "b")},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +56,8 @@ class JobFile:
     Attributes:
         defaults: Taken where a job says nothing.
         store: Where engines are kept: a directory (relative to the jobs file) or URL.
+        max_bytes: Size that the store may have, e.g. ``200GB``; None: ``ACCEL_STORE_MAX_BYTES``, else no limit. The
+            least recently used engines go first.
         memory: What all builds together may take, e.g. ``16GB``; None: what this machine has free.
         workers: Most builds at a time; None: one per core.
         summary: File that the plan, and in the end the report, is written to, as JSON.
@@ -72,6 +67,7 @@ class JobFile:
     defaults: EngineSettings = EngineSettings()
     jobs: tuple[Job, ...]
     store: str | None = None
+    max_bytes: int | str | None = None
     memory: int | str | None = None
     workers: int | None = None
     summary: str | None = None
@@ -147,7 +143,8 @@ def expand(file: JobFile, folder: Path) -> list[Wanted]:
     """
     found: list[Wanted] = []
     for job in file.jobs:
-        workspace = None if job.workspace is None else parse_size(job.workspace, "workspace")
+        given = job.workspace
+        workspace = None if given is None else parse_size(given, "workspace", least=1, error=RecipeError)
         choices = (job.bundle, job.target, job.precision, job.capacity, job.sm)
         for bundle, target, precision, capacity, sm in itertools.product(*map(_many, choices)):
             wanted = Wanted(
@@ -157,22 +154,6 @@ def expand(file: JobFile, folder: Path) -> list[Wanted]:
             if wanted not in found:
                 found.append(wanted)
     return found
-
-
-def parse_size(value: int | str, where: str) -> int:
-    """Bytes of ``16GB``, ``512 MiB``, ``16Gi`` (as Kubernetes writes it) or a plain number.
-
-    Raises:
-        RecipeError: It is none of these, or not above 0.
-    """
-    match = _SIZE.fullmatch(str(value).strip().lower())
-    if match and match[2] not in _UNITS:
-        remedy = suggest(match[2].upper(), [unit.upper() for unit in _UNITS if unit])
-        raise RecipeError(f"{value!r} has an unknown unit", where=where, remedy=remedy)
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size < 1:
-        raise RecipeError(f"{value!r} is no size", where=where, remedy="Write it like 16GB or 16GiB")
-    return size
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:
@@ -187,4 +168,4 @@ def _many(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-__all__ = ["EngineSettings", "Job", "JobFile", "Wanted", "expand", "parse_size", "read_jobs"]
+__all__ = ["EngineSettings", "Job", "JobFile", "Wanted", "expand", "read_jobs"]

@@ -17,12 +17,13 @@ from typing import Any
 from accel.engines.kv_cache import check_count
 from accel.engines.tensorrt.lookup import open_store
 from accel.engines.tensorrt.packages import current_sm
-from accel.errors import InputError
+from accel.errors import InputError, RecipeError
 from accel.machine import available_cores, available_memory
 from accel.schema import to_dict
+from accel.sizes import parse_size
 from accel.storage import as_storage_error
 from accel.store import EngineStore
-from accel.warmup_jobs.jobs import JobFile, Wanted, expand, parse_size, read_jobs
+from accel.warmup_jobs.jobs import JobFile, Wanted, expand, read_jobs
 from accel.warmup_jobs.plan import PlannedEngine, Planner, variant_memory
 from accel.warmup_jobs.process import Child
 from accel.warmup_jobs.report import EngineLine, Status, WarmupReport
@@ -71,7 +72,7 @@ def warmup(
     file, folder = read_jobs(jobs)
     limits = _limits(file, workers, memory, retries)
     url = _store_url(store, file, folder)
-    place, wanted = open_store(url), expand(file, folder)
+    place, wanted = open_store(url, **_limited(file)), expand(file, folder)
     show = sys.stderr.isatty() if show_progress is None else show_progress
     job = _Job(place, url, limits, show)
     job.engines = [_Engine(planned) for planned in Planner(place).plan(wanted)]
@@ -149,12 +150,23 @@ class _Job:
         for engine in self.engines:
             planned = engine.planned
             if planned.state == "miss" and planned.missing is None:
-                request = {"do": "build", "wanted": to_dict(planned.wanted), "store": self.url}
+                request = {"do": "build", "wanted": to_dict(planned.wanted), "store": self.url,
+                           "max_bytes": self.store.max_bytes}  # fmt: skip
                 engine.build = self._task(planned.wanted.title, planned.memory, request, planned.alone)
                 engine.log = engine.build.log
         run_tasks([engine.build for engine in self.engines if engine.build], self.limits, stopped, self._tell)
         if stopped():
             self._count_stored()
+        if self.store.max_bytes is not None:
+            self._note_removed(self.store.max_bytes)
+
+    def _note_removed(self, max_bytes: int) -> None:
+        """A store whose limit is less than what the job needs drops the first engines for the last."""
+        stored = {entry.digest for entry in self.store.entries()}
+        for engine in self.engines:
+            if _status(engine) in ("hit", "built") and _digest(engine) not in stored:
+                limit = f"{max_bytes / 1e6:.0f} MB"
+                engine.failure = f"It was removed for later engines: the store may hold {limit}, the job needs more"
 
     def _count_stored(self) -> None:
         """A child that is stopped right behind its last step has no time to say that its engine is in the store."""
@@ -229,7 +241,7 @@ def _line(engine: _Engine, dry_run: bool) -> EngineLine:
         wanted.bundle, wanted.target, wanted.sm, planned.variant or wanted.precision, wanted.capacity, wanted.max_batch,
         status,
         reason=reasons.get(status),
-        digest=result.get("digest", planned.digest),
+        digest=_digest(engine),
         bytes=result.get("bytes", planned.bytes),
         seconds=round(task.seconds, 3) if result and task is not None else None,
         attempts=len(task.reasons) + bool(result) if task is not None else 0,
@@ -241,6 +253,12 @@ def _line(engine: _Engine, dry_run: bool) -> EngineLine:
     )  # fmt: skip
 
 
+def _digest(engine: _Engine) -> str | None:
+    """The engine's name in the store, once it is known."""
+    outcome = engine.build.outcome if engine.build is not None else None
+    return (outcome.result or {}).get("digest", engine.planned.digest) if outcome else engine.planned.digest
+
+
 def _why(task: Task) -> str:
     return task.reasons[-1] if task.reasons else "no reason given"
 
@@ -250,8 +268,15 @@ def _limits(file: JobFile, workers: int | None, memory: int | str | None, retrie
         raise InputError(f"retries must be 0 or more, not {retries!r}", where="retries", remedy="Give a whole number")
     count = check_count("workers", workers if workers is not None else file.workers) or available_cores()
     size = memory if memory is not None else file.memory
-    budget = parse_size(size, "memory") if size is not None else available_memory() or UNKNOWN_MEMORY
-    return Limits(budget, count, retries)
+    if size is not None:
+        return Limits(parse_size(size, "memory", least=1, error=RecipeError), count, retries)
+    return Limits(available_memory() or UNKNOWN_MEMORY, count, retries)
+
+
+def _limited(file: JobFile) -> dict[str, int]:
+    """What the file says of the store's size; what it does not say, the environment may."""
+    given = file.max_bytes
+    return {} if given is None else {"max_bytes": parse_size(given, "max_bytes", error=RecipeError)}
 
 
 def _store_url(store: str | Path | None, file: JobFile, folder: Path) -> str | None:

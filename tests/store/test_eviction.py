@@ -76,6 +76,23 @@ def test_the_engine_just_built_stays_though_it_exceeds_the_limit(place: Place) -
     assert kept(store) == {1}
 
 
+@pytest.mark.parametrize("kind", ["memory", "bucket"])
+def test_copies_of_a_remote_store_are_limited_where_it_is_only_read(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place: Place = request.getfixturevalue(kind)
+    put(place.open(), 0, 1, 2, 3)
+    reader = place.open(cache=tmp_path / "reader", max_bytes=ROOM_FOR_TWO)
+    with use(reader, 0) as engine:
+        for capacity in (1, 2, 3):
+            use(reader, capacity).close()
+            time.sleep(0.01)
+        copies = {path.name.partition("-")[0] for path in (tmp_path / "reader").rglob("*.plan")}
+        assert copies == {key(capacity=0).digest, key(capacity=3).digest}  # the one in use, and the latest
+        assert engine.plan() == PLAN
+    assert kept(place.open()) == {0, 1, 2, 3}
+
+
 def test_marks_of_other_processes_count_while_they_live(local: Place) -> None:
     store = local.open()
     put(store, 0, 1)

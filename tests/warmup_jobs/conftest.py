@@ -21,6 +21,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("ACCEL_STORE", raising=False)
     monkeypatch.delenv("ACCEL_STORE_KEY", raising=False)
+    monkeypatch.delenv("ACCEL_STORE_MAX_BYTES", raising=False)
     return tmp_path / "cache"
 
 

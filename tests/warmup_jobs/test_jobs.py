@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from accel.errors import InputError, RecipeError
-from accel.warmup_jobs.jobs import expand, parse_size, read_jobs
+from accel.warmup_jobs.jobs import expand, read_jobs
 
 JOB = {"bundle": "llama", "target": "rtx", "sm": "sm86"}
 
@@ -84,16 +84,7 @@ def test_no_such_file(tmp_path: Path) -> None:
         read_jobs(tmp_path / "jobs.json")
 
 
-def test_sizes() -> None:
-    units = {"1kb": 1000, "1 GB": 10**9, "16Gi": 16 << 30, "0.5 GiB": 1 << 29, "3M": 3 * 10**6, "7": 7}
-    assert {text: parse_size(text, "memory") for text in units} == units
-    assert parse_size(5, "memory") == 5
-    for wrong, said in {
-        "-1GB": "no size",
-        "0": "no size",
-        "much": "no size",
-        "4GX": "unknown unit",
-        "": "no size",
-    }.items():
-        with pytest.raises(RecipeError, match=f"{said}.*at memory"):
-            parse_size(wrong, "memory")
+@pytest.mark.parametrize("size", ["much", "0", -1, "4GX"])
+def test_a_workspace_that_is_no_size(size: int | str) -> None:
+    with pytest.raises(RecipeError, match=f"'?{size}'? is .*at workspace"):
+        expand(*read_jobs({"jobs": [{**JOB, "workspace": size}]}))

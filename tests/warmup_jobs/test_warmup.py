@@ -139,6 +139,17 @@ def test_a_store_that_cannot_be_written_is_tried_again(bundles: Path) -> None:
     assert "attempt 2" in line.text() and f"log: {bundles}/logs/" in line.text()
 
 
+def test_a_store_that_may_not_hold_the_whole_job(bundles: Path, in_process: list[dict[str, Any]]) -> None:
+    """The engines that had to go for the others are missing in the end, and it is said."""
+    path = write(bundles, {**BERT, "sm": ["sm86", "sm89"]}, max_bytes="1k")
+    report = accel.warmup(path)
+    assert states(report) == [("bert", "sm86", "failed"), ("bert", "sm89", "built")] and not report.ok
+    assert "removed for later engines: the store may hold 0 MB" in str(report.engines[0].reason)
+    assert [request["max_bytes"] for request in in_process] == [1000, 1000] and len(plans(bundles)) == 1
+    with pytest.raises(RecipeError, match="'lots' is no size.*max_bytes"):
+        accel.warmup(write(bundles, {**BERT, "sm": "sm86"}, max_bytes="lots"))
+
+
 def test_a_refused_engine_is_built_again(bundles: Path) -> None:
     path = write(bundles, {**BERT, "sm": "sm86"}, logs="logs")
     accel.warmup(path)

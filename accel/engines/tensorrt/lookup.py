@@ -14,6 +14,7 @@ from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Flavour
 from accel.engines.tensorrt.engine import EngineFacts
 from accel.errors import BundleError, EngineUnavailableError, RefusedEngineError
+from accel.sizes import parse_size
 from accel.store import (
     EngineManifest,
     EngineStore,
@@ -26,6 +27,7 @@ from accel.store import (
 )
 
 _log = logging.getLogger("accel")
+MAX_BYTES = "ACCEL_STORE_MAX_BYTES"
 TARGET = "tensorrt"  # of the graph that both flavours are built from
 PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers, where the bundle does not say
 
@@ -74,9 +76,16 @@ def open_store(url: str | Path | None = None, **options: Any) -> EngineStore:
     """The engine store: the one given, else ``ACCEL_STORE``, else a folder in this user's cache.
 
     Engines are code. With ``ACCEL_STORE_KEY`` (a file, or ``env:NAME``) engines without its signature are refused; a
-    key that can sign signs what is put.
+    key that can sign signs what is put. ``ACCEL_STORE_MAX_BYTES``, e.g. ``20G``, limits the store's size.
+
+    Raises:
+        InputError: ``ACCEL_STORE_MAX_BYTES`` is no size.
+        EngineStoreError, DependencyError: See ``EngineStore`` and ``read_verifier``.
     """
     place = url or os.environ.get("ACCEL_STORE") or cache_folder() / "engines"
+    limit = os.environ.get(MAX_BYTES)
+    if limit and "max_bytes" not in options:
+        options = {**options, "max_bytes": parse_size(limit, MAX_BYTES)}
     source = os.environ.get("ACCEL_STORE_KEY")
     if source and "verifier" not in options and "signer" not in options:
         verifier = read_verifier(source)
