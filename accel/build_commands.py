@@ -16,7 +16,7 @@ from accel.sizes import parse_size
 
 if TYPE_CHECKING:
     from accel.engine_build import EngineReport
-    from accel.store import Entry
+    from accel.store import EngineStore, Entry
 
 
 def build(options: Namespace) -> int:
@@ -80,14 +80,29 @@ def quantize(options: Namespace) -> int:
 
 def cache_ls(options: Namespace) -> int:
     """Lists the engines of a store."""
-    return _print_entries(_store(options).entries(), options)
+    store = _store(options)
+    entries = store.entries()
+    if options.json:
+        print(json.dumps(_listing(store, entries)))
+        return 0
+    for entry in entries:
+        print(_line(entry))
+    print(f"{_total(entries)}; store {store.url}")
+    return 0
 
 
 def cache_verify(options: Namespace) -> int:
     """Reads every engine and checks it; 1 when one is not to be trusted."""
-    entries = _store(options).verify()
-    _print_entries(entries, options)
-    return 1 if any(entry.problem for entry in entries) else 0
+    store = _store(options)
+    entries = store.verify()
+    bad = [entry for entry in entries if entry.problem]
+    if options.json:
+        print(json.dumps({**_listing(store, entries), "ok": not bad}))
+        return 1 if bad else 0
+    for entry in bad:
+        print(_line(entry))
+    print(f"{_total(entries)}, {f'{len(bad)} bad' if bad else 'all good'}; store {store.url}")
+    return 1 if bad else 0
 
 
 def cache_prune(options: Namespace) -> int:
@@ -119,35 +134,62 @@ def _find(asked: str, known: list[str], where: str) -> str:
     return found[0]
 
 
-def _store(options: Namespace) -> Any:
+def _store(options: Namespace) -> EngineStore:
     from accel.engines.tensorrt.lookup import open_store
 
     return open_store(options.store)
 
 
-def _print_entries(entries: list[Entry], options: Namespace) -> int:
-    if options.json:
-        print(json.dumps({"engines": [_as_dict(entry) for entry in entries]}))
-        return 0
-    for entry in entries:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
-        print(f"{entry.digest[:16]}  {entry.bytes / 1e6:9.1f} MB  {used}  {entry.problem or _what(entry)}")
-    total = sum(entry.bytes for entry in entries)
-    print(f"{len(entries)} engines, {total / 1e6:.1f} MB")
-    return 0
+def _total(entries: list[Entry]) -> str:
+    return f"{len(entries)} engines, {sum(entry.bytes for entry in entries) / 1e6:.1f} MB"
 
 
-def _as_dict(entry: Entry) -> dict[str, Any]:
-    key = None if entry.manifest is None else to_dict(entry.manifest.key)
-    return {"digest": entry.digest, "bytes": entry.bytes, "last_used": entry.last_used, "problem": entry.problem,
-            "key": key}  # fmt: skip
+def _line(entry: Entry) -> str:
+    used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+    return f"{entry.digest[:16]}  {entry.bytes / 1e6:9.1f} MB  {used}  {entry.problem or _what(entry)}"
 
 
 def _what(entry: Entry) -> str:
+    """What a sound engine is for, in a line."""
     assert entry.manifest is not None
-    key = entry.manifest.key
-    capacity = "" if key.capacity is None else f", capacity {key.capacity}"
-    return f"{key.target} {key.library_version} {'+'.join(key.sm)} {key.variant}{capacity}"
+    key, facts = entry.manifest.key, entry.manifest.facts
+    model = f"{facts['model']} " if "model" in facts else ""
+    rows = f"{facts['max_batch']} rows" if "max_batch" in facts else ""
+    capacity = f"capacity {key.capacity}" if key.capacity is not None else ""
+    profiles = (_profile_text(name, ranges) for name, ranges in _profiles(entry).items())
+    head = f"{model}{key.target} {key.library_version} {'+'.join(key.sm)} {key.variant}"
+    return ", ".join(filter(None, [head, rows, capacity, *profiles]))
+
+
+def _profile_text(name: str, ranges: Mapping[str, tuple[int, int, int]]) -> str:
+    sizes = [f"{least}-{most}" if least < most else str(most) for least, _, most in ranges.values()]
+    return f"{name} {' x '.join(sizes)}".strip()
+
+
+def _profiles(entry: Entry) -> dict[str, dict[str, tuple[int, int, int]]]:
+    """Name -> batch and sequence -> (min, opt, max); nothing of a profile whose inputs have no ids."""
+    assert entry.manifest is not None
+    found = {}
+    for name, inputs in entry.manifest.key.profiles.items():
+        shapes = inputs.get("input_ids", ((), (), ()))
+        found[name] = dict(zip(("batch", "sequence"), zip(*shapes, strict=True), strict=False))
+    return found
+
+
+def _listing(store: EngineStore, entries: list[Entry]) -> dict[str, Any]:
+    engines = [_as_dict(entry) for entry in entries]
+    return {"store": store.url, "bytes": sum(entry.bytes for entry in entries), "engines": engines}
+
+
+def _as_dict(entry: Entry) -> dict[str, Any]:
+    plain = {"digest": entry.digest, "bytes": entry.bytes, "last_used": entry.last_used, "problem": entry.problem}
+    if entry.manifest is None:
+        return {**plain, "model": None, "max_batch": None, "capacity": None, "profiles": None, "key": None}
+    key, facts = entry.manifest.key, entry.manifest.facts
+    return {
+        **plain, "model": facts.get("model"), "max_batch": facts.get("max_batch"), "capacity": key.capacity,
+        "profiles": _profiles(entry), "key": to_dict(key),
+    }  # fmt: skip
 
 
 def _read_profiles(path: Path | None) -> Mapping[str, Any] | None:

@@ -345,6 +345,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
 
     return {
         **to_dict(built.facts),
+        "model": request.bundle.manifest.source,
         "max_batch": request.max_batch,
         "hardware_compatibility": request.settings.hardware_compatibility,
         "profile_order": [profile.name for profile in request.settings.profiles],

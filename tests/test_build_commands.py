@@ -77,7 +77,7 @@ def test_quantize_says_what_is_wrong(bundle: Path, tmp_path: Path, capsys: Outpu
 def test_build_and_cache(bundle: Path, tmp_path: Path, capsys: Output) -> None:
     """The whole way: build, hit, list, verify, remove."""
     pytest.importorskip("tensorrt_rtx")
-    place = ("--store", tmp_path / "store")
+    place, source = ("--store", tmp_path / "store"), Bundle.open(bundle).manifest.source
     asked = ("build", bundle, "--target", "rtx", "--sm", "sm86", "--capacity", 64, "--max-batch", 2, *place)
     assert run(*asked, "--proof", "--workspace", "256MiB") == 0
     text = capsys.readouterr().out
@@ -92,12 +92,16 @@ def test_build_and_cache(bundle: Path, tmp_path: Path, capsys: Output) -> None:
     assert all(engine["built"] for engine in report["engines"]) and report["seconds"] > 0
     listed = answer(capsys, "cache", "ls", *place)["engines"]
     assert len(listed) == 3 and {entry["problem"] for entry in listed} == {None}
+    assert {(entry["model"], entry["max_batch"], entry["capacity"]) for entry in listed} == {(source, 2, 64)}
+    assert listed[0]["profiles"]["decode"] == {"batch": [1, 2, 2], "sequence": [1, 1, 1]}
+    assert run("cache", "ls", *place) == 0
+    assert f"  {source} rtx " in (text := capsys.readouterr().out) and ", 2 rows, capacity 64, decode 1-2 x 1" in text
     assert listed[0]["key"]["workspace_bytes"] == 256 << 20
     assert run("cache", "verify", *place) == 0
     digests = [entry["digest"] for entry in listed]
     assert answer(capsys, "cache", "rm", digests[0][:12], digests[1], *place) == {"removed": digests[:2]}
     assert answer(capsys, "cache", "prune", "--max-bytes", 0, *place)["removed"] == digests[2:]
-    assert answer(capsys, "cache", "ls", *place) == {"engines": []}
+    assert answer(capsys, "cache", "ls", *place) == {"store": str(tmp_path / "store"), "bytes": 0, "engines": []}
 
 
 def test_build_from_a_file_of_profiles(bundle: Path, tmp_path: Path, capsys: Output) -> None:
@@ -153,11 +157,19 @@ def test_without_tensorrt_the_pip_command_is_printed(bundle: Path, capsys: Outpu
 
 
 def test_cache_ls(store: EngineStore, capsys: Output) -> None:
+    store.put(key(capacity=1024), PLAN, {"model": "smollm2", "max_batch": 8})
     assert run("cache", "ls", "--store", store.url) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and lines[-1].startswith("3 engines, 0.3 MB")
-    assert all("rtx 1.7.1.116 sm86+sm89 fp16, capacity" in line for line in lines[:-1])
-    listed = answer(capsys, "cache", "ls", "--store", store.url)["engines"]
+    assert len(lines) == 5 and lines[-1] == f"4 engines, 0.4 MB; store {store.url}"
+    sizes = "decode, prefill 1-4 x 1-128"
+    assert all(f"  rtx 1.7.1.116 sm86+sm89 fp16, capacity {n}, {sizes}" in s for n, s in zip((128, 256, 512), lines))
+    assert lines[3].endswith(f"  smollm2 rtx 1.7.1.116 sm86+sm89 fp16, 8 rows, capacity 1024, {sizes}")
+    report = answer(capsys, "cache", "ls", "--store", store.url)
+    assert report["store"] == store.url and report["bytes"] == sum(entry.bytes for entry in store.entries())
+    *listed, named = report["engines"]
+    assert (named["model"], named["max_batch"], named["capacity"]) == ("smollm2", 8, 1024)
+    assert named["profiles"] == {"prefill": {"batch": [1, 1, 4], "sequence": [1, 64, 128]}, "decode": {}}
+    assert listed[0]["model"] is None
     assert [entry["key"]["capacity"] for entry in listed] == [128, 256, 512]
     assert [entry["digest"] for entry in listed] == [key(capacity=n).digest for n in (128, 256, 512)]
 
@@ -178,12 +190,23 @@ def test_cache_takes_the_store_from_the_environment(
     assert len(answer(capsys, "cache", "ls")["engines"]) == 3
 
 
+def test_cache_verify_says_that_all_is_good(store: EngineStore, capsys: Output) -> None:
+    assert run("cache", "verify", "--store", store.url) == 0
+    assert capsys.readouterr().out == f"3 engines, 0.3 MB, all good; store {store.url}\n"
+    report = answer(capsys, "cache", "verify", "--store", store.url)
+    assert report["ok"] and len(report["engines"]) == 3 and report["store"] == store.url
+
+
 def test_cache_verify_finds_a_damaged_engine(store: EngineStore, capsys: Output) -> None:
     (plan,) = Path(store.url).rglob(f"{key(capacity=256).digest}*.plan")
     plan.write_bytes(b"q" + PLAN[1:])
     assert run("cache", "verify", "--store", store.url) == 1
-    assert "altered" in capsys.readouterr().out.lower()
-    entries = answer(capsys, "cache", "verify", "--store", store.url, code=1)["engines"]
+    bad, total = capsys.readouterr().out.splitlines()
+    assert bad.startswith(key(capacity=256).digest[:16]) and "altered" in bad.lower()
+    assert total == f"3 engines, 0.3 MB, 1 bad; store {store.url}"
+    report = answer(capsys, "cache", "verify", "--store", store.url, code=1)
+    entries = report["engines"]
+    assert not report["ok"]
     assert [entry["key"]["capacity"] for entry in entries if entry["problem"]] == [256] and len(entries) == 3
     plan.with_name(f"{key(capacity=128).digest}.json").write_bytes(b"{")
     listed = answer(capsys, "cache", "ls", "--store", store.url)["engines"]
