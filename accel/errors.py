@@ -58,7 +58,14 @@ class FusionError(ExportError):
 
 
 class ParityError(ExportError):
-    """The exported graph's numbers differ from the reference by more than allowed."""
+    """The exported graph's numbers differ from the reference by more than allowed.
+
+    Attributes:
+        value: The error relative to the reference's largest value; infinity where the graph gives NaN or infinity;
+            None where something else differs.
+    """
+
+    value: float | None = None
 
 
 class StorageError(AccelError, OSError):

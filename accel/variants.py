@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ CANONICAL, BASE = "canonical", "fp32"
 # Largest error against fp32, relative to the largest value. Rounding alone costs MiniLM and SmolLM2 some 2e-3 in fp16
 # and 2e-2 in bf16; a wrong graph costs more than half.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+ROUNDING = 0.5  # an error above it is no rounding
 
 
 def add_variant(
@@ -138,13 +140,26 @@ class _Addition:
         try:
             result = check_parity(session, arch, cases, recipe)
         except ParityError as error:
-            raise ParityError(
-                error.what.replace("PyTorch", f"fp32 in {self.variant}"),
-                where=error.where,
-                remedy="Take bf16, whose range is float32's, or fp32" if self.variant == "fp16" else "Take fp32",
-            ) from error
+            raise self._in_words(error) from error
         _log.info("%s: error %.1e of the largest value, limit %.1e", self.variant, result.max_rel_error, result.limit)
         return dataclasses.replace(result, reference="ort-cpu fp32")
+
+    def _in_words(self, error: ParityError) -> ParityError:
+        """The error as this comparison's: what differs from what, in which bundle, and what helps."""
+        what = error.what.replace("The exported graph", f"The {self.variant} graph")
+        return ParityError(
+            what.replace("PyTorch", "the fp32 engine"), where=f"{self.bundle.path}: {error.where}",
+            remedy=self._remedy(error.value or 0.0),
+        )  # fmt: skip
+
+    def _remedy(self, value: float) -> str:
+        if self.variant == "fp16" and math.isinf(value):
+            return "Values overflow fp16: take bf16, whose range is fp32's, or fp32"
+        if self.variant == BASE or value > ROUNDING:
+            return "Rounding does not cost this much: the graph is wrong. Export the bundle again with this accel"
+        finer = f"fp32, or bf16 (rounds more, limit {LIMITS['bf16']:g})" if self.variant == "fp16" else "fp32"
+        anyway = f"accel quantize {self.bundle.path} --variant {self.variant} --no-parity"
+        return f"Take {finer}; or, if this much is well for you: {anyway}"
 
     def _ids(self) -> dict[str, int]:
         """The padding id, and how many token types the graph takes."""

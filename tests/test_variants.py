@@ -174,8 +174,7 @@ def enlarge_a_weight(bundle: Path) -> None:
 def test_a_wrong_graph_is_not_added(windowed: Path, variant: str, spoil: Callable[[Path], None]) -> None:
     spoil(windowed)
     before = content(windowed)
-    remedy = "Take bf16" if variant == "fp16" else "Take fp32"
-    with pytest.raises(ParityError, match=f"differs from fp32 in {variant} by .*{remedy}"):
+    with pytest.raises(ParityError, match=f"The {variant} graph differs from the fp32 engine by .*the graph is wrong"):
         add_variant(windowed, variant)
     assert content(windowed) == before and not list(windowed.glob(".*"))
 
@@ -356,9 +355,31 @@ def test_killed_at_random_moments(decoder: Path) -> None:
 def test_rounding_that_costs_too_much(windowed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error that is told is that of the case, and a limit below the rounding's own refuses it."""
     monkeypatch.setitem(LIMITS, "fp16", 1e-6)
-    with pytest.raises(ParityError, match="more than the limit 1.0e-06.*Take bf16") as caught:
+    with pytest.raises(ParityError, match=r"differs from the fp32 engine by \d.\d\de-0\d .*limit 1.0e-06") as caught:
         add_variant(windowed, "fp16")
-    assert isinstance(caught.value.__cause__, AccelError) and caught.value.where
+    assert isinstance(caught.value.__cause__, AccelError)
+    assert str(caught.value.where).startswith(f"{windowed}: ") and "step 0" in str(caught.value.where)
+    remedy, _, command = str(caught.value.remedy).partition(": accel ")
+    assert remedy.startswith("Take fp32, or bf16 (rounds more, limit 0.1); or")
+    assert main(command.split()) == 0 and is_complete(windowed, "fp16")
+    monkeypatch.setitem(LIMITS, "bf16", 1e-6)
+    with pytest.raises(ParityError, match="Take fp32; or.*--variant bf16 --no-parity"):
+        add_variant(windowed, "bf16")
+
+
+def test_values_that_overflow(windowed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accel.graph.evaluation.torch_graph import TorchGraph
+
+    run = TorchGraph.run
+
+    def overflow(self: Any, feeds: Any) -> Any:
+        outputs = run(self, feeds)
+        return {name: value * np.inf if name == "logits" else value for name, value in outputs.items()}
+
+    monkeypatch.setattr(TorchGraph, "run", overflow)
+    with pytest.raises(ParityError, match="fp16 graph gives NaN or infinity where the fp32 .*: take bf16"):
+        add_variant(windowed, "fp16")
+    assert "fp16" not in Bundle.open(windowed).manifest.variants
 
 
 def test_the_added_graph_computes_what_fp32_does(decoder: Path) -> None:

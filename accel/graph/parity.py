@@ -186,13 +186,14 @@ class _Gate:
         error = float(np.abs(found - expected).max())
         relative = error / largest if largest > 0 else error
         if not relative <= self.limit:  # NaN too
-            raise ParityError(
-                f"The exported graph differs from PyTorch by {relative:.2e} of the largest value, "
-                f"more than the limit {self.limit:.1e}",
-                where=where,
-                remedy="Export without parity and see its passes with accel inspect; "
-                "raise parity.limit only if you know why",
-            )
+            how = f"differs from PyTorch by {relative:.2e} of the largest value, more than the limit {self.limit:.1e}"
+            if not (finite := bool(np.isfinite(found).all())):
+                how = "gives NaN or infinity where PyTorch gives numbers"
+            remedy = "Export without parity and see its passes with accel inspect; "
+            remedy += "raise parity.limit only if you know why"
+            wrong = ParityError(f"The exported graph {how}", where=where, remedy=remedy)
+            wrong.value = relative if finite else float("inf")
+            raise wrong
         self.max_abs, self.max_rel = max(self.max_abs, error), max(self.max_rel, relative)
         return error
 

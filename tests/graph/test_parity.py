@@ -73,15 +73,17 @@ def test_decoder_passes_and_is_recorded() -> None:
 
 def test_decoder_error_names_case_value_and_limit() -> None:
     recipe = ParityRecipe()
-    with pytest.raises(ParityError, match=r"1\.00e-03 .*limit 1\.0e-04 \(at case 0 .*step 0\)"):
+    with pytest.raises(ParityError, match=r"1\.00e-03 .*limit 1\.0e-04 \(at case 0 .*step 0\)") as caught:
         parity.check_parity(Session(1.001), DECODER, decoder_cases(recipe), recipe)  # type: ignore[arg-type]
+    assert caught.value.value == pytest.approx(1e-3, rel=0.01)
 
 
 def test_not_a_number_never_passes() -> None:
     recipe = ParityRecipe(limit=1e9)
     session = Session(spoil=lambda logits: np.full_like(logits, math.nan))
-    with pytest.raises(ParityError, match="nan"):
+    with pytest.raises(ParityError, match="NaN or infinity") as caught:
         parity.check_parity(session, DECODER, decoder_cases(recipe), recipe)  # type: ignore[arg-type]
+    assert caught.value.value == math.inf
 
 
 def test_only_rows_that_join_late_see_a_swapped_row() -> None:
