@@ -3,52 +3,27 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
-from accel.engines.kv_cache import DEFAULT_MAX_BATCH, bytes_per_token, check_count
+from accel.engine_request import BuildRequest, prepare
+from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
-from accel.engines.tensorrt.lookup import TARGET, Sources, find_engine, hash_sources, open_store, pick_precision
-from accel.engines.tensorrt.memory import ALIGNMENT
-from accel.engines.tensorrt.packages import cuda_version, current_sm
-from accel.errors import EngineUnavailableError, InputError, StorageError
-from accel.spec import ArchSpec, TensorSpec
-from accel.store import EngineKey, EngineStore, StoredEngine, cache_folder
+from accel.engines.tensorrt.lookup import TARGET, find_engine, open_store, pick_precision
+from accel.engines.tensorrt.packages import current_sm
+from accel.errors import EngineUnavailableError, StorageError
+from accel.store import EngineStore, StoredEngine, cache_folder
 
 if TYPE_CHECKING:
-    from accel.builder.build import BuildSettings, BuiltPlan
-    from accel.builder.profiles import Profile
+    from accel.builder.build import BuiltPlan
 
 _log = logging.getLogger("accel")
-DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
-DEFAULT_PRECISION = "fp16"
-PASSES = "1"  # of parsing and repair: raise it when the same graph makes another network
-
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """Everything that is asked of one engine, settled.
-
-    Attributes:
-        bundle: Opened; it has the variant's TensorRT graph.
-        variant: Its precision.
-        settings: For the builder.
-        max_batch: Most rows.
-        key: What it is stored under.
-    """
-
-    bundle: Bundle
-    variant: str
-    settings: BuildSettings
-    max_batch: int
-    key: EngineKey
 
 
 @dataclass(frozen=True)
@@ -84,7 +59,7 @@ def build(
     capacity: int | None = None,
     max_batch: int | None = None,
     optimization_level: int = 3,
-    workspace: int | None = None,
+    workspace: int | str | None = None,
     refittable: bool = False,
     hardware_compatibility: Compatibility = "none",
     store: EngineStore | str | Path | None = None,
@@ -97,13 +72,13 @@ def build(
     Args:
         bundle: A bundle or its directory.
         target: ``tensorrt`` (for the GPU of this machine) or ``rtx`` (for any SM it knows, without a GPU).
-        sm: ``auto``: this machine's GPU; or names such as ``sm86``.
+        sm: ``auto``: this machine's GPU; or names such as ``sm86``, as a list or between commas.
         profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: the usual ones.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16`` or ``bf16``.
         capacity: Cache positions per row, decoders only; None: 2,048 or what the model covers.
         max_batch: Most rows; None: 8, encoders 32. With ``profiles`` theirs counts.
         optimization_level: 0 (fast to build) to 5 (tries most).
-        workspace: Bytes of scratch memory that a layer may take; None: the library's default.
+        workspace: Scratch memory that a layer may take, in bytes or as ``"2G"``; None: the library's default.
         refittable: Whether weights can be replaced later.
         hardware_compatibility: TensorRT only: ``same`` (SM) or ``ampere+`` lets other GPUs run the engine.
         store: Where engines are kept: a store, a directory or URL; None: ``ACCEL_STORE``, else this user's cache.
@@ -151,52 +126,6 @@ def build_missing(
     build(bundle, target, precision=variant, capacity=capacity, max_batch=max_batch, store=store)
 
 
-def prepare(
-    bundle: Bundle,
-    flavour: Flavour,
-    sm: str | Sequence[str] = "auto",
-    *,
-    profiles: Mapping[str, Any] | None = None,
-    precision: str = "auto",
-    capacity: int | None = None,
-    max_batch: int | None = None,
-    optimization_level: int = 3,
-    workspace: int | None = None,
-    refittable: bool = False,
-    hardware_compatibility: Compatibility = "none",
-    show_progress: bool | None = None,
-) -> list[BuildRequest]:
-    """Settles what is asked, adds the variant where it is missing, and computes the keys; builds nothing."""
-    from accel.builder.build import BuildSettings, check_settings, per_sm
-    from accel.builder.profiles import default_profiles, read_profiles
-
-    arch = bundle.manifest.arch
-    sms = _resolve_sms(flavour, sm)
-    rows = check_count("max_batch", max_batch) or (32 if arch.kind == "encoder" else DEFAULT_MAX_BATCH)
-    positions = _resolve_capacity(arch, check_count("capacity", capacity))
-    chosen = read_profiles(profiles) if profiles is not None else default_profiles(arch, rows, positions)
-    if not chosen:
-        remedy = "Name at least one, or leave them out for the usual ones"
-        raise InputError("There is no profile", where="profiles", remedy=remedy)
-    settings = BuildSettings(
-        target=flavour.target, sm=sms, profiles=chosen, capacity=positions, optimization_level=optimization_level,
-        workspace=workspace, refittable=refittable, hardware_compatibility=hardware_compatibility,
-    )  # fmt: skip
-    check_settings(settings, flavour)
-    rows = _most_rows(arch, settings)
-    if max_batch is not None and rows != max_batch:
-        _log.warning("max_batch=%d is not used: the profiles serve %d rows", max_batch, rows)
-    bundle, variant = _ensure_variant(bundle, precision, show_progress)
-    sources = hash_sources(bundle, variant)
-    settings = replace(settings, dtype=bundle.variant(variant).dtype)
-    _check_alignment(arch, settings, rows)
-    inputs = bundle.graph(variant, TARGET).inputs
-    return [
-        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, variant, one, inputs))
-        for one in per_sm(settings)
-    ]
-
-
 def build_one(
     request: BuildRequest, flavour: Flavour, store: EngineStore, show_progress: bool | None = None
 ) -> EngineReport:
@@ -209,100 +138,6 @@ def build_one(
     engine = store.get_or_build(request.key, make, on_wait=_say_waiting(request))
     with engine:
         return _report(request, engine)
-
-
-def _resolve_sms(flavour: Flavour, sm: str | Sequence[str]) -> tuple[str, ...]:
-    names = (sm.lower(),) if isinstance(sm, str) else tuple(name.lower() for name in sm)
-    if names != ("auto",):
-        return names
-    here = current_sm()
-    if here is None:
-        known = ", ".join(flavour.known_sms())
-        remedy = f"Name the GPU it is for, e.g. sm='sm89' (--sm sm89); known: {known}" if known else "Use target='rtx'"
-        raise InputError("There is no GPU here to build for", where="sm", remedy=remedy)
-    return (here,)
-
-
-def _resolve_capacity(arch: ArchSpec, asked: int | None) -> int | None:
-    if arch.kind == "encoder":
-        if asked is not None:
-            what = "capacity sizes a decoder's cache, and this model is an encoder"
-            raise InputError(what, where="capacity", remedy="Leave it out")
-        return None
-    most = min(DEFAULT_CAPACITY, arch.max_positions)
-    return asked or most // 16 * 16 or most  # whole sixteens: cache rows begin at aligned addresses
-
-
-def _most_rows(arch: ArchSpec, settings: BuildSettings) -> int:
-    """Rows that the engine serves together: decoders run several rows on profiles of single tokens alone."""
-    if not settings.profiles:
-        raise InputError("An engine needs a profile", where="profiles", remedy="Leave them out to get the usual ones")
-    single = [profile for profile in settings.profiles if profile.sequence.max == 1 and arch.kind == "decoder"]
-    return max(profile.batch.max for profile in (single or settings.profiles))
-
-
-def _check_alignment(arch: ArchSpec, settings: BuildSettings, rows: int) -> None:
-    """A cache row must be a multiple of 256 bytes for runs over later rows."""
-    item = 4 if settings.dtype == "float32" else 2
-    for layer in arch.layers:
-        size = layer.kv_heads * layer.head_dim * item
-        step = ALIGNMENT // math.gcd(size, ALIGNMENT)
-        if rows > 1 and settings.capacity is not None and settings.capacity % step:
-            lower = settings.capacity // step * step
-            near = f"{lower} or {lower + step}" if lower else str(step)
-            what = f"a cache row of {settings.capacity} positions is no multiple of {ALIGNMENT} bytes"
-            raise InputError(what, where="capacity", remedy=f"Take a capacity of {near}, or max_batch=1")
-
-
-def _ensure_variant(bundle: Bundle, precision: str, show_progress: bool | None) -> tuple[Bundle, str]:
-    from accel.variants import add_variant
-
-    variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
-    before = bundle.manifest.variants
-    bundle = add_variant(bundle, variant, show_progress=show_progress)
-    if variant not in before:
-        _log.info("%s: the variant %s was added to the bundle", bundle.path, variant)
-    return bundle, variant
-
-
-def _key(
-    flavour: Flavour, sources: Sources, variant: str, settings: BuildSettings, inputs: tuple[TensorSpec, ...]
-) -> EngineKey:
-    from accel.graph.lowering.tensorrt import VERSION
-
-    return EngineKey(
-        graph=sources.graph,
-        weights=sources.weights,
-        target=flavour.target,
-        library_version=flavour.version,
-        sm=settings.sm,
-        variant=variant,
-        passes=f"{VERSION}.{PASSES}",
-        optimization_level=settings.optimization_level,
-        capacity=settings.capacity,
-        profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
-        gpu=_gpu_name() if flavour.needs_gpu else None,
-        cuda=cuda_version() if flavour.needs_gpu else None,
-        workspace_bytes=settings.workspace,
-        refittable=settings.refittable,
-        flags={"hardware_compatibility": settings.hardware_compatibility},
-    )
-
-
-def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | None) -> dict[str, Any]:
-    from accel.builder.profiles import input_shapes
-
-    static = [
-        TensorSpec(spec.name, spec.dtype, tuple(capacity if size == "C" and capacity else size for size in spec.shape))
-        for spec in inputs
-    ]
-    return dict(input_shapes(profile, static))
-
-
-def _gpu_name() -> str | None:
-    from accel.machine import probe_gpus
-
-    return next((gpu.name for gpu in probe_gpus()), None)
 
 
 def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) -> BuiltPlan:
@@ -381,4 +216,4 @@ def _say_waiting(request: BuildRequest) -> Any:
     return say
 
 
-__all__ = ["BuildRequest", "EngineReport", "build", "build_one", "past_seconds", "prepare"]
+__all__ = ["EngineReport", "build", "build_one", "past_seconds"]

@@ -130,13 +130,15 @@ def test_build_from_a_file_of_profiles(bundle: Path, tmp_path: Path, capsys: Out
 
 def test_build_says_what_is_wrong(bundle: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")
-    monkeypatch.setattr("accel.engine_build.current_sm", lambda: None)
+    monkeypatch.setattr("accel.engine_request.current_sm", lambda: None)
     for arguments, what in (
         (("--target", "rtx"), "There is no GPU here to build for"),
         (("--target", "rtx", "--sm", "sm86", "--workspace", "much"), "'much' is no size"),
         (("--target", "rtx", "--sm", "sm86", "--capacity", 0), "capacity"),
         (("--target", "rtx", "--sm", "sm86", "--optimization-level", 7), "no optimization level 7"),
-        (("--target", "rtx", "--sm", "sm86", "--hardware-compatibility", "same"), "hardware compatibility"),
+        (("--target", "rtx", "--sm", "sm86", "--hardware-compatibility", "same"), "no hardware compatibility levels"),
+        (("--target", "rtx", "--sm", "sm86,sm75", "--precision", "bf16"), "sm75 does not compute in bf16"),
+        (("--target", "rtx", "--sm", "sm86", "--capacity", 1024), "1024 is more than the model's 512 positions"),
     ):
         error = answer(capsys, "build", bundle, *arguments, code=1)["error"]
         assert what in error["what"] and error["type"] == "InputError"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,17 +16,16 @@ import pytest
 import accel
 from accel import engine_build
 from accel.bundle import Bundle
-from accel.engine_build import build, prepare
+from accel.engine_build import build
+from accel.engine_request import prepare
 from accel.engines.tensorrt.adapter import load_flavour
 from accel.engines.tensorrt.lookup import open_store
 from accel.errors import (
-    AccelError,
     BundleError,
     DependencyError,
     EngineUnavailableError,
     ExportError,
     InputError,
-    RecipeError,
     RefusedEngineError,
 )
 from accel.store import EngineStore
@@ -112,58 +110,9 @@ def test_a_hit_reads_no_onnx_and_hashes_nothing(bundle: Path, tmp_path: Path, mo
     assert not report.built and time.perf_counter() - began < 2
 
 
-def test_keys_tell_engines_apart(bundle: Path) -> None:
-    add_variant(bundle, "bf16", check=False)
-    changes: list[dict[str, Any]] = [
-        {}, {"precision": "bf16"}, {"capacity": 128}, {"max_batch": 4}, {"sm": "sm89"}, {"optimization_level": 1},
-        {"workspace": 1 << 28}, {"profiles": PROFILES},
-    ]  # fmt: skip
-    digests = [key_of(bundle, **change) for change in changes]
-    assert len(set(digests)) == len(changes)
-    assert digests == [key_of(bundle, **change) for change in changes]
-    assert key_of(bundle, sm="SM86") == key_of(bundle, sm=["sm86"]) == digests[0]
-    assert key_of(bundle, precision="fp16") == digests[0]
-
-
-def test_copies_of_a_bundle_share_engines(bundle: Path, tiny_decoder_bundle: Path, tmp_path: Path) -> None:
-    """Also where each added the variant itself."""
-    other = add_variant(shutil.copytree(tiny_decoder_bundle, tmp_path / "other"), "fp16").path
-    assert key_of(other) == key_of(bundle)
-
-
-@pytest.mark.parametrize("part", ["weights", "graph", "norms in the fp32 file"])
-def test_another_bundle_has_another_key(bundle: Path, part: str) -> None:
-    """Changed bytes are an error, and another key where the manifest was changed with them."""
-    names = {"weights": "fp16.weights", "graph": "fp16.tensorrt.onnx", "norms in the fp32 file": "fp32.weights"}
-    before, path = key_of(bundle), bundle / names[part]
-    data = bytearray(path.read_bytes())
-    if part == "graph":
-        place = data.index(b"logits_positions")
-        data[place : place + 1] = b"L"
-    else:
-        data[100] ^= 1
-    path.write_bytes(data)
-    if part == "norms in the fp32 file":  # no byte of the fp16 engine comes from there
-        assert key_of(bundle) == before
-        return
-    with pytest.raises(BundleError, match=f"sha256 differs .*{names[part]}"):
-        key_of(bundle)
-    describe_again(bundle, names[part])
-    assert key_of(bundle) != before
-
-
-def describe_again(bundle: Path, name: str) -> None:
-    """The manifest takes a changed file for the right one."""
-    from accel.bundle import file_entry
-
-    data = json.loads((bundle / "manifest.json").read_text())
-    entry = file_entry(bundle / name)
-    data["files"][name] = {"size": entry.size, "sha256": entry.sha256}
-    (bundle / "manifest.json").write_text(json.dumps(data))
-
-
-def test_several_sms(bundle: Path, tmp_path: Path) -> None:
-    asked = {**SMALL, "sm": ["SM86", "sm120"]}
+@pytest.mark.parametrize("sm", [["SM86", "sm120"], "sm86, sm120", ["sm86,sm120"]])
+def test_several_sms(bundle: Path, tmp_path: Path, sm: str | list[str]) -> None:
+    asked = {**SMALL, "sm": sm}
     first, second = build(bundle, store=tmp_path / "store", **asked)
     assert (first.sm, second.sm) == (("sm86",), ("sm120",)) and first.built and second.built
     assert len(EngineStore(tmp_path / "store").entries()) == 2
@@ -181,64 +130,12 @@ def test_a_bundle_without_the_variant_gets_it(tiny_decoder_bundle: Path, tmp_pat
     assert set(Bundle.open(other).manifest.variants) == {"fp32", "fp16"}
 
 
-def test_an_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(minilm_bundle, tmp_path / "minilm"))
-    with pytest.raises(InputError, match="capacity sizes a decoder's cache"):
-        build(folder, "rtx", "sm86", capacity=64)
-    assert "fp16" not in Bundle.open(folder).manifest.variants  # it was said before anything was made
-    (request,) = prepare(Bundle.open(folder), load_flavour("rtx"), "sm89")
-    assert request.max_batch == 32 and request.key.capacity is None
-    assert request.key.profiles["encode"]["input_ids"] == ((1, 1), (32, 128), (32, 512))
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"precision": "fp8"}, InputError, "unknown variant 'fp8'.*Did you mean"),
-        ({"sm": "sm90"}, InputError, "does not support sm90"),
-        ({"sm": []}, InputError, "No SM"),
-        ({"sm": ["sm86", "sm86"]}, InputError, "stands twice"),
-        ({"capacity": 0}, InputError, "capacity must be"),
-        ({"capacity": 1024}, InputError, "1024 is more than the model's 512 positions"),
-        ({"max_batch": -1}, InputError, "max_batch must be"),
-        ({"optimization_level": 9}, InputError, "no optimization level 9"),
-        ({"hardware_compatibility": "same"}, InputError, "hardware compatibility"),
-        ({"profiles": {"decode": {"batch": RANGE}}}, RecipeError, "sequence"),
-        ({"profiles": {}}, InputError, "There is no profile"),
-        ({"profiles": {"a": {"batch": {"min": 3, "opt": 2, "max": 1}, "sequence": RANGE}}}, InputError, "not 3, 2, 1"),
-        ({"profiles": {"a": {"batch": RANGE, "sequence": {"min": 1, "opt": 8, "max": 65}}}}, InputError, "to 65"),
-        ({"profiles": {"a": {"batch": {"min": 2, "opt": 2, "max": 2}, "sequence": RANGE}}}, InputError, "no profile"),
-    ],
-)
-def test_wrong_requests(
-    bundle: Path, tmp_path: Path, changes: dict[str, Any], error: type[AccelError], message: str
-) -> None:
-    with pytest.raises(error, match=f"(?i){message}"):
-        build(bundle, store=tmp_path / "store", **{**SMALL, **changes})
-    assert EngineStore(tmp_path / "store").entries() == []
-
-
 def test_profiles_reach_the_engine(bundle: Path, tmp_path: Path) -> None:
     (report,) = build(bundle, "rtx", "sm86", capacity=64, profiles=PROFILES, store=tmp_path / "store")
     assert report.max_batch == 4 and report.facts["profile_order"] == ["prefill", "decode"]
     (entry,) = EngineStore(tmp_path / "store").entries()
     assert entry.manifest is not None
     assert entry.manifest.key.profiles["decode"]["past.0.key"] == ((1, 2, 64, 16), (2, 2, 64, 16), (4, 2, 64, 16))
-
-
-def test_capacity_is_the_model_s_where_it_is_short(bundle: Path) -> None:
-    (request,) = prepare(Bundle.open(bundle), load_flavour("rtx"), "sm86")
-    assert request.settings.capacity == request.key.capacity == 512 and request.max_batch == 8
-
-
-def test_sm_auto_without_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_build, "current_sm", lambda: None)
-    for asked in ("auto", ["auto"]):
-        with pytest.raises(InputError, match="no GPU here to build for .*at sm.*--sm sm89.*sm120"):
-            build(bundle, "rtx", asked)
-    monkeypatch.setattr(engine_build, "current_sm", lambda: "sm120")
-    (request,) = prepare(Bundle.open(bundle), load_flavour("rtx"), "auto")
-    assert request.key.sm == ("sm120",)
 
 
 def test_missing_packages_and_targets(bundle: Path) -> None:
@@ -319,7 +216,7 @@ def test_a_cold_store_names_the_command(bundle: Path, monkeypatch: pytest.Monkey
 
 
 def test_load_builds_only_when_it_may(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for target in ("accel.engines.tensorrt.registry", "accel.engine_build"):
+    for target in ("accel.engines.tensorrt.registry", "accel.engine_build", "accel.engine_request"):
         monkeypatch.setattr(f"{target}.current_sm", lambda: "sm86")
     opened: list[Any] = []
 

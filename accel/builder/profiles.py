@@ -127,6 +127,20 @@ def check_profiles(
         InputError: min > opt > max, outside the graph's dimensions, the capacity or the model's positions, or a call
             that no profile takes; names profile, input and dimension.
     """
+    check_ranges(profiles, arch, source.capacity, cover)
+    for profile in profiles:
+        _check_static(profile, source.inputs)
+        input_shapes(profile, source.inputs)
+
+
+def check_ranges(
+    profiles: Sequence[Profile], arch: ArchSpec, capacity: int | None, cover: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Checks what can be wrong with profiles and a capacity (None: no caches), whatever the graph.
+
+    Raises:
+        InputError: As ``check_profiles``.
+    """
     if not profiles:
         raise InputError("An engine needs a profile", where="profiles", remedy="Leave them out to get the usual ones")
     names = [profile.name for profile in profiles]
@@ -134,9 +148,7 @@ def check_profiles(
         raise InputError(f"A name stands twice in {', '.join(names)}", where="profiles", remedy="Name each once")
     for profile in profiles:
         _check_ranges(profile)
-        _check_limits(profile, source, arch)
-        _check_static(profile, source.inputs)
-        input_shapes(profile, source.inputs)
+        _check_limits(profile, arch, capacity)
     step = [(1, 1)] if arch.kind == "decoder" else []
     for rows, tokens in (*step, *cover):
         if not any(takes(profile, rows, tokens) for profile in profiles):
@@ -157,12 +169,12 @@ def _check_ranges(profile: Profile) -> None:
             raise InputError(what, where=_where(profile, "input_ids", place), remedy="Put the numbers in order")
 
 
-def _check_limits(profile: Profile, source: GraphSource, arch: ArchSpec) -> None:
+def _check_limits(profile: Profile, arch: ArchSpec, capacity: int | None) -> None:
     limits = [("the model's positions", arch.max_positions, "Lower the maximum")]
-    if source.capacity is not None:
-        limits.append(("the capacity", source.capacity, "Lower the maximum, or build with a larger capacity"))
-        if source.capacity > arch.max_positions:
-            what = f"The capacity {source.capacity} is more than the model's {arch.max_positions} positions"
+    if capacity is not None:
+        limits.append(("the capacity", capacity, "Lower the maximum, or build with a larger capacity"))
+        if capacity > arch.max_positions:
+            what = f"The capacity {capacity} is more than the model's {arch.max_positions} positions"
             raise InputError(what, where="capacity", remedy="Give a smaller one")
     for name, limit, remedy in limits:
         if profile.sequence.max > limit:
@@ -188,4 +200,13 @@ def _where(profile: Profile, name: str, place: int) -> str:
     return f"profile {profile.name}, input {name}, dimension {place}"
 
 
-__all__ = ["Profile", "Range", "check_profiles", "default_profiles", "input_shapes", "read_profiles", "takes"]
+__all__ = [
+    "Profile",
+    "Range",
+    "check_profiles",
+    "check_ranges",
+    "default_profiles",
+    "input_shapes",
+    "read_profiles",
+    "takes",
+]

@@ -103,7 +103,7 @@ def _run(wanted: Wanted, store: str | None) -> dict[str, Any]:
 
 def _settle(wanted: Wanted) -> Any:
     from accel.bundle import Bundle
-    from accel.engine_build import prepare
+    from accel.engine_request import prepare
     from accel.engines.tensorrt.adapter import load_flavour
 
     bundle, flavour = Bundle.open(wanted.bundle), load_flavour(wanted.target)

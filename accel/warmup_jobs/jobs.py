@@ -97,7 +97,7 @@ class Wanted:
         return f"{Path(self.bundle).name} {self.target} {self.sm} {self.precision}{capacity}"
 
     def asked(self) -> dict[str, Any]:
-        """The keyword arguments of ``accel.engine_build.prepare``."""
+        """The keyword arguments of ``accel.engine_request.settle``."""
         names = ("profiles", "precision", "capacity", "max_batch", "optimization_level", "workspace", "refittable")
         return {name: getattr(self, name) for name in (*names, "hardware_compatibility")}
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from accel.bundle import Bundle
-from accel.engine_build import DEFAULT_PRECISION, BuildRequest, past_seconds, prepare
+from accel.engine_build import past_seconds
+from accel.engine_request import DEFAULT_PRECISION, BuildRequest, prepare, settle
 from accel.engines.tensorrt.adapter import Flavour, load_flavour
 from accel.engines.tensorrt.lookup import TARGET, pick_precision
 from accel.engines.tensorrt.packages import current_sm
@@ -79,7 +80,7 @@ class Planner:
                 "seconds": past_seconds(bundle, flavour),
             }  # fmt: skip
             if not has_variant(bundle, variant):
-                flavour.check_sms((wanted.sm,), wanted.hardware_compatibility)
+                settle(bundle, flavour, wanted.sm, **wanted.asked())
                 return PlannedEngine(wanted, "miss", VARIANT_MISSING, missing=variant, **common)
             (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
             manifest, reason = self._look_up(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 import accel
-from accel.bundle import Bundle
+from accel.bundle import Bundle, file_entry
 from accel.cli import main
 from accel.errors import AccelError, InputError, RecipeError, StorageError
+from accel.schema import to_dict
 from accel.store import EngineStore
 from accel.warmup_jobs import WarmupReport, child, run
 from accel.warmup_jobs.scheduler import Outcome
@@ -101,10 +103,21 @@ def test_two_sms_from_plan_to_hits(bundles: Path, capsys: pytest.CaptureFixture[
     assert "not run: there is no GPU" in str(report) and "not run" not in str(planned)
 
 
+def spoil(bundle: Path) -> None:
+    """An operator of the graph becomes one that nobody knows; the manifest takes it for the right file."""
+    graph, manifest = bundle / "fp16.tensorrt.onnx", bundle / "manifest.json"
+    graph.write_bytes(graph.read_bytes().replace(b"LayerNormalization", b"LayerNormalizatiom"))
+    data = json.loads(manifest.read_text())
+    data["files"][graph.name] = to_dict(file_entry(graph))
+    manifest.write_text(json.dumps(data))
+
+
 def test_failures_among_good_ones(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shutil.copytree(bundles / "bert", bundles / "damaged")
+    for name in ("damaged", "unknown"):
+        shutil.copytree(bundles / "bert", bundles / name)
     weights = bundles / "damaged" / "fp16.weights"
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
+    spoil(bundles / "unknown")
     upside_down = {"decode": {"batch": {"min": 2, "opt": 1, "max": 2}, "sequence": {"min": 1, "opt": 1, "max": 1}}}
     jobs: list[dict[str, Any]] = [
         {**BERT, "sm": "sm42"},
@@ -114,18 +127,44 @@ def test_failures_among_good_ones(bundles: Path, capsys: pytest.CaptureFixture[s
         {**BERT, "capacity": 8, "sm": "sm86"},
         {**LLAMA, "sm": "sm86", "profiles": upside_down},
         {**LLAMA, "sm": "auto"},
+        {**BERT, "bundle": "unknown", "sm": "sm86"},
         {**BERT, "sm": "sm86"},
     ]
     path = write(bundles, *jobs)
     assert main(["warmup", str(path), "--json", "--retries", "3"]) == 1
     lines = json.loads(capsys.readouterr().out)["engines"]
-    assert [line["status"] for line in lines] == ["failed"] * 7 + ["built"]
+    assert [line["status"] for line in lines] == ["failed"] * 8 + ["built"]
     reasons = ["sm42", "no bundle", "corrupt", "precision 'fp8'", "encoder", "min <= opt <= max", "no GPU here"]
-    for line, reason in zip(lines, reasons):
+    for line, reason in zip(lines, [*reasons, "LayerNormalizatiom"]):
         assert reason in line["reason"]
-    assert lines[5]["attempts"] == 1 and lines[5]["retried"] == []  # found by the build: the next would fail alike
-    assert "Traceback" in Path(lines[5]["log"]).read_text()
-    shutil.rmtree(Path(lines[5]["log"]).parent)
+    assert [line["attempts"] for line in lines] == [0] * 7 + [1, 1]  # the plan found the others
+    assert lines[7]["retried"] == []  # the next attempt would fail alike
+    assert "Traceback" in Path(lines[7]["log"]).read_text()
+    shutil.rmtree(Path(lines[7]["log"]).parent)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_dry_run_finds_what_a_build_would(bundles: Path, in_process: list[dict[str, Any]], precision: str) -> None:
+    """Also where the variant is still missing."""
+    job, one = {**LLAMA, "sm": "sm86", "precision": precision}, {"min": 1, "opt": 1, "max": 1}
+    wide = {"all": {"batch": one, "sequence": {"min": 1, "opt": 8, "max": 33}}}
+    jobs: list[tuple[dict[str, Any], str]] = [
+        ({**job, "capacity": 161}, "capacity 161 is more than the model's 160 positions"),
+        ({**job, "profiles": wide}, "goes up to 33, the capacity to 32"),
+        ({**job, "capacity": 31}, "no multiple of 256 bytes"),
+        ({**job, "max_batch": 0}, "max_batch must be"),
+        ({**job, "optimization_level": 6}, "no optimization level 6"),
+        ({**job, "hardware_compatibility": "same"}, "no hardware compatibility levels"),
+        ({**job, "sm": "sm75", "precision": "bf16"}, "sm75 does not compute in bf16.*fp16"),
+        ({**BERT, "sm": "sm75", "precision": "bf16"}, "sm75 does not compute in bf16"),
+    ]
+    path = write(bundles, *(one for one, _ in jobs), job)
+    report = accel.warmup(path, dry_run=True)
+    for line, (_, reason) in zip(report.engines, jobs):
+        assert line.status == "failed" and re.search(reason, str(line.reason)), line
+    assert report.engines[-1].status == "miss" and not report.ok
+    assert [line.attempts for line in accel.warmup(path, retries=2).engines] == [0] * len(jobs) + [1]
+    assert {request["do"] for request in in_process} <= {"build", "variant"} and len(in_process) <= 2
 
 
 def test_a_store_that_cannot_be_written_is_tried_again(bundles: Path) -> None:

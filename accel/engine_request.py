@@ -1,0 +1,251 @@
+"""What is asked of an engine, settled and checked before anything is made: for ``accel.build`` and warm-up jobs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from accel.bundle import Bundle
+from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
+from accel.engines.tensorrt.adapter import Compatibility, Flavour
+from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, pick_precision
+from accel.engines.tensorrt.memory import ALIGNMENT
+from accel.engines.tensorrt.packages import cuda_version, current_sm
+from accel.errors import InputError
+from accel.sizes import parse_size
+from accel.spec import ArchSpec, TensorSpec
+from accel.store import EngineKey
+
+if TYPE_CHECKING:
+    from accel.builder.build import BuildSettings
+    from accel.builder.profiles import Profile
+
+_log = logging.getLogger("accel")
+DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
+DEFAULT_PRECISION = "fp16"
+PASSES = "1"  # of parsing and repair: raise it when the same graph makes another network
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+BFLOAT16_SM = 80  # the first that computes in bf16
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """Everything that is asked of one engine, settled.
+
+    Attributes:
+        bundle: Opened; it has the variant's TensorRT graph.
+        variant: Its precision.
+        settings: For the builder.
+        max_batch: Most rows.
+        key: What it is stored under.
+    """
+
+    bundle: Bundle
+    variant: str
+    settings: BuildSettings
+    max_batch: int
+    key: EngineKey
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What is asked of a bundle's engines, checked as far as it can be without the variant's graph.
+
+    Attributes:
+        variant: The precision, whether or not the bundle has it.
+        settings: For all SMs.
+        max_batch: Most rows.
+    """
+
+    variant: str
+    settings: BuildSettings
+    max_batch: int
+
+
+def settle(
+    bundle: Bundle,
+    flavour: Flavour,
+    sm: str | Sequence[str] = "auto",
+    *,
+    profiles: Mapping[str, Any] | None = None,
+    precision: str = "auto",
+    capacity: int | None = None,
+    max_batch: int | None = None,
+    optimization_level: int = 3,
+    workspace: int | str | None = None,
+    refittable: bool = False,
+    hardware_compatibility: Compatibility = "none",
+) -> Settled:
+    """Fills in what is not said and checks all that a build would refuse before it reads the graph.
+
+    Raises:
+        As ``accel.build``.
+    """
+    from accel.builder.build import BuildSettings, check_settings
+    from accel.builder.profiles import check_ranges, default_profiles, read_profiles
+
+    arch = bundle.manifest.arch
+    sms = _resolve_sms(flavour, sm)
+    rows = check_count("max_batch", max_batch) or (32 if arch.kind == "encoder" else DEFAULT_MAX_BATCH)
+    positions = _resolve_capacity(arch, check_count("capacity", capacity))
+    chosen = read_profiles(profiles) if profiles is not None else default_profiles(arch, rows, positions)
+    if not chosen:
+        remedy = "Name at least one, or leave them out for the usual ones"
+        raise InputError("There is no profile", where="profiles", remedy=remedy)
+    variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
+    settings = BuildSettings(
+        target=flavour.target, sm=sms, profiles=chosen, capacity=positions, dtype=_dtype(bundle, variant),
+        optimization_level=optimization_level, refittable=refittable, hardware_compatibility=hardware_compatibility,
+        workspace=parse_size(workspace, "workspace") if isinstance(workspace, str) else workspace,
+    )  # fmt: skip
+    check_settings(settings, flavour)
+    check_ranges(chosen, arch, positions)
+    _check_precision(settings)
+    rows = _most_rows(arch, settings)
+    _check_alignment(arch, settings, rows)
+    return Settled(variant, settings, rows)
+
+
+def prepare(
+    bundle: Bundle,
+    flavour: Flavour,
+    sm: str | Sequence[str] = "auto",
+    *,
+    show_progress: bool | None = None,
+    **asked: Any,
+) -> list[BuildRequest]:
+    """Settles what is asked, adds the variant where it is missing, and computes the keys; builds nothing.
+
+    Args:
+        asked: As ``settle``.
+    """
+    from accel.builder.build import per_sm
+
+    settled = settle(bundle, flavour, sm, **asked)
+    rows, variant, most = settled.max_batch, settled.variant, asked.get("max_batch")
+    if most is not None and rows != most:
+        _log.warning("max_batch=%d is not used: the profiles serve %d rows", most, rows)
+    bundle = _ensure_variant(bundle, variant, show_progress)
+    sources = hash_sources(bundle, variant)
+    settings = replace(settled.settings, dtype=bundle.variant(variant).dtype)
+    inputs = bundle.graph(variant, TARGET).inputs
+    return [
+        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, variant, one, inputs))
+        for one in per_sm(settings)
+    ]
+
+
+def split_sms(sm: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of SMs from one text or several, each with one name or several between commas."""
+    texts = (sm,) if isinstance(sm, str) else sm
+    return tuple(name.strip().lower() for text in texts for name in text.split(","))
+
+
+def _resolve_sms(flavour: Flavour, sm: str | Sequence[str]) -> tuple[str, ...]:
+    names = split_sms(sm)
+    if names != ("auto",):
+        return names
+    here = current_sm()
+    if here is None:
+        known = ", ".join(flavour.known_sms())
+        remedy = f"Name the GPU it is for, e.g. sm='sm89' (--sm sm89); known: {known}" if known else "Use target='rtx'"
+        raise InputError("There is no GPU here to build for", where="sm", remedy=remedy)
+    return (here,)
+
+
+def _dtype(bundle: Bundle, variant: str) -> str | None:
+    """The type that a precision computes in; None where there is no such precision, which ``add_variant`` says."""
+    variants = bundle.manifest.variants
+    return variants[variant].dtype if variant in variants else DTYPES.get(variant)
+
+
+def _check_precision(settings: BuildSettings) -> None:
+    old = [sm for sm in settings.sm if int(sm[2:]) < BFLOAT16_SM]
+    if settings.dtype == "bfloat16" and old:
+        what = f"{', '.join(old)} does not compute in bf16: sm{BFLOAT16_SM} was the first"
+        raise InputError(what, where="precision", remedy="Take fp16 (--precision fp16), or leave this SM out")
+
+
+def _resolve_capacity(arch: ArchSpec, asked: int | None) -> int | None:
+    if arch.kind == "encoder":
+        if asked is not None:
+            what = "capacity sizes a decoder's cache, and this model is an encoder"
+            raise InputError(what, where="capacity", remedy="Leave it out")
+        return None
+    most = min(DEFAULT_CAPACITY, arch.max_positions)
+    return asked or most // 16 * 16 or most  # whole sixteens: cache rows begin at aligned addresses
+
+
+def _most_rows(arch: ArchSpec, settings: BuildSettings) -> int:
+    """Rows that the engine serves together: decoders run several rows on profiles of single tokens alone."""
+    single = [profile for profile in settings.profiles if profile.sequence.max == 1 and arch.kind == "decoder"]
+    return max(profile.batch.max for profile in (single or settings.profiles))
+
+
+def _check_alignment(arch: ArchSpec, settings: BuildSettings, rows: int) -> None:
+    """A cache row must be a multiple of 256 bytes for runs over later rows."""
+    item = 4 if settings.dtype == "float32" else 2
+    for layer in arch.layers:
+        size = layer.kv_heads * layer.head_dim * item
+        step = ALIGNMENT // math.gcd(size, ALIGNMENT)
+        if rows > 1 and settings.capacity is not None and settings.capacity % step:
+            lower = settings.capacity // step * step
+            near = f"{lower} or {lower + step}" if lower else str(step)
+            what = f"a cache row of {settings.capacity} positions is no multiple of {ALIGNMENT} bytes"
+            raise InputError(what, where="capacity", remedy=f"Take a capacity of {near}, or max_batch=1")
+
+
+def _ensure_variant(bundle: Bundle, variant: str, show_progress: bool | None) -> Bundle:
+    from accel.variants import add_variant
+
+    before = bundle.manifest.variants
+    bundle = add_variant(bundle, variant, show_progress=show_progress)
+    if variant not in before:
+        _log.info("%s: the variant %s was added to the bundle", bundle.path, variant)
+    return bundle
+
+
+def _key(
+    flavour: Flavour, sources: Sources, variant: str, settings: BuildSettings, inputs: tuple[TensorSpec, ...]
+) -> EngineKey:
+    from accel.graph.lowering.tensorrt import VERSION
+
+    return EngineKey(
+        graph=sources.graph,
+        weights=sources.weights,
+        target=flavour.target,
+        library_version=flavour.version,
+        sm=settings.sm,
+        variant=variant,
+        passes=f"{VERSION}.{PASSES}",
+        optimization_level=settings.optimization_level,
+        capacity=settings.capacity,
+        profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
+        gpu=_gpu_name() if flavour.needs_gpu else None,
+        cuda=cuda_version() if flavour.needs_gpu else None,
+        workspace_bytes=settings.workspace,
+        refittable=settings.refittable,
+        flags={"hardware_compatibility": settings.hardware_compatibility},
+    )
+
+
+def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | None) -> dict[str, Any]:
+    from accel.builder.profiles import input_shapes
+
+    static = [
+        TensorSpec(spec.name, spec.dtype, tuple(capacity if size == "C" and capacity else size for size in spec.shape))
+        for spec in inputs
+    ]
+    return dict(input_shapes(profile, static))
+
+
+def _gpu_name() -> str | None:
+    from accel.machine import probe_gpus
+
+    return next((gpu.name for gpu in probe_gpus()), None)
+
+
+__all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "prepare", "settle", "split_sms"]
