@@ -54,6 +54,8 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
     if report.built and facts.get("peak_rss_bytes"):
         ratio = facts["peak_rss_bytes"] / max(1, facts["weight_bytes"])
         lines.append(f"  memory while building: {facts['peak_rss_bytes'] / 1e6:.0f} MB, {ratio:.1f} x the weights")
+    times = [f"{profile} {value:.2f} ms" for profile, value in (report.latency_ms or {}).items()]
+    lines.append(f"  latency: {', '.join(times) or f'not measured ({report.not_measured})'}")
     lines.append(f"  proved: {facts['proof']['rows']} checks of the network against the graph hold")
     return lines + ([f"    {line}" for line in facts["proof"]["table"].splitlines()] if proof else [])
 

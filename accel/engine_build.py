@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
 from accel.engines.tensorrt.lookup import TARGET, find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import current_sm
-from accel.errors import EngineUnavailableError, StorageError
+from accel.errors import AccelError, EngineUnavailableError, StorageError
 from accel.store import EngineStore, StoredEngine, cache_folder
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class EngineReport:
         built: Whether it was built now; False: the store had it.
         size: Of the plan, in bytes.
         facts: What was measured when it was built.
+        latency_ms: Median milliseconds of a call by profile, on this machine's GPU; None: not measured.
+        not_measured: Why not; None: it was.
     """
 
     digest: str
@@ -47,6 +49,8 @@ class EngineReport:
     built: bool
     size: int
     facts: dict[str, Any]
+    latency_ms: dict[str, float] | None = None
+    not_measured: str | None = None
 
 
 def build(
@@ -64,10 +68,12 @@ def build(
     hardware_compatibility: Compatibility = "none",
     store: EngineStore | str | Path | None = None,
     show_progress: bool | None = None,
+    measure: bool = True,
 ) -> list[EngineReport]:
     """Builds a bundle's TensorRT engines, one per SM, unless the store has them.
 
-    A precision that the bundle lacks is added to it first (see ``add_variant``).
+    A precision that the bundle lacks is added to it first (see ``add_variant``). What is built for the GPU of this
+    machine is also loaded, warmed up and timed; an engine that does not run stays in the store, and the report says so.
 
     Args:
         bundle: A bundle or its directory.
@@ -83,6 +89,7 @@ def build(
         hardware_compatibility: TensorRT only: ``same`` (SM) or ``ampere+`` lets other GPUs run the engine.
         store: Where engines are kept: a store, a directory or URL; None: ``ACCEL_STORE``, else this user's cache.
         show_progress: Bars on stderr; None: when it is a terminal.
+        measure: Time each profile after a build, where there is a GPU for it.
 
     Returns:
         One report per SM.
@@ -101,7 +108,7 @@ def build(
         hardware_compatibility=hardware_compatibility, show_progress=show_progress,
     )  # fmt: skip
     place = store if isinstance(store, EngineStore) else open_store(store)
-    return [build_one(request, flavour, place, show_progress) for request in requests]
+    return [build_one(request, flavour, place, show_progress, measure) for request in requests]
 
 
 def build_missing(
@@ -123,13 +130,17 @@ def build_missing(
             return
         except EngineUnavailableError:
             pass
-    build(bundle, target, precision=variant, capacity=capacity, max_batch=max_batch, store=store)
+    build(bundle, target, precision=variant, capacity=capacity, max_batch=max_batch, store=store, measure=False)
 
 
 def build_one(
-    request: BuildRequest, flavour: Flavour, store: EngineStore, show_progress: bool | None = None
+    request: BuildRequest,
+    flavour: Flavour,
+    store: EngineStore,
+    show_progress: bool | None = None,
+    measure: bool = False,
 ) -> EngineReport:
-    """One engine from the store, or built and put there. Many processes may ask for it: one builds."""
+    """One engine from the store, or built and put there. Many processes may ask for it: one builds (and measures)."""
 
     def make() -> tuple[Any, dict[str, Any]]:
         built = _build(request, flavour, show_progress)
@@ -137,7 +148,22 @@ def build_one(
 
     engine = store.get_or_build(request.key, make, on_wait=_say_waiting(request))
     with engine:
-        return _report(request, engine)
+        report = _report(request, engine)
+        if not measure:
+            return replace(report, not_measured="not asked for")
+        return _measured(report, request, engine, flavour)
+
+
+def _measured(report: EngineReport, request: BuildRequest, engine: StoredEngine, flavour: Flavour) -> EngineReport:
+    """The report with the engine's latency. The engine stands whatever this finds."""
+    from accel.engine_latency import measure_engine
+
+    if not engine.built:
+        return replace(report, not_measured="the store had it")
+    try:
+        return replace(report, latency_ms=measure_engine(request, engine, flavour))
+    except AccelError as error:
+        return replace(report, not_measured=error.what)
 
 
 def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) -> BuiltPlan:

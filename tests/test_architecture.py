@@ -27,6 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.inspection",
         "accel.doctor",
         "accel.engine_build",
+        "accel.engine_latency",
         "accel.engine_request",
         "accel.loading",
         "accel.warmup_jobs",

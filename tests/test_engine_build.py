@@ -15,6 +15,7 @@ import pytest
 
 import accel
 from accel import engine_build
+from accel.build_commands import describe
 from accel.bundle import Bundle
 from accel.engine_build import build
 from accel.engine_request import prepare
@@ -190,6 +191,26 @@ def test_the_store_that_is_used(bundle: Path, tmp_path: Path, own_cache: Path, m
     monkeypatch.setenv("ACCEL_STORE", str(tmp_path / "named"))
     assert open_store().url == str(tmp_path / "named")
     assert open_store(tmp_path / "given").url == str(tmp_path / "given")
+
+
+def test_what_was_built_for_this_gpu_is_timed(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measure(request: Any, engine: Any, _: Any) -> dict[str, float]:
+        asked.append(engine.manifest.key.sm[0])
+        if engine.manifest.key.sm != ("sm86",):
+            raise EngineUnavailableError("no GPU sm89 here")
+        return {"decode": 1.5}
+
+    monkeypatch.setattr("accel.engine_latency.measure_engine", measure)
+    first, second = build(bundle, store=tmp_path / "store", **{**SMALL, "sm": "sm86,sm89"})
+    assert first.latency_ms == {"decode": 1.5} and first.not_measured is None and asked == ["sm86", "sm89"]
+    assert second.built and second.latency_ms is None and second.not_measured == "no GPU sm89 here"
+    (again,) = build(bundle, store=tmp_path / "store", **SMALL)
+    assert again.latency_ms is None and again.not_measured == "the store had it" and len(asked) == 2
+    (unasked,) = build(bundle, store=tmp_path / "store", measure=False, **{**SMALL, "sm": "sm120"})
+    assert unasked.built and unasked.not_measured == "not asked for" and len(asked) == 2
+    assert "latency: decode 1.50 ms" in "\n".join(describe(first))
 
 
 def test_the_environment_limits_the_store(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

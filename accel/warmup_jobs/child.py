@@ -19,6 +19,7 @@ from accel.errors import (
     DependencyError,
     EngineBuildError,
     EngineProofError,
+    EngineStoreError,
     ExportError,
     InputError,
     RecipeError,
@@ -88,17 +89,16 @@ def _build(wanted: Wanted, store: str | None, max_bytes: int | None) -> dict[str
 
 
 def _run(wanted: Wanted, store: str | None) -> dict[str, Any]:
-    from accel.engines import open_session
-    from accel.engines.session import SessionOptions
-    from accel.warmup_jobs.measure import warm_and_measure
+    from accel.engine_latency import measure_engine
+    from accel.engines.tensorrt.adapter import load_flavour
+    from accel.engines.tensorrt.lookup import open_store
 
-    request = _settle(wanted)
-    options = SessionOptions(capacity=request.settings.capacity, max_batch=request.max_batch, store=store)
-    opened = open_session(request.bundle, engine=wanted.target, variant=request.variant, options=options)
-    try:
-        return {"latency_ms": warm_and_measure(opened.session, request.settings.profiles)}
-    finally:
-        opened.session.close()
+    request, place = _settle(wanted), open_store(store)
+    engine = place.get(request.key)
+    if engine is None:
+        raise EngineStoreError("The engine is no longer in the store", where=place.url, remedy="Run the job again")
+    with engine:
+        return {"latency_ms": measure_engine(request, engine, load_flavour(wanted.target))}
 
 
 def _settle(wanted: Wanted) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import accel
+from accel import engine_latency
 from accel.bundle import Bundle, file_entry
 from accel.cli import main
 from accel.errors import AccelError, InputError, RecipeError, StorageError
@@ -227,7 +229,7 @@ def test_a_gpu_that_does_not_run_the_engine(bundles: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run, "current_sm", lambda: "sm86")
     report = accel.warmup(write(bundles, {**BERT, "sm": "sm86"}, logs="logs"), retries=0)
     assert states(report) == [("bert", "sm86", "failed")] and plans(bundles)
-    assert "was built but does not run: no engine can run this bundle" in str(report.engines[0].reason)
+    assert "was built but does not run: no GPU sm86 here" in str(report.engines[0].reason)
     assert str(report.engines[0].log).endswith("-run.log")
 
 
@@ -246,19 +248,21 @@ def test_a_gpu_runs_its_engines(
         def close(self) -> None:
             self.calls += ("close",)
 
-    session, asked = Session(), {}
+    session, asked = Session(), []
 
-    def open_session(bundle: Bundle, **options: Any) -> Any:
-        asked.update(options)
-        return type("Opened", (), {"session": session})
+    def open_tensorrt(bundle: Any, variant: str, options: Any, plan: memoryview, facts: Any, *_: Any, **__: Any) -> Any:
+        asked.append((bundle.path.name, variant, options.max_batch, hashlib.sha256(plan).hexdigest(), facts.sms))
+        return session
 
-    monkeypatch.setattr(run, "current_sm", lambda: "sm89")
-    monkeypatch.setattr("accel.engines.open_session", open_session)
+    for module in (run, engine_latency):
+        monkeypatch.setattr(module, "current_sm", lambda: "sm89")
+    monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", open_tensorrt)
     report = accel.warmup(write(bundles, {**BERT, "sm": ["sm86", "sm89"]}))
     assert [request["do"] for request in in_process] == ["build", "build", "run"]
     assert [sorted(line.latency_ms or {}) for line in report.engines] == [[], ["encode"]] and report.gpu == "sm89"
-    assert asked["engine"] == "rtx" and asked["variant"] == "fp16" and asked["options"].max_batch == 2
-    assert asked["options"].store == str(bundles / "store")
+    stored = {entry.digest: entry.manifest for entry in EngineStore(bundles / "store").entries()}
+    manifest = stored[str(report.engines[1].digest)]
+    assert manifest is not None and asked == [("bert", "fp16", 2, manifest.sha256, ("sm89",))]
     assert session.calls[0] == "warm up" and session.calls[-1] == "close" and "(2, 64)" in session.calls
     assert "encode 0." in str(report) and "no GPU" not in str(report)
 
