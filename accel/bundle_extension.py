@@ -110,7 +110,7 @@ class BundleExtension:
             self._lock = None
 
     def _translated(self, error: OSError) -> StorageError | None:
-        return as_storage_error(error, self.bundle.path)
+        return as_storage_error(error, self.bundle.path, "Copy the bundle to a path")
 
     def _cannot_open(self, error: OSError) -> BundleError:
         remedy = "Give the directory that accel.export wrote"

@@ -13,22 +13,28 @@ from pathlib import Path
 
 from accel.errors import StorageError
 
+OUTPUT = "Give an output path"
+# What is wrong, and what to do; {place} asks for another place to write to.
 _REASONS = {
-    errno.ENOSPC: ("The disk is full", "Free some space, or give an output path on another disk"),
-    errno.EDQUOT: ("The disk quota is used up", "Free some space, or give an output path on another disk"),
+    errno.ENOSPC: ("The disk is full", "Free some space. {place} on another disk"),
+    errno.EDQUOT: ("The disk quota is used up", "Free some space. {place} on another disk"),
     errno.EFBIG: ("The file is larger than this process or file system allows", "Raise ulimit -f, or use another disk"),
-    errno.EACCES: ("There is no permission to write", "Give an output path that you may write to"),
-    errno.EPERM: ("There is no permission to write", "Give an output path that you may write to"),
-    errno.EROFS: ("The file system is read-only", "Give an output path on another file system"),
-    errno.ENOTDIR: ("A part of the output path is a file", "Give another output path"),
+    errno.EACCES: ("There is no permission to write", "{place} that you may write to"),
+    errno.EPERM: ("There is no permission to write", "{place} that you may write to"),
+    errno.EROFS: ("The file system is read-only", "{place} on another file system"),
+    errno.ENOTDIR: ("A part of the path is a file", "{place} elsewhere"),
     errno.EEXIST: ("The output path appeared while writing", "Give another path, or pass overwrite=True"),
     errno.ENOTEMPTY: ("The output path appeared while writing", "Give another path, or pass overwrite=True"),
     errno.EIO: ("The disk reported an error", "Check the disk"),
 }
 
 
-def as_storage_error(error: OSError, folder: Path) -> StorageError | None:
-    """Says a failed write in words; None when the error is about something else than writing under ``folder``."""
+def as_storage_error(error: OSError, folder: Path, place: str = OUTPUT) -> StorageError | None:
+    """Says a failed write in words; None when the error is about something else than writing under ``folder``.
+
+    Args:
+        place: Asks for another place, as the one who gave this one would understand it; ends in its noun.
+    """
     if error.filename is not None:
         path = Path(os.fsdecode(error.filename)).absolute()
         if not path.is_relative_to(folder) and not folder.is_relative_to(path):
@@ -39,7 +45,7 @@ def as_storage_error(error: OSError, folder: Path) -> StorageError | None:
     if code not in _REASONS:
         return None
     what, remedy = _REASONS[code]
-    return StorageError(what, where=str(folder), remedy=f"{remedy}; nothing was left behind")
+    return StorageError(what, where=str(folder), remedy=f"{remedy.format(place=place)}; nothing was left behind")
 
 
 def fsync_tree(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from accel.bundle import Bundle, BundleWriter
 from accel.errors import BundleError, StorageError
-from accel.storage import replace_file
+from accel.storage import as_storage_error, replace_file
 from tests.bundle_samples import manifest, write, write_files
 from tests.full_disk import file_size_limit
 
@@ -70,6 +71,15 @@ def test_write_errors_are_said_in_words(tmp_path: Path, error: OSError, what: st
         raise error
     assert info.value.__cause__ is error and info.value.remedy
     assert os.listdir(tmp_path) == []
+
+
+def test_the_remedy_asks_for_what_the_user_gave(tmp_path: Path) -> None:
+    """Nobody who gave a store has given an output path."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        said = [as_storage_error(OSError(code, "no"), tmp_path, *place) for place in ((), ("Give a store (--store)",))]
+        remedies = [str(error.remedy) for error in said if error is not None]
+        assert "Give an output path " in remedies[0], code
+        assert "Give a store (--store) " in remedies[1] and "output" not in str(said[1]), code
 
 
 def test_errors_about_other_files_pass_through(tmp_path: Path) -> None:

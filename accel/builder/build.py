@@ -284,8 +284,8 @@ class _Scratch:
         return memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ))
 
     def _in_words(self, error: OSError) -> StorageError:
-        remedy = "Give a scratch folder with room for the engine"
-        said = as_storage_error(error, self._folder)
+        remedy = "Set TMPDIR to a folder with room for the engine"
+        said = as_storage_error(error, self._folder, "Set TMPDIR to a path")
         return said or StorageError(f"Cannot write: {error}", where=str(self._folder), remedy=remedy)
 
 

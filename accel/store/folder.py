@@ -112,10 +112,11 @@ class LocalFolder:
 
     Args:
         root: The directory.
+        place: Asks for another one, see ``as_storage_error``.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+    def __init__(self, root: Path, place: str = "Give a store (--store, ACCEL_STORE)") -> None:
+        self.root, self.place = root.expanduser().absolute(), place
         self.url = str(self.root)
 
     def path(self, name: str) -> Path:
@@ -250,7 +251,7 @@ class LocalFolder:
         except AccelError:
             raise
         except OSError as error:
-            known = as_storage_error(error, self.root)
+            known = as_storage_error(error, self.root, self.place)
             what, remedy = f"The engine store cannot be written: {error.strerror or error}", "Check its disk"
             raise known or StorageError(what, where=self.url, remedy=remedy) from error
 

@@ -229,14 +229,16 @@ class RemoteFolder:
         except AccelError:
             raise
         except PermissionError as error:
-            remedy = "Use credentials that may write, or a store of your own"
+            remedy = "Use credentials that may write, or a store of your own (--store, ACCEL_STORE)"
             what = "There is no permission to write to the engine store"
             raise StorageError(what, where=self.url, remedy=remedy) from error
         except Exception as error:
             raise self._out_of_reach("written", error) from error
 
     def _full_cache(self, error: OSError) -> StorageError | None:
-        return None if isinstance(error, PermissionError) else as_storage_error(error, self.cache.root)
+        if isinstance(error, PermissionError):
+            return None
+        return as_storage_error(error, self.cache.root, self.cache.place)
 
     def _out_of_reach(self, verb: str, error: Exception) -> EngineStoreError:
         what = f"The engine store cannot be {verb}: {type(error).__name__}: {error}"

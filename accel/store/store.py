@@ -374,7 +374,7 @@ def _open_folder(url: str, options: dict[str, Any], cache: Path | None) -> Folde
     if "://" not in url:
         return LocalFolder(Path(url))
     place = cache or cache_folder() / "engines" / sha256(url.rstrip("/").encode()).hexdigest()[:16]
-    return RemoteFolder(url, options, LocalFolder(place))
+    return RemoteFolder(url, options, LocalFolder(place, "Set ACCEL_CACHE to a path"))
 
 
 __all__ = ["Build", "EngineStore", "Entry", "StoredEngine"]

@@ -17,6 +17,7 @@ from accel.storage import as_storage_error
 from accel.warmup_jobs.scheduler import Outcome
 
 TAIL_BYTES = 4096
+LOGS = "Give 'logs' in the jobs file a path"
 
 
 class Child:
@@ -37,7 +38,7 @@ class Child:
         try:
             self._start({**request, "result": str(self._result)})
         except OSError as error:  # a full disk, or no more processes: one attempt's trouble
-            said = as_storage_error(error, log.parent) or f"The process cannot be started: {error}"
+            said = as_storage_error(error, log.parent, LOGS) or f"The process cannot be started: {error}"
             self._failure = Outcome(error=str(said))
 
     def _start(self, request: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from accel.storage import as_storage_error
 from accel.store import EngineStore
 from accel.warmup_jobs.jobs import JobFile, Wanted, expand, read_jobs
 from accel.warmup_jobs.plan import PlannedEngine, Planner, variant_memory
-from accel.warmup_jobs.process import Child
+from accel.warmup_jobs.process import LOGS, Child
 from accel.warmup_jobs.report import EngineLine, Status, WarmupReport
 from accel.warmup_jobs.scheduler import Limits, Outcome, Task, run_tasks
 
@@ -300,7 +300,7 @@ def _logs(file: JobFile, folder: Path, job: _Job) -> Iterator[None]:
             chosen.mkdir(parents=True, exist_ok=True)
         job.logs = chosen or Path(tempfile.mkdtemp(prefix="accel-warmup-"))
     except OSError as error:
-        raise as_storage_error(error, chosen or Path(tempfile.gettempdir())) or error from error
+        raise as_storage_error(error, chosen or Path(tempfile.gettempdir()), LOGS) or error from error
     yield
     done = all(_status(engine) in ("hit", "built") for engine in job.engines)
     if chosen is None and (done or not any(job.logs.iterdir())):

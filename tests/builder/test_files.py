@@ -51,5 +51,5 @@ def test_a_damaged_history_is_none(tmp_path: Path, content: bytes) -> None:
 
 def test_a_folder_that_cannot_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="A part of the output path is a file"):
+    with pytest.raises(StorageError, match="A part of the path is a file"):
         History(tmp_path / "file" / "history.json").record("key", {})

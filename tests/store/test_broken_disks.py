@@ -122,7 +122,7 @@ def test_a_read_only_directory_serves_hits(open_to_all: Path, locks: bool) -> No
         ):
             with pytest.raises(StorageError, match="no permission to write") as info:
                 write()
-            assert info.value.remedy
+            assert "Give a store (--store, ACCEL_STORE) that you may write to" in str(info.value.remedy)
     check_unchanged(Place(str(root), open_to_all / "cache"), 1)
 
 
