@@ -14,6 +14,7 @@ from typing import Any
 from accel.machine import Cpu, Gpu, Memory, probe_cpu, probe_gpus, probe_memory
 
 MINIMUM_ONNXRUNTIME = (1, 32)
+CUDA_13_DRIVER = (580,)  # the first that runs CUDA 13
 # Distributions that install into the one folder onnxruntime/.
 ONNXRUNTIME_FLAVOURS = (
     "onnxruntime",
@@ -105,8 +106,8 @@ def probe() -> Capabilities:
         memory=probe_memory(),
         gpus=gpus,
         onnxruntime=onnxruntime,
-        packages=_packages(bool(gpus)),
-        engines=(*_tensorrt_engines(bool(gpus)), _onnxruntime_engine(onnxruntime), _torch_engine()),
+        packages=_packages(gpus),
+        engines=(*_tensorrt_engines(gpus), _onnxruntime_engine(onnxruntime), _torch_engine()),
         warnings=tuple(warnings),
     )
 
@@ -198,12 +199,20 @@ def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
     return EngineStatus("ort-cpu", usable, found.problem or "", install)
 
 
-def _tensorrt_engines(has_gpu: bool) -> tuple[EngineStatus, EngineStatus]:
+def _install_tensorrt(name: str, gpus: tuple[Gpu, ...]) -> str:
+    """All are on PyPI; full TensorRT's libraries are fetched from pypi.nvidia.com. ``tensorrt`` means CUDA 13."""
+    old = any((_release(gpu.driver)[:1] or CUDA_13_DRIVER) < CUDA_13_DRIVER for gpu in gpus)
+    package = {"tensorrt": "tensorrt-cu12" if old else "tensorrt", "rtx": f"tensorrt-rtx-cu{12 if old else 13}"}[name]
+    least = {"tensorrt": "10.15.1", "rtx": "1.7"}[name]
+    return f'pip install "{package}>={least}" "cuda-python>=12.8{",<13" if old else ""}"'
+
+
+def _tensorrt_engines(gpus: tuple[Gpu, ...]) -> tuple[EngineStatus, EngineStatus]:
     """What can be said without importing them: loading an engine proves the rest."""
-    rows = []
-    for name, extra, packages in (
-        ("tensorrt", "tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")),
-        ("rtx", "rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")),
+    rows, has_gpu = [], bool(gpus)
+    for name, packages in (
+        ("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")),
+        ("rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")),
     ):
         found = next((f"{package} {version}" for package in packages if (version := version_of(package))), None)
         runs = has_gpu and found is not None and version_of("cuda-python") is not None
@@ -215,7 +224,8 @@ def _tensorrt_engines(has_gpu: bool) -> tuple[EngineStatus, EngineStatus]:
         else:
             reason = f"{found}; engines come from the store (accel build)" if runs else "cuda-python is not installed"
         wanted = not runs and (has_gpu or (name == "rtx" and found is None))
-        rows.append(EngineStatus(name, runs, reason, f'pip install "accelrt[{extra}]"' if wanted else None))
+        install = _install_tensorrt(name, gpus) if found is None else 'pip install "cuda-python>=12.8"'
+        rows.append(EngineStatus(name, runs, reason, install if wanted else None))
     return rows[0], rows[1]
 
 
@@ -228,8 +238,8 @@ def _torch_engine() -> EngineStatus:
     return EngineStatus("torch", True, f"{versions}; the reference, used as the last fallback", None)
 
 
-def _packages(has_gpu: bool) -> tuple[Package, ...]:
-    export, rows = 'pip install "accelrt[export]"', list[Package]()
+def _packages(gpus: tuple[Gpu, ...]) -> tuple[Package, ...]:
+    export, rows, has_gpu = 'pip install "accelrt[export]"', list[Package](), bool(gpus)
 
     def add(name: str, purpose: str, install: str | None) -> None:
         version = version_of(name)
@@ -242,8 +252,13 @@ def _packages(has_gpu: bool) -> tuple[Package, ...]:
     swap = "pip uninstall -y onnxruntime && " if version_of("onnxruntime") is not None else ""
     add("onnxruntime-gpu", "running on NVIDIA GPUs", f'{swap}pip install "accelrt[cuda]"' if has_gpu else None)
     add("triton", "own GPU kernels", 'pip install "accelrt[cuda]"' if has_gpu else None)
-    add("tensorrt", "building TensorRT engines", 'pip install "accelrt[tensorrt]"' if has_gpu else None)
-    add("tensorrt-rtx-cu13", "building TensorRT-RTX engines, also without a GPU", 'pip install "accelrt[rtx]"')
+    building = "building TensorRT engines (pip must reach pypi.nvidia.com)"
+    for name, kinds, purpose in (
+        ("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), building),
+        ("rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "building TensorRT-RTX engines, also without a GPU"),
+    ):
+        there = next((kind for kind in kinds if version_of(kind) is not None), kinds[0])
+        add(there, purpose, _install_tensorrt(name, gpus) if has_gpu or name == "rtx" else None)
     return tuple(rows)
 
 

@@ -111,3 +111,37 @@ def test_report_names_every_missing_command(found: Capabilities, monkeypatch: py
         assert command in text
     assert "not installed [x]" in text
     assert "NVIDIA H200, 140.4 GiB, compute capability 9.0, driver 570" in text
+
+
+@pytest.mark.parametrize(
+    ("driver", "full", "rtx", "cuda"),
+    [
+        ("580.65", "tensorrt", "tensorrt-rtx-cu13", "cuda-python>=12.8"),
+        ("550.5", "tensorrt-cu12", "tensorrt-rtx-cu12", "cuda-python>=12.8,<13"),  # which does not run CUDA 13
+        ("", "tensorrt", "tensorrt-rtx-cu13", "cuda-python>=12.8"),
+        (None, None, "tensorrt-rtx-cu13", "cuda-python>=12.8"),  # no GPU: RTX alone can build here
+    ],
+)
+def test_the_commands_for_tensorrt(
+    found: Capabilities, monkeypatch: pytest.MonkeyPatch, driver: str | None, full: str | None, rtx: str, cuda: str
+) -> None:
+    from accel.engines.tensorrt.packages import MINIMUM
+
+    monkeypatch.setattr(capabilities, "version_of", lambda _: None)
+    gpus = () if driver is None else (capabilities.Gpu("NVIDIA L4", driver, 23034, "8.9"),)
+    packages, engines = capabilities._packages(gpus), capabilities._tensorrt_engines(gpus)
+    commands = {command: why for why, command in missing_commands(replace(found, packages=packages, engines=engines))}
+    least = {name: ".".join(map(str, numbers)) for name, numbers in MINIMUM.items()}
+    wanted = [f'pip install "{rtx}>={least["rtx"]}" "{cuda}"']
+    wanted += [f'pip install "{full}>={least["tensorrt"]}" "{cuda}"'] if full else []
+    assert set(wanted) <= set(commands) and ("tensorrt>=" in str(commands)) is (full == "tensorrt")
+    assert "without a GPU" in commands[wanted[0]]
+    assert full is None or "pip must reach pypi.nvidia.com" in commands[wanted[1]]
+
+
+def test_what_is_missing_beside_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capabilities, "version_of", {"tensorrt-cu12": "10.16.0", "tensorrt-rtx-cu12": "1.7.1"}.get)
+    gpus = (capabilities.Gpu("NVIDIA L4", "580.1", 23034, "8.9"),)
+    assert [row.install for row in capabilities._tensorrt_engines(gpus)] == ['pip install "cuda-python>=12.8"'] * 2
+    rows = {row.name: row for row in capabilities._packages(gpus)}
+    assert rows["tensorrt-cu12"].version == "10.16.0" and rows["tensorrt-rtx-cu12"].install is None
