@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import accel
-from accel.errors import InputError, RecipeError
+from accel.errors import InputError
+from accel.recipe import read_yaml
 from accel.schema import to_dict
 from accel.sizes import parse_size
 
@@ -22,13 +23,11 @@ if TYPE_CHECKING:
 def build(options: Namespace) -> int:
     """Builds a bundle's engines, or finds them in the store."""
     started = time.perf_counter()
-    names = ("precision", "capacity", "max_batch", "optimization_level", "refittable", "store")
+    names = ("precision", "capacity", "max_batch", "optimization_level", "workspace", "refittable", "store")
     choices = {name: getattr(options, name) for name in names}
-    workspace = None if options.workspace is None else parse_size(options.workspace, "--workspace")
     reports = accel.build(
         options.bundle, options.target, options.sm or "auto",
-        profiles=_read_profiles(options.profiles), workspace=workspace,
-        hardware_compatibility=options.hardware_compatibility, **choices,
+        profiles=_read_profiles(options.profiles), hardware_compatibility=options.hardware_compatibility, **choices,
     )  # fmt: skip
     if options.json:
         print(
@@ -195,18 +194,5 @@ def _as_dict(entry: Entry) -> dict[str, Any]:
 
 
 def _read_profiles(path: Path | None) -> Mapping[str, Any] | None:
-    """A YAML file of profiles."""
-    if path is None:
-        return None
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"Cannot read the profiles: {error.strerror}", where=str(path)) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"The profiles are not YAML: {error}", where=str(path)) from error
-    if not isinstance(data, dict):
-        remedy = "Write 'name: {batch: {min, opt, max}, sequence: {min, opt, max}}'"
-        raise RecipeError("The profiles are no mapping", where=str(path), remedy=remedy)
-    return data
+    """A YAML file of profiles, see docs/build.md."""
+    return None if path is None else read_yaml(path, "profiles file")

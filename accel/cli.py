@@ -147,11 +147,11 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--target", choices=("tensorrt", "rtx"), default="tensorrt", help="default: tensorrt")
-    parser.add_argument("--sm", nargs="+", metavar="SM", help="e.g. sm86 sm89; default: this machine's GPU")
+    parser.add_argument("--sm", nargs="+", metavar="SM", help="e.g. sm86 sm89 or sm86,sm89; default: this GPU")
     parser.add_argument("--precision", default="auto", help="fp16, bf16, fp32; default: what the bundle has, or fp16")
     parser.add_argument("--capacity", type=int, metavar="N", help="decoders: cache positions per row (default 2048)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="most rows (default 8, encoders 32)")
-    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML; default: prefill and decode, or encode")
+    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML, see docs/build.md; default: usual ones")
     parser.add_argument("--optimization-level", type=int, default=3, metavar="N", help="0 to 5 (default 3)")
     parser.add_argument("--workspace", metavar="SIZE", help="scratch memory of a layer, e.g. 2G")
     parser.add_argument("--refittable", action="store_true", help="keep the weights replaceable")

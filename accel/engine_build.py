@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
-from accel.engine_request import BuildRequest, prepare
+from accel.engine_request import BuildRequest, load_builder, prepare
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
-from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
+from accel.engines.tensorrt.adapter import Compatibility, Flavour
 from accel.engines.tensorrt.lookup import TARGET, find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, EngineUnavailableError, StorageError
@@ -101,7 +101,7 @@ def build(
         KeyboardInterrupt: Ctrl-C; nothing half made is left.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    flavour = load_flavour(target)
+    flavour = load_builder(target)
     requests = prepare(
         opened, flavour, sm, profiles=profiles, precision=precision, capacity=capacity, max_batch=max_batch,
         optimization_level=optimization_level, workspace=workspace, refittable=refittable,
@@ -119,7 +119,7 @@ def build_missing(
     Raises:
         As ``build``.
     """
-    flavour, sm = load_flavour(target), current_sm()
+    flavour, sm = load_builder(target), current_sm()
     if sm is None:
         return
     chosen = pick_precision(bundle, variant)

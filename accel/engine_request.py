@@ -6,15 +6,16 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
-from accel.engines.tensorrt.adapter import Compatibility, Flavour
+from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
 from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
-from accel.engines.tensorrt.packages import cuda_version, current_sm
-from accel.errors import InputError
+from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_sm
+from accel.errors import DependencyError, InputError
 from accel.sizes import parse_size
 from accel.spec import ArchSpec, TensorSpec
 from accel.store import EngineKey
@@ -63,6 +64,22 @@ class Settled:
     variant: str
     settings: BuildSettings
     max_batch: int
+
+
+def load_builder(target: str) -> Flavour:
+    """The flavour to build with.
+
+    Raises:
+        As ``load_flavour``; where only the other flavour is installed, the remedy names it too.
+    """
+    try:
+        return load_flavour(target)
+    except DependencyError as error:
+        other = next((name for name in MODULES if name != target and find_spec(MODULES[name]) is not None), None)
+        if other is None:
+            raise
+        instead = f"build for {TITLES[other]}, which is installed: --target {other} (target='{other}')"
+        raise DependencyError(error.what, where=error.where, remedy=f"{error.remedy}; or {instead}") from error
 
 
 def settle(
@@ -248,4 +265,4 @@ def _gpu_name() -> str | None:
     return next((gpu.name for gpu in probe_gpus()), None)
 
 
-__all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "prepare", "settle", "split_sms"]
+__all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "load_builder", "prepare", "settle", "split_sms"]

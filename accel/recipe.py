@@ -67,7 +67,7 @@ def load_recipe(source: Recipe | Mapping[str, Any] | str | Path | None, default:
     if isinstance(source, Mapping):
         data, where = dict(source), "the given mapping"
     elif Path(source).suffix in (".yaml", ".yml"):
-        data, where = _read(Path(source)), str(source)
+        data, where = read_yaml(Path(source)), str(source)
     else:
         return _packaged(str(source))
     merged = _merge(to_dict(_packaged(default)), data)
@@ -81,7 +81,7 @@ def read_recipe(source: str | Path) -> dict[str, Any]:
         RecipeError: as ``load_recipe``.
     """
     if Path(source).suffix in (".yaml", ".yml"):
-        return _read(Path(source))
+        return read_yaml(Path(source))
     return dict(to_dict(_packaged(str(source))))
 
 
@@ -103,10 +103,18 @@ def _packaged(name: str) -> Recipe:
         remedy = f"A recipe of your own is a path that ends in .yaml. {suggest(name, list(recipe_names()))}"
         raise RecipeError(what, where="recipe", remedy=remedy)
     where = f"recipe {name}"
-    return _checked(from_dict(Recipe, _read(_folder() / f"{name}.yaml"), where, error=RecipeError), where)
+    return _checked(from_dict(Recipe, read_yaml(_folder() / f"{name}.yaml"), where, error=RecipeError), where)
 
 
-def _read(path: Traversable) -> dict[str, Any]:
+def read_yaml(path: Traversable, kind: str = "recipe") -> dict[str, Any]:
+    """The keys of a YAML file; an empty one has none.
+
+    Args:
+        kind: What the file is, for the error.
+
+    Raises:
+        RecipeError: It cannot be read, is no YAML, no mapping, or has a key twice.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -123,14 +131,14 @@ def _read(path: Traversable) -> dict[str, Any]:
         data = yaml.load(path.read_bytes(), Loader=Loader)
     except OSError as error:
         raise RecipeError(
-            f"Cannot read the recipe: {error.strerror}", where=str(path), remedy="Check its path"
+            f"Cannot read the {kind}: {error.strerror}", where=str(path), remedy="Check its path"
         ) from error
     except yaml.YAMLError as error:
-        raise RecipeError(f"The recipe is not YAML: {error}", where=str(path), remedy="Correct it") from error
+        raise RecipeError(f"The {kind} is not YAML: {error}", where=str(path), remedy="Correct it") from error
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise RecipeError("The recipe is not a mapping of keys", where=str(path), remedy="Write lines 'key: value'")
+        raise RecipeError(f"The {kind} is not a mapping of keys", where=str(path), remedy="Write lines 'key: value'")
     return data
 
 
@@ -157,4 +165,4 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
     return recipe
 
 
-__all__ = ["ParityRecipe", "Recipe", "load_recipe", "read_recipe", "recipe_names"]
+__all__ = ["ParityRecipe", "Recipe", "load_recipe", "read_recipe", "read_yaml", "recipe_names"]

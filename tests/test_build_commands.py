@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,11 @@ def test_build_from_a_file_of_profiles(bundle: Path, tmp_path: Path, capsys: Out
     (engine,) = answer(capsys, *asked)["engines"]
     assert engine["facts"]["profile_order"] == ["both"] and engine["max_batch"] == 1
     for content, what in (
-        (b"- a list\n", "The profiles are no mapping"),
-        (b"a: {b: [\n", "The profiles are not YAML"),
-        (b"caf\xe9: 1\n", "The profiles are not YAML"),
+        (b"- a list\n", "The profiles file is not a mapping"),
+        (b"a: {b: [\n", "The profiles file is not YAML"),
+        (b"caf\xe9: 1\n", "The profiles file is not YAML"),
+        (b"both: 3\nboth: 4\n", "'both' stands twice"),
+        (b"", "There is no profile"),
         (b"both: 3\n", "both"),
         (b"{}\n", "There is no profile"),
         (f"both: {{batch: {rows}, sequence: {{min: 9, opt: 5, max: 1}}}}\n".encode(), "9, 5, 1"),
@@ -157,6 +160,7 @@ def test_without_tensorrt_the_pip_command_is_printed(bundle: Path, capsys: Outpu
     assert run("build", bundle, "--sm", "sm86") == 1
     printed = capsys.readouterr()
     assert 'pip install "tensorrt>=10.15.1"' in printed.err and printed.out == "" and "Traceback" not in printed.err
+    assert ("--target rtx" in printed.err) is (find_spec("tensorrt_rtx") is not None)
     assert answer(capsys, "build", bundle, "--sm", "sm86", code=1)["error"]["type"] == "DependencyError"
 
 

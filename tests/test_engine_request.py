@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from accel import engine_request
 from accel.bundle import Bundle
 from accel.engine_build import build
-from accel.engine_request import prepare
+from accel.engine_request import load_builder, prepare, settle
 from accel.engines.tensorrt.adapter import load_flavour
-from accel.errors import AccelError, BundleError, InputError, RecipeError
+from accel.errors import AccelError, BundleError, DependencyError, InputError, RecipeError
+from accel.recipe import read_yaml
 from accel.store import EngineStore
 from accel.variants import add_variant
 from tests.test_engine_build import PROFILES, RANGE, SMALL, bundle, fp16_decoder, key_of, own_cache
@@ -143,3 +146,29 @@ def test_sm_auto_without_a_gpu(bundle: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine_request, "current_sm", lambda: "sm120")
     (request,) = prepare(Bundle.open(bundle), load_flavour("rtx"), "auto")
     assert request.key.sm == ("sm120",)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "rtx"])
+def test_the_flavour_that_is_installed_is_named(monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    def missing(name: str) -> Any:
+        raise DependencyError(f"{name} is not installed", where=name, remedy="Run: pip install it")
+
+    other = {"tensorrt": "rtx", "rtx": "tensorrt"}[target]
+    monkeypatch.setattr(engine_request, "load_flavour", missing)
+    monkeypatch.setattr(engine_request, "find_spec", lambda name: name == engine_request.MODULES[other] or None)
+    with pytest.raises(DependencyError, match=f"pip install it; or build for .*installed: --target {other} "):
+        load_builder(target)
+    monkeypatch.setattr(engine_request, "find_spec", lambda _: None)
+    with pytest.raises(DependencyError, match="pip install it$"):
+        load_builder(target)
+
+
+def test_the_profiles_of_the_docs(bundle: Path, tmp_path: Path, minilm_bundle: Path) -> None:
+    text = (Path(engine_request.__file__).parents[1] / "docs" / "build.md").read_text(encoding="utf-8")
+    decoder, encoder = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    for example, model in ((decoder, bundle), (encoder, shutil.copytree(minilm_bundle, tmp_path / "minilm"))):
+        file = tmp_path / "profiles.yaml"
+        file.write_text(example)
+        found = settle(Bundle.open(model), load_flavour("rtx"), "sm86", profiles=read_yaml(file))
+        names = [profile.name for profile in found.settings.profiles]
+        assert names == list(yaml.safe_load(example)) and found.max_batch == (16 if model == bundle else 64)

@@ -10,7 +10,7 @@ from typing import Any
 
 from accel.engines.tensorrt.adapter import Compatibility, Target
 from accel.errors import InputError, RecipeError
-from accel.recipe import read_recipe
+from accel.recipe import read_yaml
 from accel.schema import from_dict
 from accel.sizes import parse_size
 
@@ -123,7 +123,7 @@ def read_jobs(source: str | Path | Mapping[str, Any]) -> tuple[JobFile, Path]:
             raise RecipeError(
                 "A jobs file ends in .yaml or .yml", where=str(path), remedy="Check the path, or rename it"
             )
-        data, where, folder = read_recipe(path), str(path), path.absolute().parent
+        data, where, folder = read_yaml(path, "jobs file"), str(path), path.absolute().parent
     file = from_dict(JobFile, _with_defaults(data), where, error=RecipeError)
     if not file.jobs:
         raise InputError("There are no jobs", where=f"{where}: jobs", remedy="Name a bundle, a target and its SMs")

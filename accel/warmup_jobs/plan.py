@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from accel.bundle import Bundle
 from accel.engine_build import past_seconds
-from accel.engine_request import DEFAULT_PRECISION, BuildRequest, prepare, settle
-from accel.engines.tensorrt.adapter import Flavour, load_flavour
+from accel.engine_request import DEFAULT_PRECISION, BuildRequest, load_builder, prepare, settle
+from accel.engines.tensorrt.adapter import Flavour
 from accel.engines.tensorrt.lookup import TARGET, pick_precision
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, InputError, RefusedEngineError
@@ -72,7 +72,7 @@ class Planner:
 
     def _plan_one(self, wanted: Wanted) -> PlannedEngine:
         try:
-            bundle, flavour = self._open(wanted.bundle), load_flavour(wanted.target)
+            bundle, flavour = self._open(wanted.bundle), load_builder(wanted.target)
             wanted = replace(wanted, sm=_resolve_sm(wanted.sm, flavour))
             variant = _resolve_variant(bundle, wanted.precision)
             common: dict[str, Any] = {

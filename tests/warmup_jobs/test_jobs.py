@@ -73,12 +73,12 @@ def test_nothing_to_do() -> None:
 
 @pytest.mark.parametrize("text", ["jobs: [", "- a list", "jobs: []\njobs: []"])
 def test_no_yaml(text: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="not YAML|not a mapping|stands twice"):
+    with pytest.raises(RecipeError, match="jobs file is not (YAML|a mapping)|stands twice"):
         read_jobs(write(tmp_path, text))
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"No such file"):
+    with pytest.raises(RecipeError, match=r"Cannot read the jobs file: No such file"):
         read_jobs(tmp_path / "absent.yaml")
     with pytest.raises(RecipeError, match=r"ends in \.yaml"):
         read_jobs(tmp_path / "jobs.json")
