@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel.engine_request import split_sms
 from accel.engines.tensorrt.adapter import Compatibility, Target
 from accel.errors import InputError, RecipeError
 from accel.recipe import read_yaml
@@ -25,7 +26,7 @@ class EngineSettings:
         target: ``tensorrt`` or ``rtx``.
         sm: ``auto`` (this machine's GPU), or names such as ``sm86``.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16`` or ``bf16``.
-        capacity: Cache positions per row, decoders only.
+        capacity: Cache positions per row; encoders have no cache and leave it aside.
         workspace: Scratch memory that a layer may take, e.g. ``4GB``.
         max_batch, profiles, optimization_level, refittable, hardware_compatibility: As in ``accel.build``.
     """
@@ -145,10 +146,10 @@ def expand(file: JobFile, folder: Path) -> list[Wanted]:
     for job in file.jobs:
         given = job.workspace
         workspace = None if given is None else parse_size(given, "workspace", least=1, error=RecipeError)
-        choices = (job.bundle, job.target, job.precision, job.capacity, job.sm)
+        choices = (job.bundle, job.target, job.precision, job.capacity, split_sms(job.sm))
         for bundle, target, precision, capacity, sm in itertools.product(*map(_many, choices)):
             wanted = Wanted(
-                str(folder / bundle), target, sm.lower(), precision, capacity, job.max_batch, job.profiles,
+                str(folder / bundle), target, sm, precision, capacity, job.max_batch, job.profiles,
                 job.optimization_level, workspace, job.refittable, job.hardware_compatibility,
             )  # fmt: skip
             if wanted not in found:

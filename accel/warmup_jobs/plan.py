@@ -38,6 +38,7 @@ class PlannedEngine:
         bytes: Size of a hit's plan.
         memory: Bytes that its build is expected to take.
         seconds: That the build is expected to take; None: there was none like it on this machine.
+        note: What of the job is not used for this engine.
         alone: Whether its build times kernels on the GPU and so must not be disturbed.
     """
 
@@ -50,6 +51,7 @@ class PlannedEngine:
     bytes: int | None = None
     memory: int = 0
     seconds: float | None = None
+    note: str | None = None
     alone: bool = False
 
 
@@ -67,17 +69,24 @@ class Planner:
         self._found: dict[str, list[EngineManifest]] = {}
 
     def plan(self, wanted: Sequence[Wanted]) -> list[PlannedEngine]:
-        """Plans all; what is wrong with one is its reason."""
-        return [self._plan_one(one) for one in wanted]
+        """Plans all; what is wrong with one is its reason. What turns out to be the same engine is planned once."""
+        found: list[PlannedEngine] = []
+        for one in wanted:
+            planned = self._plan_one(one)
+            if all(planned.wanted != other.wanted for other in found):
+                found.append(planned)
+        return found
 
     def _plan_one(self, wanted: Wanted) -> PlannedEngine:
         try:
             bundle, flavour = self._open(wanted.bundle), load_builder(wanted.target)
-            wanted = replace(wanted, sm=_resolve_sm(wanted.sm, flavour))
+            wanted, note = replace(wanted, sm=_resolve_sm(wanted.sm, flavour)), None
+            if wanted.capacity is not None and bundle.manifest.arch.kind == "encoder":
+                wanted, note = replace(wanted, capacity=None), "an encoder has no cache: capacity is not used"
             variant = _resolve_variant(bundle, wanted.precision)
             common: dict[str, Any] = {
                 "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu,
-                "seconds": past_seconds(bundle, flavour),
+                "seconds": past_seconds(bundle, flavour), "note": note,
             }  # fmt: skip
             if not has_variant(bundle, variant):
                 settle(bundle, flavour, wanted.sm, **wanted.asked())

@@ -29,6 +29,7 @@ class EngineLine:
         estimated_bytes, estimated_seconds: Memory and time that a build is expected to take; None: not known.
         latency_ms: Median time of a call by profile; None if it was not run.
         log: What the build printed.
+        note: What of the job was not used for this engine.
     """
 
     bundle: str
@@ -48,6 +49,7 @@ class EngineLine:
     estimated_seconds: float | None = None
     latency_ms: dict[str, float] | None = None
     log: str | None = None
+    note: str | None = None
 
     def text(self) -> str:
         """One line."""
@@ -62,6 +64,7 @@ class EngineLine:
         parts += [f"{self.seconds:.1f} s" if self.seconds is not None else None]
         parts += [f"attempt {self.attempts}" if self.attempts > 1 else None]
         parts += [f"{profile} {value:.2f} ms" for profile, value in (self.latency_ms or {}).items()]
+        parts += [self.note]
         parts += [f"log: {self.log}" if self.status == "failed" and self.log else None]
         return f"{self.status:8}{Path(self.bundle).name} {name}{capacity}: {', '.join(filter(None, parts))}"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,19 +110,21 @@ class _Job:
     show: bool
     engines: list[_Engine] = field(default_factory=list)
     logs: Path = Path()
-    tasks: int = 0  # begun so far
+    begun: list[Task] = field(default_factory=list)
     interrupted: bool = False
     gpu: str | None = None
 
     def run(self, wanted: Sequence[Wanted], stopped: Callable[[], bool]) -> None:
         """Variants, then builds, then runs."""
-        failures = self._add_variants(stopped)
+        failed = self._add_variants(stopped)
         planner = Planner(self.store, verify="://" not in self.store.url)
         self.engines = [_Engine(planned) for planned in planner.plan(wanted)]
         for engine in self.engines:
             if engine.planned.missing is not None:
-                where = engine.planned.wanted.bundle, engine.planned.missing
-                engine.failure, engine.stopped = failures.get(where), where not in failures
+                task = failed.get((engine.planned.wanted.bundle, engine.planned.missing))
+                engine.stopped = task is None
+                if task is not None:
+                    engine.failure, engine.log = _why(task), task.log
         self._build(stopped)
         self.gpu = current_sm()
         if self.gpu is not None:
@@ -134,8 +135,8 @@ class _Job:
         if self.show:
             print(text, file=sys.stderr, flush=True)
 
-    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str], str]:
-        """Adds each missing precision once; returns why some could not be added."""
+    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str], Task]:
+        """Adds each missing precision once; returns the tasks that failed."""
         missing = [(engine.planned.wanted.bundle, engine.planned.missing) for engine in self.engines]
         tasks = {}
         for bundle, variant in dict.fromkeys(missing):
@@ -143,8 +144,8 @@ class _Job:
                 request = {"do": "variant", "bundle": bundle, "variant": variant}
                 name = f"{Path(bundle).name} {variant}"
                 tasks[bundle, variant] = self._task(name, variant_memory(bundle), request)
-        run_tasks(list(tasks.values()), self.limits, stopped, self._tell)
-        return {where: _why(task) for where, task in tasks.items() if task.outcome and task.outcome.error}
+        self._run_tasks(list(tasks.values()), stopped)
+        return {where: task for where, task in tasks.items() if task.outcome and task.outcome.error}
 
     def _build(self, stopped: Callable[[], bool]) -> None:
         for engine in self.engines:
@@ -154,7 +155,7 @@ class _Job:
                            "max_bytes": self.store.max_bytes}  # fmt: skip
                 engine.build = self._task(planned.wanted.title, planned.memory, request, planned.alone)
                 engine.log = engine.build.log
-        run_tasks([engine.build for engine in self.engines if engine.build], self.limits, stopped, self._tell)
+        self._run_tasks([engine.build for engine in self.engines if engine.build], stopped)
         if stopped():
             self._count_stored()
         if self.store.max_bytes is not None:
@@ -186,7 +187,7 @@ class _Job:
                 request = {"do": "run", "wanted": to_dict(engine.planned.wanted), "store": self.url}
                 runs[engine] = self._task(f"{engine.planned.wanted.title} run", engine.planned.memory, request, True)
                 engine.log = runs[engine].log
-        run_tasks(list(runs.values()), self.limits, stopped, self._tell)
+        self._run_tasks(list(runs.values()), stopped)
         for engine, task in runs.items():
             if task.outcome is None:
                 engine.stopped = True
@@ -196,14 +197,20 @@ class _Job:
                 engine.latency = task.outcome.result["latency_ms"]
 
     def _task(self, name: str, memory: int, request: dict[str, Any], alone: bool = False) -> Task:
-        self.tasks += 1
-        log = self.logs / f"{self.tasks:03}-{name.replace(' ', '-')}.log"
-        return Task(name, memory, lambda: Child(request, log), alone, log)
+        log = self.logs / f"{len(self.begun) + 1:03}-{name.replace(' ', '-')}.log"
+        self.begun.append(Task(name, memory, lambda: Child(request, log), alone, log))
+        return self.begun[-1]
 
-    def _tell(self, task: Task) -> None:
-        outcome = task.outcome
-        said = f"failed: {outcome.error}" if outcome is not None and outcome.error else "done"
-        self.say(f"{task.name}: {said} ({task.seconds:.1f} s)")
+    def _run_tasks(self, tasks: Sequence[Task], stopped: Callable[[], bool]) -> None:
+        """Runs them and tells of each attempt; what became of the engines stands in the report alone."""
+
+        def tell(task: Task) -> None:
+            ended = sum(one.outcome is not None for one in tasks)
+            error = task.outcome.error if task.outcome is not None else None
+            failed = f", failed: {error}" if error else ""
+            self.say(f"[{ended}/{len(tasks)}] {task.name}: {task.seconds:.1f} s{failed}")
+
+        run_tasks(tasks, self.limits, stopped, tell)
 
     def report(self, started: float, dry_run: bool) -> WarmupReport:
         lines = tuple(_line(engine, dry_run) for engine in self.engines)
@@ -250,6 +257,7 @@ def _line(engine: _Engine, dry_run: bool) -> EngineLine:
         estimated_seconds=planned.seconds if missed else None,
         latency_ms=engine.latency,
         log=str(engine.log) if engine.log is not None and engine.log.exists() else None,
+        note=planned.note,
     )  # fmt: skip
 
 
@@ -301,10 +309,23 @@ def _logs(file: JobFile, folder: Path, job: _Job) -> Iterator[None]:
         job.logs = chosen or Path(tempfile.mkdtemp(prefix="accel-warmup-"))
     except OSError as error:
         raise as_storage_error(error, chosen or Path(tempfile.gettempdir()), LOGS) or error from error
-    yield
-    done = all(_status(engine) in ("hit", "built") for engine in job.engines)
-    if chosen is None and (done or not any(job.logs.iterdir())):
-        shutil.rmtree(job.logs, ignore_errors=True)
+    try:
+        yield
+    finally:
+        if chosen is None:
+            _clear(job)
+
+
+def _clear(job: _Job) -> None:
+    """Leaves those logs of a temporary folder that say why an engine is missing; none: no folder either."""
+    failed = [task for task in job.begun if task.reasons]
+    telling = {task.log for task in failed} if any(_status(engine) == "failed" for engine in job.engines) else set()
+    with suppress(OSError):
+        for path in job.logs.iterdir():
+            if path not in telling or not path.stat().st_size:
+                path.unlink(missing_ok=True)
+        if not any(job.logs.iterdir()):
+            job.logs.rmdir()
 
 
 @contextmanager

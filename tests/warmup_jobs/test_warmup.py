@@ -91,7 +91,9 @@ def test_two_sms_from_plan_to_hits(bundles: Path, capsys: pytest.CaptureFixture[
     assert len(list((bundles / "logs").glob("*-bert-bf16.log"))) == 1  # the variant was added once, not once per SM
     assert all(line.digest and line.bytes and line.seconds and line.attempts == 1 for line in report.engines)
     assert {entry.digest for entry in EngineStore(bundles / "store").verify()} == {x.digest for x in report.engines}
-    assert "bert bf16: done" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(r"\[1/1\] bert bf16: \d", told) and re.search(r"\[4/4\] \w+ rtx sm\d+ \w+.*: \d+\.\d s\n", told)
+    assert "done" not in told and "built" not in told  # what became of each engine stands in the report, once
     assert json.loads((bundles / "out.json").read_text()) == report.to_json()
 
     before = plans(bundles)
@@ -114,7 +116,16 @@ def spoil(bundle: Path) -> None:
     manifest.write_text(json.dumps(data))
 
 
-def test_failures_among_good_ones(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "temporary"
+
+
+def test_failures_among_good_ones(bundles: Path, temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("damaged", "unknown"):
         shutil.copytree(bundles / "bert", bundles / name)
     weights = bundles / "damaged" / "fp16.weights"
@@ -126,7 +137,6 @@ def test_failures_among_good_ones(bundles: Path, capsys: pytest.CaptureFixture[s
         {**BERT, "bundle": "absent", "sm": "sm86"},
         {**BERT, "bundle": "damaged", "sm": "sm86"},
         {**BERT, "precision": "fp8", "sm": "sm86"},
-        {**BERT, "capacity": 8, "sm": "sm86"},
         {**LLAMA, "sm": "sm86", "profiles": upside_down},
         {**LLAMA, "sm": "auto"},
         {**BERT, "bundle": "unknown", "sm": "sm86"},
@@ -135,14 +145,52 @@ def test_failures_among_good_ones(bundles: Path, capsys: pytest.CaptureFixture[s
     path = write(bundles, *jobs)
     assert main(["warmup", str(path), "--json", "--retries", "3"]) == 1
     lines = json.loads(capsys.readouterr().out)["engines"]
-    assert [line["status"] for line in lines] == ["failed"] * 8 + ["built"]
-    reasons = ["sm42", "no bundle", "corrupt", "precision 'fp8'", "encoder", "min <= opt <= max", "no GPU here"]
+    assert [line["status"] for line in lines] == ["failed"] * 7 + ["built"]
+    reasons = ["sm42", "no bundle", "corrupt", "precision 'fp8'", "min <= opt <= max", "no GPU here"]
     for line, reason in zip(lines, [*reasons, "LayerNormalizatiom"]):
         assert reason in line["reason"]
-    assert [line["attempts"] for line in lines] == [0] * 7 + [1, 1]  # the plan found the others
-    assert lines[7]["retried"] == []  # the next attempt would fail alike
-    assert "Traceback" in Path(lines[7]["log"]).read_text()
-    shutil.rmtree(Path(lines[7]["log"]).parent)
+    assert [line["attempts"] for line in lines] == [0] * 6 + [1, 1]  # the plan found the others
+    assert lines[6]["retried"] == []  # the next attempt would fail alike
+    log = Path(lines[6]["log"])
+    assert "Traceback" in log.read_text() and list(log.parent.iterdir()) == [log] and log.parent.parent == temporary
+
+
+def test_no_empty_folder_is_left(
+    bundles: Path, temporary: Path, in_process: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(bundles, {**BERT, "sm": ["sm86", "sm42"]})
+    assert states(accel.warmup(path)) == [("bert", "sm86", "built"), ("bert", "sm42", "failed")]
+    assert list(temporary.iterdir()) == []  # the plan says why, no log does
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_tasks", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        accel.warmup(write(bundles, {**BERT, "sm": "sm89"}))
+    assert list(temporary.iterdir()) == []
+
+
+def test_a_variant_that_fails_has_a_log(bundles: Path, temporary: Path) -> None:
+    (bundles / "bert" / "canonical.onnx").write_bytes(b"no graph")
+    data = json.loads((bundles / "bert" / "manifest.json").read_text())
+    data["files"]["canonical.onnx"] = to_dict(file_entry(bundles / "bert" / "canonical.onnx"))
+    (bundles / "bert" / "manifest.json").write_text(json.dumps(data))
+    (line,) = accel.warmup(write(bundles, {**BERT, "sm": "sm86", "precision": "bf16"}), retries=0).engines
+    assert line.status == "failed" and "Traceback" in Path(str(line.log)).read_text()
+    assert f"log: {temporary}/" in line.text()
+
+
+def test_encoders_leave_a_shared_capacity_aside(bundles: Path, in_process: list[dict[str, Any]]) -> None:
+    job = {**LLAMA, "bundle": ["llama", "bert"], "capacity": [32, 64], "sm": "sm86, sm89"}
+    report = accel.warmup(write(bundles, job))
+    named = [(Path(line.bundle).name, line.sm, line.capacity, line.status) for line in report.engines]
+    assert named == [
+        *(("llama", sm, capacity, "built") for capacity in (32, 64) for sm in ("sm86", "sm89")),
+        *(("bert", sm, None, "built") for sm in ("sm86", "sm89")),  # once, not once per capacity
+    ]
+    assert [line.note for line in report.engines] == [None] * 4 + ["an encoder has no cache: capacity is not used"] * 2
+    assert "capacity is not used" in report.engines[4].text() and len(in_process) == 6
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
