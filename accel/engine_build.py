@@ -15,6 +15,7 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import DEFAULT_MAX_BATCH, bytes_per_token, check_count
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
+from accel.engines.tensorrt.buffers import buffer_bytes
 from accel.engines.tensorrt.lookup import TARGET, Sources, find_engine, hash_sources, open_store, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import cuda_version, current_sm
@@ -349,6 +350,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
         "hardware_compatibility": request.settings.hardware_compatibility,
         "profile_order": [profile.name for profile in request.settings.profiles],
         "cache_bytes": _cache_bytes(request),
+        "buffer_bytes": _buffer_bytes(request),
         "proof": {"rows": len(built.proof.rows), "repairs": list(built.proof.repairs), "table": built.proof.text()},
         "python": platform.python_version(),
     }
@@ -358,6 +360,13 @@ def _cache_bytes(request: BuildRequest) -> int:
     """Device memory that the caches of all rows take."""
     arch, item = request.bundle.manifest.arch, 4 if request.settings.dtype == "float32" else 2
     return request.max_batch * (request.settings.capacity or 0) * bytes_per_token(arch, item)
+
+
+def _buffer_bytes(request: BuildRequest) -> int:
+    """Device memory that a session of all rows reserves, beside the engine's weights and scratch memory."""
+    outputs = {spec.name: spec.shape for spec in request.bundle.graph(request.variant, TARGET).outputs}
+    profiles = list(request.key.profiles.values())
+    return buffer_bytes(request.bundle.manifest.arch, profiles, outputs, _cache_bytes(request))
 
 
 def _report(request: BuildRequest, engine: StoredEngine) -> EngineReport:

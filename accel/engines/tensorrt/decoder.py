@@ -12,6 +12,7 @@ from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
 from accel.engines.lifetime import Lifetime
 from accel.engines.padded import PaddedStep, StepPadder
 from accel.engines.session import EngineInfo, SessionOptions, StepInputs
+from accel.engines.tensorrt.buffers import logits_bytes
 from accel.engines.tensorrt.engine import LoadedEngine, Profile, ProfileContext, Shape, sizes
 from accel.engines.tensorrt.graphs import WARM_RUNS, StepGraphs
 from accel.engines.tensorrt.memory import ALIGNMENT, DeviceMemoryError
@@ -172,14 +173,15 @@ class TrtDecoderSession:
         self._item_bytes = 4 if tensors["past.0.key"].dtype == "float32" else 2
         self._row_bytes = {name: int(np.prod(shape)) * self._item_bytes for name, shape in shapes.items()}
         self._check_alignment()
-        most = max(profile.ranges["logits_positions"][2][0] for profile in self._engine.profiles)
-        self._logits_bytes = 4 * most * self.vocab_size
+        self._logits_bytes = logits_bytes((profile.ranges for profile in self._engine.profiles), self.vocab_size)
         self._caches: dict[str, int] = {}
         for name, size in self._row_bytes.items():
             self._caches[name] = self._reserve(rows * size, name)
             self._device.clear(self._caches[name], rows * size)
         self._device_logits = self._reserve(self._logits_bytes, "logits")
-        self._host_logits = self._device.pinned((most, self.vocab_size), np.float32)
+        self._host_logits = self._device.pinned(
+            (self._logits_bytes // (4 * self.vocab_size), self.vocab_size), np.float32
+        )
         self._step_logits = np.zeros((rows, self.vocab_size), np.float32)
         for profile in self._engine.profiles:
             context = self._engine.context(profile, fixed=False)

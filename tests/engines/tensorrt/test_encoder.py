@@ -12,10 +12,15 @@ import pytest
 
 from accel.bundle import Bundle
 from accel.engines import OpenedSession, open_session
+from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
+from accel.engines.tensorrt import buffers
+from accel.engines.tensorrt.buffers import OUTPUT_BYTES, OutputLayout
+from accel.engines.tensorrt.memory import DeviceMemoryError
 from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError
 from accel.runtime.encoder import Encoder
-from tests.engines.tensorrt.double import World
+from tests.engines.tensorrt.conftest import CAPACITY
+from tests.engines.tensorrt.double import SCRATCH, World
 from tests.parity.families import ALL
 
 Bundles, Opener = Callable[[str], Bundle], Callable[..., Any]
@@ -80,6 +85,56 @@ def test_the_tightest_profile_is_chosen(open_tiny: Opener, world: World) -> None
     for lengths in ([30], [5], [5, 5, 5], [16] * 11):
         session.run(batch("bert", lengths))
     assert world.runs == [(1, (1, 32)), (1, (1, 8)), (0, (4, 8)), (0, (8, 16)), (0, (4, 16))]
+
+
+@pytest.mark.parametrize("name", ["modernbert_mask", "distilbert_answers"])
+@pytest.mark.parametrize("budget", [1, 2**12, 2**14, 2**20])
+def test_outputs_beyond_the_budget_run_in_parts(
+    name: str, budget: int, tiny_bundle: Bundles, open_tiny: Opener, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splits to single rows; a row that is larger alone gets memory of its own, which is free again afterwards."""
+    monkeypatch.setattr(buffers, "OUTPUT_BYTES", budget)
+    monkeypatch.setattr(buffers, "FETCH_BYTES", 1000)  # every output takes several copies, the last one not full
+    session, other = open_tiny(name), reference(tiny_bundle(name))
+    used = world.gpu.used
+    for lengths in ([9, 9, 4], [24, 2, 13, 24, 5], [3]):
+        feeds = batch(name, lengths)
+        world.runs.clear()
+        assert_equal(session.run(feeds), other.run(feeds), feeds["attention_mask"])
+        assert world.gpu.used == used
+        sizes = [session._layout.size(*shape) for _, shape in world.runs]
+        assert all(size <= budget or shape[0] == 1 for size, (_, shape) in zip(sizes, world.runs))
+    assert session._reserved <= budget
+
+
+def test_a_row_that_does_not_fit_at_all(open_tiny: Opener, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers, "OUTPUT_BYTES", 1)
+    session = open_tiny("bert")
+    world.gpu.memory = world.gpu.used + 1000
+    with pytest.raises(DeviceMemoryError, match="the outputs of 1 x 16 tokens takes"):
+        session.run(batch("bert", [9]))
+    world.gpu.memory = 1 << 30
+    assert session.run(batch("bert", [9]))["last_hidden_state"].shape[:2] == (1, 9)  # the session lives on
+
+
+def test_a_masked_language_model_reserves_little() -> None:
+    """BERT-base, 64 rows of 512 tokens: the largest run would put out 4 GB."""
+    layout = OutputLayout("fill-mask", {"logits": ("B", "S", 30522)})
+    profile = {"input_ids": ((1, 1), (64, 128), (64, 512))}
+    assert layout.size(64, 512) > 4e9 and layout.reserved([profile]) == OUTPUT_BYTES <= 1 << 28
+    assert layout.size(4, 512) <= OUTPUT_BYTES
+    assert OutputLayout("feature-extraction", {"x": ("B", "S", 768)}).reserved([profile]) == 64 * 512 * 768 * 4
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert_answers", "bert_pairs", "llama"])
+def test_the_manifest_says_what_is_taken(
+    name: str, tiny_bundle: Bundles, built_engine: Any, open_tiny: Opener, world: World
+) -> None:
+    open_tiny(name, **({"max_batch": 4} if name == "llama" else {}))
+    arch, built = tiny_bundle(name).manifest.arch, built_engine(name)
+    outputs = {tensor.name: tensor.shape for tensor in built.tensors if not tensor.is_input}
+    cache = 4 * CAPACITY * bytes_per_token(arch, 4) if name == "llama" else 0
+    assert world.gpu.used == SCRATCH + buffers.buffer_bytes(arch, built.profiles, outputs, cache)
 
 
 def test_outputs_belong_to_the_caller(open_tiny: Opener) -> None:
