@@ -17,6 +17,7 @@ from accel.errors import (
     EngineError,
     EngineUnavailableError,
     InputError,
+    UncoveredError,
 )
 from accel.machine import available_cores, has_nvidia_device
 
@@ -92,9 +93,27 @@ class OpenedSession:
         if request.bundle.manifest.arch.kind == "decoder":
             session = cast(DecoderSession, self.session)
             options = replace(options, capacity=session.capacity, max_batch=session.max_batch)
-        broken = Fallback(self.session.info.name, str(error))
+        return self._open_after(error, replace(request, options=options))
+
+    def open_beside(self, error: UncoveredError) -> OpenedSession:
+        """Opens the next engine that can run the bundle, for runs that this one was not built for; this one stays open.
+
+        Args:
+            error: What it was not built for; it becomes the reason in ``fallbacks``.
+
+        Raises:
+            UncoveredError: ``error`` itself, when the caller wanted this engine alone (``strict``, or by name).
+            EngineUnavailableError: No engine is left; lists all reasons.
+        """
+        request = self.request
+        if request is None or request.strict or request.named:
+            raise error
+        return self._open_after(error, request)
+
+    def _open_after(self, error: EngineError, request: Request) -> OpenedSession:
+        reason = Fallback(self.session.info.name, str(error))
         try:
-            return _open_first(replace(request, options=options), (*self.fallbacks, broken), replacing=True)
+            return _open_first(request, (*self.fallbacks, reason), replacing=True)
         except EngineUnavailableError as unavailable:
             raise unavailable from error
 
@@ -219,11 +238,12 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
     Args:
         request: What to open.
         known: The engines that were passed over before.
-        replacing: Whether an engine broke: sequences are under way, so whatever goes wrong is a reason to try on.
+        replacing: Whether an engine broke, or cannot take a run: sequences are under way, so whatever goes wrong is a
+            reason to try on.
     """
     tolerated = (Exception,) if replacing else (EngineError, DependencyError)
     passed_over = list(known)
-    logged = len(known) - 1 if replacing else 0  # the broken one is news
+    logged = len(known) - 1 if replacing else 0  # the last one is news
     for index, candidate in enumerate(request.engines):
         try:
             reason = _reject_device(candidate, request.device) or candidate.probe(request.bundle, request.variant)

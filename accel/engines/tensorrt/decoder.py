@@ -17,7 +17,7 @@ from accel.engines.tensorrt.engine import LoadedEngine, Profile, ProfileContext,
 from accel.engines.tensorrt.graphs import WARM_RUNS, StepGraphs
 from accel.engines.tensorrt.memory import ALIGNMENT, DeviceMemoryError
 from accel.engines.tensorrt.staging import Staging
-from accel.errors import CapacityError, EngineBrokenError, EngineError, EngineUnavailableError
+from accel.errors import CapacityError, EngineBrokenError, EngineError, EngineUnavailableError, UncoveredError
 from accel.spec import ArchSpec
 
 SMALL = ("input_ids", "position_ids", "write_index", "logits_positions")  # inputs that the host sends
@@ -78,7 +78,8 @@ class TrtDecoderSession:
         """Runs one packed step; see ``DecoderSession.step``.
 
         Raises:
-            EngineError: No profile covers a run; closed; used after a fork.
+            EngineError: Closed, or used after a fork.
+            UncoveredError: No profile covers a run.
             EngineBrokenError: TensorRT or CUDA failed; nothing runs on this session again.
         """
         self._check()
@@ -283,12 +284,12 @@ class TrtDecoderSession:
         return self._choices[key]
 
 
-def not_covered(engine: LoadedEngine, request: str) -> EngineError:
+def not_covered(
+    engine: LoadedEngine, request: str, remedy: str = "Build an engine with a wider profile"
+) -> UncoveredError:
     """The error of a run that no profile takes."""
     have = "; ".join(map(str, engine.profiles))
-    return EngineError(
-        f"no profile of the engine covers {request}", where=have, remedy="Build an engine with a wider profile"
-    )
+    return UncoveredError(f"no profile of the engine covers {request}", where=have, remedy=remedy)
 
 
 def check_decoder(engine: LoadedEngine, arch: ArchSpec) -> int:

@@ -14,7 +14,7 @@ from accel.engines.tensorrt.buffers import OutputBuffers, OutputLayout
 from accel.engines.tensorrt.decoder import not_covered
 from accel.engines.tensorrt.engine import LoadedEngine, Profile, ProfileContext, sizes
 from accel.engines.tensorrt.staging import Staging
-from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError
+from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError, UncoveredError
 from accel.spec import OUTPUT_NAMES, ArchSpec
 
 Feeds = dict[str, NDArray]
@@ -38,18 +38,20 @@ class TrtEncoderSession:
     own for the run.
     """
 
-    def __init__(self, engine: LoadedEngine, arch: ArchSpec, variant: str) -> None:
+    def __init__(self, engine: LoadedEngine, arch: ArchSpec, variant: str, command: str = "accel build") -> None:
         """Reserves inputs for the largest run of every profile, and outputs within ``OUTPUT_BYTES``.
 
         Args:
             engine: Closed with the session, or when this raises.
             variant: Its name, for ``info``.
+            command: What builds this engine, for errors.
 
         Raises:
             EngineUnavailableError: The engine is not of this model.
             DeviceMemoryError: The GPU's memory does not hold them.
         """
         self._engine, self._device = engine, engine.device
+        self._command, self._longest = command, arch.max_positions
         self._lifetime = Lifetime("encoder")
         self._broken: EngineBrokenError | None = None
         self._lanes: dict[int, _Lane] = {}
@@ -77,7 +79,8 @@ class TrtEncoderSession:
 
         Raises:
             InputError: A feed that the model does not take, or of another shape or dtype.
-            EngineError: No profile covers the batch; closed; used after a fork.
+            EngineError: Closed, or used after a fork.
+            UncoveredError: No profile covers the batch's width; names the command that builds a longer one.
             DeviceMemoryError: A single row's outputs take more than is reserved, and more than is free.
             EngineBrokenError: TensorRT or CUDA failed; nothing runs on this session again.
         """
@@ -161,8 +164,16 @@ class TrtEncoderSession:
                 batches = sizes(profile, 0)
                 most.append(max([b for b in batches if self._layout.size(b, length) <= self._reserved] or batches[:1]))
         if not most:
-            raise not_covered(self._engine, f"sequence {width}")
+            raise self._too_long(width)
         return max(most)
+
+    def _too_long(self, width: int) -> UncoveredError:
+        """The error of rows that no profile takes."""
+        _, (_, best), (rows, _) = self._engine.profiles[-1].ranges["input_ids"]
+        ranges = f"batch: {{min: 1, opt: {rows}, max: {rows}}}, sequence: {{min: 1, opt: {best}, max: {self._longest}}}"
+        file = f"encode: {{{ranges}}} in FILE"
+        remedy = f"Build an engine for longer rows: {self._command} --profiles FILE, with {file}"
+        return not_covered(self._engine, f"sequence {width}", remedy)
 
     def _lengths(self, profile: Profile, width: int) -> list[int]:
         """What rows of a width may be padded to on a profile, ascending."""
@@ -185,7 +196,7 @@ class TrtEncoderSession:
             if batch >= rows and length >= width
         ]
         if not found:
-            raise not_covered(self._engine, f"batch {rows}, sequence {width}")
+            raise self._too_long(width)
         *_, profile, batch, length = min(found, key=lambda entry: entry[:3])
         return profile, batch, length
 

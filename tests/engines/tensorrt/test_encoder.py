@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,14 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import accel.engines as engines
 from accel.bundle import Bundle
-from accel.engines import OpenedSession, open_session
+from accel.engines import Engine, OpenedSession, open_session
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt import buffers
 from accel.engines.tensorrt.buffers import OUTPUT_BYTES, OutputLayout
 from accel.engines.tensorrt.memory import DeviceMemoryError
-from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError
+from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError, UncoveredError
 from accel.runtime.encoder import Encoder
 from tests.engines.tensorrt.conftest import CAPACITY
 from tests.engines.tensorrt.double import SCRATCH, World
@@ -163,9 +165,36 @@ def test_accels_encoder_runs_on_it(tiny_bundle: Bundles, open_tiny: Opener) -> N
 
 def test_a_batch_that_no_profile_covers(open_tiny: Opener) -> None:
     session = open_tiny("bert")
-    with pytest.raises(EngineError, match=r"covers sequence 25 \(at profile0: batch 1 to 4, sequence 1 to 24\).*wider"):
+    with pytest.raises(
+        UncoveredError, match=r"covers sequence 25 \(at profile0: batch 1 to 4, sequence 1 to 24\)"
+    ) as e:
         session.run(batch("bert", [25, 3]))
+    assert re.search(
+        r"accel build \S+ --target rtx --sm sm86 --precision fp32 --profiles FILE, with encode: "
+        r"{batch: {min: 1, opt: 4, max: 4}, sequence: {min: 1, opt: 8, max: \d+}} in FILE",
+        str(e.value),
+    )
     session.run(batch("bert", [24]))  # the session lives on
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_longer_rows_run_on_the_next_engine(
+    strict: bool, tiny_bundle: Bundles, open_tiny: Opener, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, other = tiny_bundle("bert"), reference(tiny_bundle("bert"))
+    rtx = Engine("rtx", "cpu", lambda *_: None, lambda *_: open_tiny("bert"))
+    monkeypatch.setattr(engines, "ENGINES", (rtx, *engines.ENGINES[-2:]))
+    opened = open_session(bundle, options=SessionOptions(threads=1), strict=strict)
+    with Encoder(bundle, opened) as encoder:
+        for lengths, runs in (([7, 3], 1), ([30, 2], 1), ([24], 2)):
+            feeds = batch("bert", lengths)
+            if strict and lengths[0] > 24:
+                with pytest.raises(UncoveredError, match="sequence 1 to 24.*accel build"):
+                    encoder(**feeds)
+                continue
+            assert_equal(dict(encoder(**feeds)), other.run(feeds), feeds["attention_mask"])
+            assert len(world.runs) == runs and encoder.engine.name == "rtx"
+        assert [fallback.engine for fallback in encoder.fallbacks] == ([] if strict else ["rtx"])
 
 
 @pytest.mark.parametrize(
