@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,7 @@ class TrtDecoderSession:
     """Implements ``accel.engines.session.DecoderSession`` on an engine of the lowered ``tensorrt`` graph.
 
     One-token rows run together, padded to a batch that the profiles know; a row with more tokens runs alone,
-    padded to a width. One-token runs that come often become CUDA graphs where that is faster.
+    padded to a width. One-token runs become CUDA graphs where that is faster: see ``graphs``.
     """
 
     mixed_steps = False
@@ -119,17 +120,27 @@ class TrtDecoderSession:
             size = self._row_bytes[name]
             self._device.clear(address + row * size, size)
 
+    def capture_graphs(self) -> None:
+        """Runs every batch of single tokens and captures it. Only before the first step: it writes into the caches.
+        Raises as ``step`` does.
+        """
+        empty = np.zeros(self.max_batch, np.int32)
+        with ExitStack() as stack:
+            for lane in self._lanes.values():
+                stack.enter_context(lane.graphs.warming())
+            for count in self._batches:
+                taking = empty.copy()
+                taking[:count] = 1
+                ids = np.zeros(count, np.int64)
+                for _ in range(WARM_RUNS):
+                    self.step(StepInputs(ids, ids, taking, empty, np.arange(count)))
+
     def warm_up(self) -> None:
         """Runs every batch and width once or more, so that kernels are compiled and graphs captured, and keeps the
         kernels. Only before the first step: it writes into the caches. Raises as ``step`` does.
         """
         empty, one = np.zeros(self.max_batch, np.int32), np.zeros(1, np.int64)
-        for count in self._batches:
-            taking = empty.copy()
-            taking[:count] = 1
-            ids = np.zeros(count, np.int64)
-            for _ in range(WARM_RUNS):
-                self.step(StepInputs(ids, ids, taking, empty, np.arange(count)))
+        self.capture_graphs()
         for width in self._widths:
             taking = empty.copy()
             taking[0] = width

@@ -55,6 +55,7 @@ def open_for(target: Target) -> Callable[[Bundle, str, SessionOptions], Session]
             kernels = cache_folder() / "kernels" / f"{engine.manifest.key.digest}-{sm}.cache"
             try:
                 session: Any = open_tensorrt(bundle, chosen, options, engine.plan(), facts, flavour, kernels=kernels)
+                _prepare(session)
             except BaseException:
                 engine.close()
                 raise
@@ -65,6 +66,17 @@ def open_for(target: Target) -> Callable[[Bundle, str, SessionOptions], Session]
         return _hold(session, engine)
 
     return open_session
+
+
+def _prepare(session: Any) -> None:
+    """Captures a decoder's graphs now: in a request somebody would wait for it."""
+    if not hasattr(session, "capture_graphs"):
+        return
+    try:
+        session.capture_graphs()
+    except BaseException:
+        session.close()
+        raise
 
 
 def _hold(session: Any, engine: StoredEngine) -> Session:

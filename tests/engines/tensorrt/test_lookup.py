@@ -15,7 +15,7 @@ from accel.engines.session import SessionOptions
 from accel.engines.tensorrt import registry
 from accel.engines.tensorrt.adapter import Flavour, load_flavour
 from accel.engines.tensorrt.lookup import find_engine, hash_sources, open_store, pick_precision
-from accel.errors import BundleError, EngineUnavailableError, RefusedEngineError
+from accel.errors import BundleError, EngineBrokenError, EngineUnavailableError, RefusedEngineError
 from accel.store import EngineKey, EngineStore, HashCache
 from accel.variants import add_variant
 from tests.store.samples import key
@@ -187,7 +187,13 @@ def test_probe(bundle: Bundle, tiny_decoder_bundle: Path, monkeypatch: pytest.Mo
 
 class Session:
     def __init__(self) -> None:
-        self.closed = 0
+        self.closed = self.captured = 0
+        self.error: Exception | None = None
+
+    def capture_graphs(self) -> None:
+        self.captured += 1
+        if self.error is not None:
+            raise self.error
 
     def close(self) -> None:
         self.closed += 1
@@ -207,9 +213,23 @@ def test_an_open_session_keeps_its_engine(
     monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", open_it)
     opened: Any = registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
     assert given == [("fp16", b"sm86 256 4 none", ("sm86",), f"{made.digest}-sm86.cache")]
-    assert store.prune(0) == []  # in use
+    assert session.captured == 1 and store.prune(0) == []  # in use
     opened.close()
     assert session.closed == 1 and [record.digest for record in store.prune(0)] == [made.digest]
+
+
+def test_a_gpu_that_breaks_at_the_first_runs(
+    bundle: Bundle, store: EngineStore, keep: Callable[..., EngineKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any request: the next engine is tried."""
+    session = Session()
+    session.error = EngineBrokenError("CUDA failed")
+    monkeypatch.setattr(registry, "current_sm", lambda: "sm86")
+    keep()
+    monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", lambda *_, **__: session)
+    with pytest.raises(EngineBrokenError):
+        registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
+    assert session.closed == 1 and len(store.prune(0)) == 1
 
 
 def test_a_session_that_fails_lets_its_engine_go(
