@@ -18,7 +18,7 @@ from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
 from accel.engines.tensorrt.buffers import buffer_bytes
 from accel.engines.tensorrt.lookup import TARGET, Sources, find_engine, hash_sources, open_store, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
-from accel.engines.tensorrt.packages import cuda_version, current_sm
+from accel.engines.tensorrt.packages import cuda_version, current_gpu, current_sm
 from accel.errors import EngineUnavailableError, InputError, StorageError
 from accel.spec import ArchSpec, TensorSpec
 from accel.store import EngineKey, EngineStore, StoredEngine, cache_folder
@@ -282,7 +282,7 @@ def _key(
         optimization_level=settings.optimization_level,
         capacity=settings.capacity,
         profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
-        gpu=_gpu_name() if flavour.needs_gpu else None,
+        gpu=current_gpu() if flavour.needs_gpu else None,
         cuda=cuda_version() if flavour.needs_gpu else None,
         workspace_bytes=settings.workspace,
         refittable=settings.refittable,
@@ -298,12 +298,6 @@ def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | No
         for spec in inputs
     ]
     return dict(input_shapes(profile, static))
-
-
-def _gpu_name() -> str | None:
-    from accel.machine import probe_gpus
-
-    return next((gpu.name for gpu in probe_gpus()), None)
 
 
 def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) -> BuiltPlan:

@@ -91,6 +91,22 @@ def current_sm() -> str | None:
     return f"sm{numbers[0]}{numbers[1]}"
 
 
+def current_gpu() -> str | None:
+    """Name of the current CUDA device, e.g. ``NVIDIA L4``; None without a GPU, a driver, or the package cuda-python.
+
+    Not nvidia-smi's first one: CUDA_VISIBLE_DEVICES may name another.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None
+    status, device = runtime.cudaGetDevice()
+    if status != runtime.cudaError_t.cudaSuccess:
+        return None
+    status, properties = runtime.cudaGetDeviceProperties(device)
+    return properties.name.decode().rstrip("\0") if status == runtime.cudaError_t.cudaSuccess else None
+
+
 def cuda_version() -> str | None:
     """Version of the CUDA runtime, e.g. ``13.0``; None without cuda-python."""
     try:
@@ -101,4 +117,4 @@ def cuda_version() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}" if status == runtime.cudaError_t.cudaSuccess else None
 
 
-__all__ = ["MODULES", "TITLES", "cuda_version", "current_sm", "import_package", "release_of"]
+__all__ = ["MODULES", "TITLES", "cuda_version", "current_gpu", "current_sm", "import_package", "release_of"]
