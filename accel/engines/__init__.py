@@ -19,7 +19,7 @@ from accel.errors import (
     InputError,
     UncoveredError,
 )
-from accel.machine import available_cores, has_nvidia_device
+from accel.machine import available_cores, has_nvidia_device, hidden_gpu
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
@@ -38,12 +38,14 @@ class Engine:
         device: The device it runs on.
         probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
         open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
+        installed: Whether its package is there at all.
     """
 
     name: str
     device: str
     probe: Callable[[Bundle, str], str | None]
     open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
+    installed: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,12 @@ def _tensorrt(target: Literal["tensorrt", "rtx"]) -> Engine:
 
         return open_for(target)(bundle, variant, options)
 
-    return Engine(target, "cuda", probe, open_engine)
+    def installed() -> bool:
+        from accel.engines.tensorrt.packages import is_installed
+
+        return is_installed(target)
+
+    return Engine(target, "cuda", probe, open_engine, installed)
 
 
 ENGINES: tuple[Engine, ...] = (
@@ -205,11 +212,13 @@ def open_session(
 
     Args:
         bundle: An opened bundle.
-        device: ``auto`` (CUDA engines are tried where there is a GPU), ``cpu`` or ``cuda``.
+        device: ``auto`` (CUDA engines are tried where a GPU can be seen; one that is hidden from this process is an
+            entry of the fallbacks), ``cpu`` or ``cuda``.
         engine: ``auto``, or the name of the one engine to use: it is never replaced by another.
         variant: ``auto``, or the precision to use.
         options: Threads, and for decoders cache rows and capacity.
-        strict: Raise instead of falling back to a later engine.
+        strict: Raise instead of falling back to a later engine. With ``auto``, a flavour of TensorRT that is not
+            installed is passed over all the same if the other one is.
 
     Raises:
         EngineUnavailableError: No engine (or not the one asked for, or with ``strict`` not the first) can run it.
@@ -219,7 +228,8 @@ def open_session(
     """
     options = options or SessionOptions()
     _check_threads(options.threads)
-    candidates = _candidates(device, engine)
+    hidden = hidden_gpu() if device == engine == "auto" else None
+    candidates = _candidates(device, engine, has_nvidia_device() and hidden is None)
     if variant != "auto":
         bundle.variant(variant)
     if bundle.manifest.arch.kind == "encoder":
@@ -229,7 +239,8 @@ def open_session(
     else:
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
-    return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"))
+    known = () if hidden is None else (Fallback("cuda", hidden),)
+    return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"), known)
 
 
 def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: bool = False) -> OpenedSession:
@@ -256,9 +267,16 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
                 _log.warning("%s runs because %s cannot: %s", candidate.name, fallback.engine, fallback.reason)
             return OpenedSession(session, tuple(passed_over), replace(request, engines=request.engines[index + 1 :]))
         passed_over.append(Fallback(candidate.name, reason))
-        if request.strict:
+        if request.strict and not _has_twin(candidate, request):
             break
     raise _unavailable(request, passed_over)
+
+
+def _has_twin(engine: Engine, request: Request) -> bool:
+    """Whether the engine is not installed, but another one for the same device is, whose turn comes."""
+    if request.named or engine.installed():
+        return False
+    return any(other.device == engine.device and other.installed() for other in request.engines)
 
 
 def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
@@ -276,13 +294,13 @@ def _check_threads(threads: int | None) -> None:
         raise InputError(what, where="threads", remedy=f"This process may use {available_cores()} cores")
 
 
-def _candidates(device: str, engine: str) -> tuple[Engine, ...]:
+def _candidates(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
     from accel.schema import suggest
 
     if device not in DEVICES:
         raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
     if engine == "auto":
-        gpu = device == "cuda" or (device == "auto" and has_nvidia_device())
+        gpu = device == "cuda" or (device == "auto" and sees_gpu)
         return tuple(candidate for candidate in ENGINES if gpu or candidate.device != "cuda")
     chosen = tuple(candidate for candidate in ENGINES if candidate.name == engine)
     if not chosen:

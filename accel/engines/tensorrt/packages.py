@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,14 @@ _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
+
+
+def is_installed(target: str) -> bool:
+    """Whether the package of a target is there; it may be broken. Imports nothing."""
+    try:
+        return find_spec(MODULES[target]) is not None
+    except ValueError:  # imported, by something without a spec
+        return True
 
 
 def import_package(target: str) -> tuple[Any, str]:
@@ -117,4 +126,13 @@ def cuda_version() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}" if status == runtime.cudaError_t.cudaSuccess else None
 
 
-__all__ = ["MODULES", "TITLES", "cuda_version", "current_gpu", "current_sm", "import_package", "release_of"]
+__all__ = [
+    "MODULES",
+    "TITLES",
+    "cuda_version",
+    "current_gpu",
+    "current_sm",
+    "import_package",
+    "is_installed",
+    "release_of",
+]
