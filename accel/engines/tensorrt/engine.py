@@ -311,10 +311,6 @@ class ProfileContext:
         """Whether a graph may be captured from its next run."""
         return self.engine.flavour.stream_is_capturable(self._context, self.engine.device.stream)
 
-    def output_shape(self, name: str) -> Shape:
-        """Shape of an output for the inputs' present shapes."""
-        return tuple(self._context.get_tensor_shape(name))
-
     def close(self) -> None:
         """Frees it."""
         del self._context, self._settings

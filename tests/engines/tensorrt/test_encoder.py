@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,29 @@ def test_the_manifest_says_what_is_taken(
     outputs = {tensor.name: tensor.shape for tensor in built.tensors if not tensor.is_input}
     cache = 4 * CAPACITY * bytes_per_token(arch, 4) if name == "llama" else 0
     assert world.gpu.used == SCRATCH + buffers.buffer_bytes(arch, built.profiles, outputs, cache)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert_pairs", "distilbert_answers", "modernbert_mask"])
+@pytest.mark.parametrize("shape", [(None, 16), (4, 16), (2, None)])
+def test_fixed_sizes_are_cut_off_again(
+    name: str, shape: tuple[int | None, int | None], tiny_bundle: Bundles, open_tiny: Opener, built_engine: Any,
+    world: World,
+) -> None:  # fmt: skip
+    """What all profiles fix stands in the engine's shapes as a number: there is no -1 that says what is a sequence."""
+    rows, width = shape
+    profile = (((rows or 1,),) * 2 + ((rows or 4,),), ((width or 1,), (width or 8,), (width or 24,)))
+    built = built_engine(name, FLOAT, profile)
+    tensors = []
+    for tensor in built.tensors:
+        whole = tensor.is_input or name != "bert_pairs"
+        fixed = [size or -1 for size in (shape if whole else shape[:1])]
+        tensors.append(replace(tensor, shape=(*fixed, *tensor.shape[len(fixed) :])))
+    fixed_engine = replace(built, plan=built.plan + b" fixed", tensors=tuple(tensors))
+    world.engines[fixed_engine.plan] = fixed_engine
+    session = open_tiny(name, FLOAT, profile, plan=fixed_engine.plan, facts=fixed_engine.facts())
+    for lengths in ([9, 3, 4, 16, 2], [5], [16]):
+        feeds = batch(name, lengths)
+        assert_equal(session.run(feeds), reference(tiny_bundle(name)).run(feeds), feeds["attention_mask"])
 
 
 def test_outputs_belong_to_the_caller(open_tiny: Opener) -> None:
