@@ -44,6 +44,7 @@ class StepGraphs:
         self._engine, self._device, self._plain = engine, engine.device, plain
         self._graphs: dict[Hashable, _Graph] = {}
         self._runs: Counter[Hashable] = Counter()
+        self._tried: set[Hashable] = set()  # a graph that failed or was slower is not tried again
         self._scratch, self._patience = 0, BUSY_RUNS
 
     @contextmanager
@@ -74,7 +75,8 @@ class StepGraphs:
         self._plain.prepare()
         self._plain.enqueue()
         self._runs[key] += 1
-        if self._runs[key] == self._patience and len(self._graphs) < MAX_GRAPHS:
+        if self._runs[key] >= self._patience and key not in self._tried and len(self._graphs) < MAX_GRAPHS:
+            self._tried.add(key)
             self._try_graph(key, bind)
 
     def close(self) -> None:
@@ -88,6 +90,7 @@ class StepGraphs:
         """Graphs point into the scratch memory: when another engine made it grow, they are soon captured anew."""
         scratch, _ = self._device.scratch
         if scratch != self._scratch:
+            self._tried -= self._graphs.keys()
             self._runs = Counter(dict.fromkeys(self._graphs, BUSY_RUNS - WARM_RUNS))
             self.close()
             self._scratch = scratch
