@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from accel.machine import Cpu, Gpu, Memory, probe_cpu, probe_gpus, probe_memory
+from accel.machine import Cpu, Gpu, Memory, hidden_gpu, probe_cpu, probe_gpus, probe_memory
 
 MINIMUM_ONNXRUNTIME = (1, 32)
 # Distributions that install into the one folder onnxruntime/.
@@ -106,7 +106,7 @@ def probe() -> Capabilities:
         gpus=gpus,
         onnxruntime=onnxruntime,
         packages=_packages(bool(gpus)),
-        engines=(*_tensorrt_engines(bool(gpus)), _onnxruntime_engine(onnxruntime), _torch_engine()),
+        engines=(*_tensorrt_engines(bool(gpus), hidden_gpu()), _onnxruntime_engine(onnxruntime), _torch_engine()),
         warnings=tuple(warnings),
     )
 
@@ -198,7 +198,7 @@ def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
     return EngineStatus("ort-cpu", usable, found.problem or "", install)
 
 
-def _tensorrt_engines(has_gpu: bool) -> tuple[EngineStatus, EngineStatus]:
+def _tensorrt_engines(has_gpu: bool, hidden: str | None) -> tuple[EngineStatus, EngineStatus]:
     """What can be said without importing them: loading an engine proves the rest."""
     rows = []
     for name, extra, packages in (
@@ -206,9 +206,11 @@ def _tensorrt_engines(has_gpu: bool) -> tuple[EngineStatus, EngineStatus]:
         ("rtx", "rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")),
     ):
         found = next((f"{package} {version}" for package in packages if (version := version_of(package))), None)
-        runs = has_gpu and found is not None and version_of("cuda-python") is not None
+        runs = has_gpu and hidden is None and found is not None and version_of("cuda-python") is not None
         if found is None:
             reason = f"{packages[0]} is not installed"
+        elif hidden is not None:
+            reason = f"{found}, but {hidden}"
         elif not has_gpu:
             builds = "; engines can be built here: accel build --target rtx" if name == "rtx" else ""
             reason = f"{found}, but no NVIDIA GPU or driver{builds}"

@@ -15,9 +15,10 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import DEFAULT_MAX_BATCH, bytes_per_token, check_count
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
+from accel.engines.tensorrt.buffers import buffer_bytes
 from accel.engines.tensorrt.lookup import TARGET, Sources, find_engine, hash_sources, open_store, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
-from accel.engines.tensorrt.packages import cuda_version, current_sm
+from accel.engines.tensorrt.packages import cuda_version, current_gpu, current_sm
 from accel.errors import EngineUnavailableError, InputError, StorageError
 from accel.spec import ArchSpec, TensorSpec
 from accel.store import EngineKey, EngineStore, StoredEngine, cache_folder
@@ -281,7 +282,7 @@ def _key(
         optimization_level=settings.optimization_level,
         capacity=settings.capacity,
         profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
-        gpu=_gpu_name() if flavour.needs_gpu else None,
+        gpu=current_gpu() if flavour.needs_gpu else None,
         cuda=cuda_version() if flavour.needs_gpu else None,
         workspace_bytes=settings.workspace,
         refittable=settings.refittable,
@@ -297,12 +298,6 @@ def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | No
         for spec in inputs
     ]
     return dict(input_shapes(profile, static))
-
-
-def _gpu_name() -> str | None:
-    from accel.machine import probe_gpus
-
-    return next((gpu.name for gpu in probe_gpus()), None)
 
 
 def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) -> BuiltPlan:
@@ -349,6 +344,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
         "hardware_compatibility": request.settings.hardware_compatibility,
         "profile_order": [profile.name for profile in request.settings.profiles],
         "cache_bytes": _cache_bytes(request),
+        "buffer_bytes": _buffer_bytes(request),
         "proof": {"rows": len(built.proof.rows), "repairs": list(built.proof.repairs), "table": built.proof.text()},
         "python": platform.python_version(),
     }
@@ -358,6 +354,13 @@ def _cache_bytes(request: BuildRequest) -> int:
     """Device memory that the caches of all rows take."""
     arch, item = request.bundle.manifest.arch, 4 if request.settings.dtype == "float32" else 2
     return request.max_batch * (request.settings.capacity or 0) * bytes_per_token(arch, item)
+
+
+def _buffer_bytes(request: BuildRequest) -> int:
+    """Device memory that a session of all rows reserves, beside the engine's weights and scratch memory."""
+    outputs = {spec.name: spec.shape for spec in request.bundle.graph(request.variant, TARGET).outputs}
+    profiles = list(request.key.profiles.values())
+    return buffer_bytes(request.bundle.manifest.arch, profiles, outputs, _cache_bytes(request))
 
 
 def _report(request: BuildRequest, engine: StoredEngine) -> EngineReport:

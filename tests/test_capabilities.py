@@ -111,3 +111,20 @@ def test_report_names_every_missing_command(found: Capabilities, monkeypatch: py
         assert command in text
     assert "not installed [x]" in text
     assert "NVIDIA H200, 140.4 GiB, compute capability 9.0, driver 570" in text
+
+
+@pytest.mark.parametrize(
+    ("gpu", "hidden", "runs", "reason"),
+    [
+        (True, None, True, "come from the store"),
+        (False, None, False, "no NVIDIA GPU or driver"),
+        (True, "CUDA_VISIBLE_DEVICES='' hides", False, "1.7.1, but CUDA_VISIBLE_DEVICES='' hides"),
+        (False, "no device files", False, "1.7.1, but no device files"),
+    ],
+)
+def test_rtx_and_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, hidden: str | None, runs: bool, reason: str
+) -> None:
+    monkeypatch.setattr(capabilities, "version_of", lambda name: None if name.startswith("tensorrt-cu") else "1.7.1")
+    _, rtx = capabilities._tensorrt_engines(gpu, hidden)
+    assert rtx.available is runs and reason in rtx.reason
