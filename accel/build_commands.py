@@ -50,6 +50,9 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
     if report.capacity is not None:
         size = facts["cache_bytes"] / 1e6
         lines.append(f"  {report.max_batch} rows of {report.capacity} positions: {size:.0f} MB of cache on the GPU")
+    if "buffer_bytes" in facts:
+        size = facts["buffer_bytes"] / 1e6
+        lines.append(f"  memory on the GPU: {size:.0f} MB of caches, inputs and outputs, beside the engine itself")
     if report.built and facts.get("peak_rss_bytes"):
         ratio = facts["peak_rss_bytes"] / max(1, facts["weight_bytes"])
         lines.append(f"  memory while building: {facts['peak_rss_bytes'] / 1e6:.0f} MB, {ratio:.1f} x the weights")

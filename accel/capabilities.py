@@ -11,7 +11,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from accel.machine import Cpu, Gpu, Memory, probe_cpu, probe_gpus, probe_memory
+from accel.machine import Cpu, Gpu, Memory, hidden_gpu, probe_cpu, probe_gpus, probe_memory
 
 MINIMUM_ONNXRUNTIME = (1, 32)
 CUDA_13_DRIVER = (580,)  # the first that runs CUDA 13
@@ -107,7 +107,7 @@ def probe() -> Capabilities:
         gpus=gpus,
         onnxruntime=onnxruntime,
         packages=_packages(gpus),
-        engines=(*_tensorrt_engines(gpus), _onnxruntime_engine(onnxruntime), _torch_engine()),
+        engines=(*_tensorrt_engines(gpus, hidden_gpu()), _onnxruntime_engine(onnxruntime), _torch_engine()),
         warnings=tuple(warnings),
     )
 
@@ -207,7 +207,7 @@ def _install_tensorrt(name: str, gpus: tuple[Gpu, ...]) -> str:
     return f'pip install "{package}>={least}" "cuda-python>=12.8{",<13" if old else ""}"'
 
 
-def _tensorrt_engines(gpus: tuple[Gpu, ...]) -> tuple[EngineStatus, EngineStatus]:
+def _tensorrt_engines(gpus: tuple[Gpu, ...], hidden: str | None) -> tuple[EngineStatus, EngineStatus]:
     """What can be said without importing them: loading an engine proves the rest."""
     rows, has_gpu = [], bool(gpus)
     for name, packages in (
@@ -215,16 +215,20 @@ def _tensorrt_engines(gpus: tuple[Gpu, ...]) -> tuple[EngineStatus, EngineStatus
         ("rtx", ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx")),
     ):
         found = next((f"{package} {version}" for package in packages if (version := version_of(package))), None)
-        runs = has_gpu and found is not None and version_of("cuda-python") is not None
+        runs = has_gpu and hidden is None and found is not None and version_of("cuda-python") is not None
         if found is None:
             reason = f"{packages[0]} is not installed"
+        elif hidden is not None:
+            reason = f"{found}, but {hidden}"
         elif not has_gpu:
             builds = "; engines can be built here: accel build --target rtx" if name == "rtx" else ""
             reason = f"{found}, but no NVIDIA GPU or driver{builds}"
         else:
             reason = f"{found}; engines come from the store (accel build)" if runs else "cuda-python is not installed"
         wanted = not runs and (has_gpu or (name == "rtx" and found is None))
-        install = _install_tensorrt(name, gpus) if found is None else 'pip install "cuda-python>=12.8"'
+        install: str | None = _install_tensorrt(name, gpus)
+        if found is not None:
+            install = 'pip install "cuda-python>=12.8"' if version_of("cuda-python") is None else None
         rows.append(EngineStatus(name, runs, reason, install if wanted else None))
     return rows[0], rows[1]
 

@@ -15,6 +15,7 @@ from accel.engine_request import BuildRequest, load_builder, prepare
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour
+from accel.engines.tensorrt.buffers import buffer_bytes
 from accel.engines.tensorrt.lookup import TARGET, find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, EngineUnavailableError, StorageError
@@ -211,6 +212,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
         "hardware_compatibility": request.settings.hardware_compatibility,
         "profile_order": [profile.name for profile in request.settings.profiles],
         "cache_bytes": _cache_bytes(request),
+        "buffer_bytes": _buffer_bytes(request),
         "proof": {"rows": len(built.proof.rows), "repairs": list(built.proof.repairs), "table": built.proof.text()},
         "python": platform.python_version(),
     }
@@ -220,6 +222,13 @@ def _cache_bytes(request: BuildRequest) -> int:
     """Device memory that the caches of all rows take."""
     arch, item = request.bundle.manifest.arch, 4 if request.settings.dtype == "float32" else 2
     return request.max_batch * (request.settings.capacity or 0) * bytes_per_token(arch, item)
+
+
+def _buffer_bytes(request: BuildRequest) -> int:
+    """Device memory that a session of all rows reserves, beside the engine's weights and scratch memory."""
+    outputs = {spec.name: spec.shape for spec in request.bundle.graph(request.variant, TARGET).outputs}
+    profiles = list(request.key.profiles.values())
+    return buffer_bytes(request.bundle.manifest.arch, profiles, outputs, _cache_bytes(request))
 
 
 def _report(request: BuildRequest, engine: StoredEngine) -> EngineReport:

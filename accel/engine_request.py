@@ -14,7 +14,7 @@ from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
 from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
-from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_sm
+from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_gpu, current_sm
 from accel.errors import DependencyError, InputError
 from accel.sizes import parse_size
 from accel.spec import ArchSpec, TensorSpec
@@ -241,7 +241,7 @@ def _key(
         optimization_level=settings.optimization_level,
         capacity=settings.capacity,
         profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
-        gpu=_gpu_name() if flavour.needs_gpu else None,
+        gpu=current_gpu() if flavour.needs_gpu else None,
         cuda=cuda_version() if flavour.needs_gpu else None,
         workspace_bytes=settings.workspace,
         refittable=settings.refittable,
@@ -257,12 +257,6 @@ def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | No
         for spec in inputs
     ]
     return dict(input_shapes(profile, static))
-
-
-def _gpu_name() -> str | None:
-    from accel.machine import probe_gpus
-
-    return next((gpu.name for gpu in probe_gpus()), None)
 
 
 __all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "load_builder", "prepare", "settle", "split_sms"]

@@ -84,6 +84,10 @@ class EngineError(AccelError):
     """An engine failed while running."""
 
 
+class UncoveredError(EngineError):
+    """A run beyond the shapes that the engine was built for. The engine is sound and stays in use for other runs."""
+
+
 class EngineBrokenError(EngineError):
     """The engine itself is lost: a device error, a device that went away, a context that cannot run any more.
 

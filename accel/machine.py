@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,19 @@ def available_memory(cgroup: Path = CGROUP, membership: Path = Path("/proc/self/
 def has_nvidia_device() -> bool:
     """Whether an NVIDIA driver is loaded here, by its device files: asking it would take a second."""
     return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def hidden_gpu() -> str | None:
+    """Why this process cannot see the machine's NVIDIA GPUs; None: it can, or there is no sign of any."""
+    visible, devices = os.environ.get("CUDA_VISIBLE_DEVICES"), has_nvidia_device()
+    if not (devices or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi")):
+        return None
+    if visible is not None and (visible.split(",")[0].strip() in ("", "NoDevFiles") or visible.strip().startswith("-")):
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPUs of this machine: unset it to use them"
+    if not devices:
+        what = "there is an NVIDIA driver, but none of its device files (/dev/nvidiactl)"
+        return f"{what}: start the container with its GPUs, e.g. docker run --gpus all"
+    return None
 
 
 def probe_gpus() -> tuple[Gpu, ...]:
@@ -185,6 +199,8 @@ __all__ = [
     "Memory",
     "available_cores",
     "available_memory",
+    "has_nvidia_device",
+    "hidden_gpu",
     "parse_gpus",
     "probe_cpu",
     "probe_gpus",

@@ -20,6 +20,7 @@ def engine_of(onnxruntime: OnnxRuntime) -> EngineStatus:
     return capabilities._onnxruntime_engine(onnxruntime)
 
 
+GPU = capabilities.Gpu("NVIDIA L4", "580.1", 23034, "8.9")
 GOOD = OnnxRuntime(("onnxruntime 1.32.0",), "1.32.0", ("CPUExecutionProvider",), True, None)
 
 
@@ -129,7 +130,7 @@ def test_the_commands_for_tensorrt(
 
     monkeypatch.setattr(capabilities, "version_of", lambda _: None)
     gpus = () if driver is None else (capabilities.Gpu("NVIDIA L4", driver, 23034, "8.9"),)
-    packages, engines = capabilities._packages(gpus), capabilities._tensorrt_engines(gpus)
+    packages, engines = capabilities._packages(gpus), capabilities._tensorrt_engines(gpus, None)
     commands = {command: why for why, command in missing_commands(replace(found, packages=packages, engines=engines))}
     least = {name: ".".join(map(str, numbers)) for name, numbers in MINIMUM.items()}
     wanted = [f'pip install "{rtx}>={least["rtx"]}" "{cuda}"']
@@ -140,8 +141,30 @@ def test_the_commands_for_tensorrt(
 
 
 def test_what_is_missing_beside_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capabilities, "version_of", {"tensorrt-cu12": "10.16.0", "tensorrt-rtx-cu12": "1.7.1"}.get)
-    gpus = (capabilities.Gpu("NVIDIA L4", "580.1", 23034, "8.9"),)
-    assert [row.install for row in capabilities._tensorrt_engines(gpus)] == ['pip install "cuda-python>=12.8"'] * 2
+    versions = {"tensorrt-cu12": "10.16.0", "tensorrt-rtx-cu12": "1.7.1"}
+    monkeypatch.setattr(capabilities, "version_of", versions.get)
+    gpus = (GPU,)
+    engines = capabilities._tensorrt_engines(gpus, None)
+    assert [row.install for row in engines] == ['pip install "cuda-python>=12.8"'] * 2
     rows = {row.name: row for row in capabilities._packages(gpus)}
     assert rows["tensorrt-cu12"].version == "10.16.0" and rows["tensorrt-rtx-cu12"].install is None
+    versions["cuda-python"] = "13.0"
+    hidden = capabilities._tensorrt_engines(gpus, "CUDA_VISIBLE_DEVICES='' hides")
+    assert [(row.available, row.install) for row in hidden] == [(False, None)] * 2  # no package would help
+
+
+@pytest.mark.parametrize(
+    ("gpu", "hidden", "runs", "reason"),
+    [
+        (True, None, True, "come from the store"),
+        (False, None, False, "no NVIDIA GPU or driver"),
+        (True, "CUDA_VISIBLE_DEVICES='' hides", False, "1.7.1, but CUDA_VISIBLE_DEVICES='' hides"),
+        (False, "no device files", False, "1.7.1, but no device files"),
+    ],
+)
+def test_rtx_and_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, hidden: str | None, runs: bool, reason: str
+) -> None:
+    monkeypatch.setattr(capabilities, "version_of", lambda name: None if name.startswith("tensorrt-cu") else "1.7.1")
+    _, rtx = capabilities._tensorrt_engines((GPU,) if gpu else (), hidden)
+    assert rtx.available is runs and reason in rtx.reason

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,22 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Outpu
     monkeypatch.setattr(commands, "doctor", interrupted)
     assert run("doctor") == 130
     assert "Interrupted" in capsys.readouterr().err
+
+
+def test_interrupt_inside_generated_code_exits_with_130(tmp_path: Path) -> None:
+    """CPython remembers such an interrupt and would end ``python -m`` by SIGINT."""
+    script = """
+import runpy, sys
+from accel import commands
+commands.doctor = lambda options: exec("raise KeyboardInterrupt")
+sys.argv = ["accel", "doctor"]
+runpy.run_module("accel", run_name="__main__", alter_sys=True)
+"""
+    (tmp_path / "interrupted_doctor.py").write_text(script)
+    command = [sys.executable, "-m", "interrupted_doctor"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted.\n")
 
 
 def test_closed_pipe_is_quiet() -> None:

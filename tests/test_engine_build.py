@@ -79,6 +79,7 @@ def test_builds_once_and_reports(bundle: Path, tmp_path: Path) -> None:
     assert facts["fused_attention"] == 2 and facts["layers"]["kv_cache_update"] == 4
     assert facts["profile_order"] == ["prefill", "decode"] and facts["proof"]["rows"] > 10
     assert facts["cache_bytes"] == 2 * 64 * 2 * 2 * 2 * 16 * 2  # rows, slots, layers, K and V, heads, size, bytes
+    assert facts["buffer_bytes"] > facts["cache_bytes"] + 4 * 32 * 50  # 32 rows of logits, and the inputs
     store = EngineStore(tmp_path / "store")
     (entry,) = store.verify()
     assert entry.problem is None and entry.digest == report.digest and entry.manifest is not None

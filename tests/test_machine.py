@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,33 @@ def test_the_driver_s_device_files(monkeypatch: pytest.MonkeyPatch, there: tuple
     monkeypatch.setattr(Path, "exists", lambda path: str(path) in there)
     monkeypatch.setattr(machine.subprocess, "run", None)
     assert machine.has_nvidia_device() is found
+
+
+DRIVER, TOOL, HIDDEN = "/proc/driver/nvidia", "nvidia-smi", "CUDA_VISIBLE_DEVICES"
+
+
+@pytest.mark.parametrize(
+    ("there", "visible", "reason"),
+    [
+        ((), None, None),
+        ((), "", None),  # no sign of a GPU
+        (("/dev/nvidiactl", DRIVER, TOOL), None, None),
+        (("/dev/nvidiactl",), "1,0", None),
+        (("/dev/dxg", TOOL), "GPU-5f1c", None),
+        ((DRIVER,), None, "none of its device files .*--gpus all"),
+        ((TOOL,), "0", "none of its device files"),
+        (("/dev/nvidiactl",), "", "CUDA_VISIBLE_DEVICES='' hides"),
+        ((DRIVER,), "-1", "CUDA_VISIBLE_DEVICES='-1' hides"),
+        (("/dev/nvidiactl",), "NoDevFiles", "hides the GPUs"),
+    ],
+)
+def test_gpus_that_this_process_cannot_see(
+    monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], visible: str | None, reason: str | None
+) -> None:
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in there)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.delenv(HIDDEN, raising=False)
+    if visible is not None:
+        monkeypatch.setenv(HIDDEN, visible)
+    found = machine.hidden_gpu()
+    assert found is None if reason is None else re.search(reason, str(found))

@@ -17,8 +17,9 @@ from accel.errors import (
     EngineError,
     EngineUnavailableError,
     InputError,
+    UncoveredError,
 )
-from accel.machine import available_cores, has_nvidia_device
+from accel.machine import available_cores, has_nvidia_device, hidden_gpu
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
@@ -37,12 +38,14 @@ class Engine:
         device: The device it runs on.
         probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
         open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
+        installed: Whether its package is there at all.
     """
 
     name: str
     device: str
     probe: Callable[[Bundle, str], str | None]
     open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
+    installed: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,27 @@ class OpenedSession:
         if request.bundle.manifest.arch.kind == "decoder":
             session = cast(DecoderSession, self.session)
             options = replace(options, capacity=session.capacity, max_batch=session.max_batch)
-        broken = Fallback(self.session.info.name, str(error))
+        return self._open_after(error, replace(request, options=options))
+
+    def open_beside(self, error: UncoveredError) -> OpenedSession:
+        """Opens the next engine that can run the bundle, for runs that this one was not built for; this one stays open.
+
+        Args:
+            error: What it was not built for; it becomes the reason in ``fallbacks``.
+
+        Raises:
+            UncoveredError: ``error`` itself, when the caller wanted this engine alone (``strict``, or by name).
+            EngineUnavailableError: No engine is left; lists all reasons.
+        """
+        request = self.request
+        if request is None or request.strict or request.named:
+            raise error
+        return self._open_after(error, request)
+
+    def _open_after(self, error: EngineError, request: Request) -> OpenedSession:
+        reason = Fallback(self.session.info.name, str(error))
         try:
-            return _open_first(replace(request, options=options), (*self.fallbacks, broken), replacing=True)
+            return _open_first(request, (*self.fallbacks, reason), replacing=True)
         except EngineUnavailableError as unavailable:
             raise unavailable from error
 
@@ -163,7 +184,12 @@ def _tensorrt(target: Literal["tensorrt", "rtx"]) -> Engine:
 
         return open_for(target)(bundle, variant, options)
 
-    return Engine(target, "cuda", probe, open_engine)
+    def installed() -> bool:
+        from accel.engines.tensorrt.packages import is_installed
+
+        return is_installed(target)
+
+    return Engine(target, "cuda", probe, open_engine, installed)
 
 
 ENGINES: tuple[Engine, ...] = (
@@ -186,11 +212,13 @@ def open_session(
 
     Args:
         bundle: An opened bundle.
-        device: ``auto`` (CUDA engines are tried where there is a GPU), ``cpu`` or ``cuda``.
+        device: ``auto`` (CUDA engines are tried where a GPU can be seen; one that is hidden from this process is an
+            entry of the fallbacks), ``cpu`` or ``cuda``.
         engine: ``auto``, or the name of the one engine to use: it is never replaced by another.
         variant: ``auto``, or the precision to use.
         options: Threads, and for decoders cache rows and capacity.
-        strict: Raise instead of falling back to a later engine.
+        strict: Raise instead of falling back to a later engine. With ``auto``, a flavour of TensorRT that is not
+            installed is passed over all the same if the other one is.
 
     Raises:
         EngineUnavailableError: No engine (or not the one asked for, or with ``strict`` not the first) can run it.
@@ -200,7 +228,8 @@ def open_session(
     """
     options = options or SessionOptions()
     _check_threads(options.threads)
-    candidates = _candidates(device, engine)
+    hidden = hidden_gpu() if device == engine == "auto" else None
+    candidates = _candidates(device, engine, has_nvidia_device() and hidden is None)
     if variant != "auto":
         bundle.variant(variant)
     if bundle.manifest.arch.kind == "encoder":
@@ -210,7 +239,8 @@ def open_session(
     else:
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
-    return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"))
+    known = () if hidden is None else (Fallback("cuda", hidden),)
+    return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"), known)
 
 
 def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: bool = False) -> OpenedSession:
@@ -219,11 +249,12 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
     Args:
         request: What to open.
         known: The engines that were passed over before.
-        replacing: Whether an engine broke: sequences are under way, so whatever goes wrong is a reason to try on.
+        replacing: Whether an engine broke, or cannot take a run: sequences are under way, so whatever goes wrong is a
+            reason to try on.
     """
     tolerated = (Exception,) if replacing else (EngineError, DependencyError)
     passed_over = list(known)
-    logged = len(known) - 1 if replacing else 0  # the broken one is news
+    logged = len(known) - 1 if replacing else 0  # the last one is news
     for index, candidate in enumerate(request.engines):
         try:
             reason = _reject_device(candidate, request.device) or candidate.probe(request.bundle, request.variant)
@@ -236,9 +267,16 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
                 _log.warning("%s runs because %s cannot: %s", candidate.name, fallback.engine, fallback.reason)
             return OpenedSession(session, tuple(passed_over), replace(request, engines=request.engines[index + 1 :]))
         passed_over.append(Fallback(candidate.name, reason))
-        if request.strict:
+        if request.strict and not _has_twin(candidate, request):
             break
     raise _unavailable(request, passed_over)
+
+
+def _has_twin(engine: Engine, request: Request) -> bool:
+    """Whether the engine is not installed, but another one for the same device is, whose turn comes."""
+    if request.named or engine.installed():
+        return False
+    return any(other.device == engine.device and other.installed() for other in request.engines)
 
 
 def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
@@ -256,13 +294,13 @@ def _check_threads(threads: int | None) -> None:
         raise InputError(what, where="threads", remedy=f"This process may use {available_cores()} cores")
 
 
-def _candidates(device: str, engine: str) -> tuple[Engine, ...]:
+def _candidates(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
     from accel.schema import suggest
 
     if device not in DEVICES:
         raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
     if engine == "auto":
-        gpu = device == "cuda" or (device == "auto" and has_nvidia_device())
+        gpu = device == "cuda" or (device == "auto" and sees_gpu)
         return tuple(candidate for candidate in ENGINES if gpu or candidate.device != "cuda")
     chosen = tuple(candidate for candidate in ENGINES if candidate.name == engine)
     if not chosen:

@@ -1,8 +1,9 @@
 """Packed steps -> runs of padded rows, for engines whose graphs take [B, S].
 
-Rows that bring one token run together; a row that brings more runs alone, on its own slice of the cache, so that
-nobody pays for its length. A run writes S slots of every row it covers, padding included: what lies behind a row's
-tokens is free for that.
+Rows that bring one token run together, from row 0 on unless a later start needs a smaller batch: a batch is then the
+same run, over the same addresses, whichever of its rows are busy. A row that brings more runs alone, on its own
+slice of the cache, so that nobody pays for its length. A run writes S slots of every row it covers, padding
+included: what lies behind a row's tokens is free for that.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class StepPadder:
         self._taken[rows] = inputs.past_lengths[rows]
         count = int(rows[-1] - rows[0]) + 1
         size = next(batch for batch in self._batches if batch >= count)
-        first = min(int(rows[0]), self._rows - size)
+        first = 0 if rows[-1] < size else min(int(rows[0]), self._rows - size)
         write = np.minimum(self._taken[first : first + size], self._capacity - 1)
         ids, positions = np.zeros((size, 1), np.int64), np.zeros((size, 1), np.int64)
         place, tokens = rows - first, starts[rows]

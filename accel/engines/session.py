@@ -22,7 +22,7 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Fallback:
-    """One engine that was passed over, and why."""
+    """One engine that was passed over, and why. ``engine`` is its name, or ``cuda`` for all that need a GPU."""
 
     engine: str
     reason: str

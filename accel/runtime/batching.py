@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.session import EncoderSession
-from accel.errors import EngineBrokenError, EngineError
+from accel.errors import EngineBrokenError, EngineError, UncoveredError
 from accel.runtime.failover import Failover
 from accel.runtime.results import Timings
 
@@ -77,11 +77,13 @@ class SessionGuard:
 
     When the engine breaks, the calls in flight gather; once all of them wait or ended, so that nobody runs
     on it any more, one of them changes to the next engine, and each repeats there what did not come back.
+    A run that the engine was not built for goes to the engine beside it, which has a guard of its own.
     """
 
     def __init__(self, failover: Failover[EncoderSession]) -> None:
         self._failover = failover
         self._session = failover.session
+        self._beside: SessionGuard | None = None
         self._broken: EngineBrokenError | None = None  # how the session broke, until it is replaced
         self._lock = threading.RLock()  # entered directly: the methods of a condition are Python
         self._idle = threading.Condition(self._lock)
@@ -121,13 +123,16 @@ class SessionGuard:
 
         Raises:
             EngineError: The engine failed.
-            EngineUnavailableError: It broke, and none is left.
+            UncoveredError: The engine was not built for such a run, and no other may take it.
+            EngineUnavailableError: It broke, or was not built for such a run, and none is left.
         """
         while True:
             session = self._session
             try:
                 if self._broken is None:
                     return session.run(feeds)
+            except UncoveredError as error:
+                return self._run_beside(feeds, error, watch)
             except EngineBrokenError as error:
                 self._broken = error
             self._change_engine(session, watch)
@@ -154,6 +159,17 @@ class SessionGuard:
             self._closed = True
             self._idle.wait_for(lambda: self._in_flight == 0)
         self._failover.close()
+
+    def _run_beside(self, feeds: Feeds, error: UncoveredError, watch: Stopwatch) -> Feeds:
+        watch.lap_compute(0)
+        failover = self._failover.beside(error)
+        with self._lock:
+            if self._beside is None or self._beside._failover is not failover:  # of an engine that broke since
+                self._beside = SessionGuard(failover)
+            beside = self._beside
+        watch.lap_system()
+        with beside:
+            return beside.run(feeds, watch)
 
     def _change_engine(self, broken: EncoderSession, watch: Stopwatch) -> None:
         """Returns once another session is in use: this call's thread opens it, or another's."""

@@ -29,11 +29,12 @@ class Encoder(SpanTasks):
 
     When the engine breaks (EngineBrokenError), the next one takes over, with a warning in the log, and what it
     was running is repeated there; ``engine`` and ``fallbacks`` then speak of the new one. Not after loading with
-    ``strict`` or an engine's name: the calls then raise the error.
+    ``strict`` or an engine's name: the calls then raise the error. Likewise a row longer than the engine was built
+    for: the next engine runs such rows, the first one the others.
 
     Attributes:
         engine: What runs.
-        fallbacks: Engines that were passed over or broke, and why.
+        fallbacks: Engines that were passed over, broke, or do not take every run, and why.
         arch: The model's architecture.
         last_timings: Timings of this thread's last call; an EncoderOutput carries its own too.
     """

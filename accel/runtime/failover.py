@@ -1,13 +1,14 @@
-"""The session in use, and the change to the next engine when it breaks."""
+"""The session in use, the change to the next engine when it breaks, and the engine beside it for what it cannot run."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from accel.engines.session import DecoderSession, EncoderSession, EngineInfo, Fallback
-from accel.errors import AccelError, CapacityError, EngineBrokenError
+from accel.errors import AccelError, CapacityError, EngineBrokenError, UncoveredError
 
 SessionT = TypeVar("SessionT", EncoderSession, DecoderSession)
 _log = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ class Opened(Protocol):
 
     def open_next(self, error: EngineBrokenError) -> Opened: ...
 
+    def open_beside(self, error: UncoveredError) -> Opened: ...
+
 
 class Failover(Generic[SessionT]):
     """Holds the session in use. One thread at a time replaces or closes it; any thread may look.
@@ -36,6 +39,9 @@ class Failover(Generic[SessionT]):
         self._opened = opened  # replaced as a whole: who looks sees the one or the other
         self._running = True
         self._lost: AccelError | None = None
+        self._beside: Failover[SessionT] | None = None
+        self._no_beside: AccelError | None = None
+        self._opening = threading.Lock()
 
     @property
     def session(self) -> SessionT:
@@ -51,8 +57,29 @@ class Failover(Generic[SessionT]):
 
     @property
     def fallbacks(self) -> tuple[Fallback, ...]:
-        """Engines that were passed over or broke, and why."""
-        return tuple(self._opened.fallbacks)
+        """Engines that were passed over, broke, or do not take every run, and why."""
+        beside = self._beside
+        return tuple(self._opened.fallbacks) if beside is None else beside.fallbacks
+
+    def beside(self, error: UncoveredError) -> Failover[SessionT]:
+        """The engine for runs that the session in use was not built for; the first such run opens it.
+
+        Raises:
+            UncoveredError: ``error``, when there must be no other engine (``strict``, or one asked for by name).
+            EngineUnavailableError: No other engine can run the bundle. Later calls raise the same.
+        """
+        with self._opening:
+            if self._no_beside is not None:
+                raise self._no_beside.with_traceback(None)
+            if self._beside is None:
+                try:
+                    self._beside = Failover(self._opened.open_beside(error))
+                except UncoveredError:
+                    raise
+                except AccelError as lost:
+                    self._no_beside = lost
+                    raise
+            return self._beside
 
     def replace(self, error: EngineBrokenError) -> SessionT:
         """Closes the broken session and opens the next engine's. May take seconds; interrupted, it can be called again.
@@ -72,14 +99,19 @@ class Failover(Generic[SessionT]):
         except AccelError as lost:
             self._lost = lost
             raise
-        self._running = True
+        self._running, self._no_beside = True, None
         return self.session
 
     def close(self) -> None:
-        """Closes the session in use. Safe to call twice."""
-        if self._running:
-            self._running = False
-            self._opened.session.close()
+        """Closes the session in use, and the one beside it. Safe to call twice."""
+        beside, self._beside = self._beside, None
+        try:
+            if beside is not None:
+                beside.close()
+        finally:
+            if self._running:
+                self._running = False
+                self._opened.session.close()
 
 
 def too_long(needed: int, held: int) -> CapacityError:

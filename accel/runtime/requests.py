@@ -14,6 +14,7 @@ from accel.errors import CapacityError, InputError
 from accel.runtime.sampling import SamplingParams
 
 DEFAULT_NEW_TOKENS = 128
+_LARGER = "load with a larger capacity (for TensorRT an engine is built with it: accel build --capacity)"
 _SHOWN = 5  # offenders listed in an error
 # generation_config.json entries that change transformers' output and that this runtime does not apply,
 # with the values that mean "off".
@@ -144,7 +145,7 @@ class RequestReader:
                 f"{prompt_length:,} prompt tokens and {wanted:,} new ones need more than the {capacity:,} "
                 "positions that the cache holds",
                 where="max_new_tokens",
-                remedy=f"Ask for at most {room:,} new tokens, or load with a larger capacity",
+                remedy=f"Ask for at most {room:,} new tokens, or {_LARGER}",
             )
         return replace(options, max_new_tokens=room)
 
@@ -159,7 +160,7 @@ class RequestReader:
             raise CapacityError(
                 f"the prompt has {prompt_length:,} tokens, but the cache holds {capacity:,}",
                 where="input_ids",
-                remedy="Shorten the prompt, or load with a larger capacity",
+                remedy=f"Shorten the prompt, or {_LARGER}",
             )
 
     def prompts(self, input_ids: Any, attention_mask: Any = None) -> tuple[list[NDArray[np.int64]], bool]:

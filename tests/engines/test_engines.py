@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import accel.engines as engines
 from accel.bundle import Bundle
-from accel.engines import open_session
+from accel.engines import Engine, open_session
 from accel.engines.ort import common
-from accel.engines.session import SessionOptions
+from accel.engines.session import Fallback, SessionOptions
 from accel.errors import BundleError, DependencyError, EngineError, EngineUnavailableError, InputError
 from tests.engines.tiny_llama import draw_weights, write_bundle
 
@@ -62,6 +64,70 @@ def test_cuda_has_an_honest_reason_per_engine(bundle: Bundle) -> None:
     with pytest.raises(EngineUnavailableError) as caught:
         open_session(bundle, device="cuda", options=OPTIONS)
     assert "ort-cpu: it runs on cpu only" in str(caught.value) and "torch: it runs on cpu only" in str(caught.value)
+
+
+def flavours(monkeypatch: pytest.MonkeyPatch, *installed: str, runs: tuple[str, ...] = ()) -> None:
+    """A registry of both flavours of TensorRT and ONNX Runtime, on a machine with a GPU."""
+    ort = next(engine for engine in engines.ENGINES if engine.name == "ort-cpu")
+
+    def flavour(name: str) -> Engine:
+        why = "it has no engine" if name in installed else f"{name} is not installed"
+        return Engine(name, "cuda", lambda *_: None if name in runs else why, ort.open, lambda: name in installed)
+
+    monkeypatch.setattr(engines, "ENGINES", (flavour("tensorrt"), flavour("rtx"), ort))
+    monkeypatch.setattr(engines, "has_nvidia_device", lambda: True)
+    monkeypatch.setattr(engines, "hidden_gpu", lambda: None)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_strict_passes_over_a_flavour_that_is_not_installed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    flavours(monkeypatch, "rtx", runs=("rtx",))
+    opened = open_session(bundle, device=device, options=OPTIONS, strict=True)
+    assert opened.fallbacks == (Fallback("tensorrt", "tensorrt is not installed"),)
+    opened.session.close()
+
+
+@pytest.mark.parametrize(
+    ("installed", "named", "reasons"),
+    [
+        (("rtx",), "auto", r"\(tensorrt: tensorrt is not installed; rtx: it has no engine\)"),
+        (("tensorrt", "rtx"), "auto", r"\(tensorrt: it has no engine\)"),
+        (("tensorrt",), "auto", r"\(tensorrt: it has no engine\)"),
+        ((), "auto", r"\(tensorrt: tensorrt is not installed\)"),
+        (("rtx",), "tensorrt", r"\(tensorrt: tensorrt is not installed\)"),
+    ],
+)
+def test_strict_stops_at_the_best_that_is_installed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, installed: tuple[str, ...], named: str, reasons: str
+) -> None:
+    flavours(monkeypatch, *installed)
+    with pytest.raises(EngineUnavailableError, match=reasons):
+        open_session(bundle, engine=named, options=OPTIONS, strict=True)
+
+
+def test_the_packages_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_name = {engine.name: engine for engine in engines.ENGINES}
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace())  # type: ignore[arg-type]
+    assert [by_name[name].installed() for name in ("tensorrt", "rtx", "ort-cpu")] == [False, True, True]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_hidden_gpu_is_said(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strict: bool
+) -> None:
+    """Only where the machine chooses: nothing was asked of the GPU, so strict finds nothing wrong either."""
+    flavours(monkeypatch, "rtx", runs=("rtx",))
+    monkeypatch.setattr(engines, "hidden_gpu", lambda: "no device files")
+    opened = open_session(bundle, options=OPTIONS, strict=strict)
+    assert opened.fallbacks == (Fallback("cuda", "no device files"),) and opened.session.info.name == "ort-cpu"
+    assert "ort-cpu runs because cuda cannot: no device files" in caplog.text
+    opened.session.close()
+    opened = open_session(bundle, device="cpu", options=OPTIONS, strict=strict, engine="ort-cpu")
+    assert opened.fallbacks == ()
+    opened.session.close()
 
 
 def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:

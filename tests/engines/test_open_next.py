@@ -20,6 +20,7 @@ from accel.errors import (
     EngineBrokenError,
     EngineError,
     EngineUnavailableError,
+    UncoveredError,
 )
 from tests.engines.tiny_llama import draw_weights, write_bundle
 
@@ -89,6 +90,27 @@ def test_the_device_stays_the_callers(bundle: Bundle, monkeypatch: pytest.Monkey
     monkeypatch.setattr(engines, "ENGINES", (gpu, TORCH))
     with pytest.raises(EngineUnavailableError, match="torch: it runs on cpu only"):
         break_it(open_session(bundle, device="cuda", options=OPTIONS))
+
+
+@pytest.mark.parametrize("options", [{}, {"strict": True}, {"engine": "ort-cpu"}])
+def test_an_engine_beside_one_that_stays(
+    bundle: Bundle, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    opened, error = open_session(bundle, options=OPTIONS, **options), UncoveredError("rows of 5", where="profile a")
+    if options:
+        with pytest.raises(UncoveredError) as caught:
+            opened.open_beside(error)
+        assert caught.value is error
+        return
+    beside = opened.open_beside(error)
+    assert beside.session.info.name == "torch"
+    assert beside.fallbacks == (Fallback("ort-cpu", "rows of 5 (at profile a)"),)
+    assert "torch runs because ort-cpu cannot: rows of 5" in caplog.text
+    beside.session.close()
+    with pytest.raises(EngineUnavailableError, match="rows of 5.*torch: rows of 6") as caught_last:
+        beside.open_beside(last := UncoveredError("rows of 6"))
+    assert caught_last.value.__cause__ is last
+    opened.session.close()
 
 
 @pytest.mark.parametrize("options", [{"strict": True}, {"engine": "ort-cpu"}])

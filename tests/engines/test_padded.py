@@ -103,6 +103,17 @@ def test_batches() -> None:
     assert rows.held() == [[1, 4], [], [5], [2], [3]]
 
 
+def test_batches_begin_at_row_0_unless_that_needs_a_larger_one() -> None:
+    """So that a batch is nearly always the same run over the same rows."""
+    rows = Rows(4, 16, batches=[1, 2, 4])
+    for step in ([[], [1], [], []], [[], [2], [3], []], [[], [4], [], [5]], [[6], [], [7], []], [[8], [9], [], []]):
+        rows.step(*step)
+    assert [(run.first, len(run.input_ids)) for run in rows.runs] == [(1, 1), (1, 2), (0, 4), (0, 4), (0, 2)]
+    rows.step([], [10], [11], [12])
+    assert (rows.runs[-1].first, len(rows.runs[-1].input_ids)) == (0, 4)
+    assert rows.held() == [[6, 8], [1, 2, 4, 9, 10], [3, 7, 11], [5, 12]]
+
+
 def test_a_copied_row() -> None:
     rows = Rows(2, 8)
     rows.step([1, 2, 3, 4], [])

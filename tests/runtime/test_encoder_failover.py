@@ -17,7 +17,7 @@ import accel
 import accel.engines as engines
 from accel.bundle import Bundle
 from accel.engines.session import EngineInfo, Fallback
-from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError
+from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, UncoveredError
 from accel.runtime.encoder import Encoder
 from tests.engines import test_encoder_sessions as tiny
 from tests.runtime.breaking import Breaking, Shelf
@@ -38,6 +38,15 @@ class Many(Breaking):
         return found
 
 
+class Narrow(Breaking):
+    """Was built for rows of up to three tokens."""
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if feeds["input_ids"].shape[1] > 3:
+            raise UncoveredError(f"{self.info.name} takes three tokens")
+        return super().run(feeds)
+
+
 class Line:
     """Sessions that follow one another; what opening one yields."""
 
@@ -50,6 +59,12 @@ class Line:
         if not self.rest:
             raise EngineUnavailableError("no engine is left")
         return Line(*self.rest, fallbacks=(*self.fallbacks, reason))
+
+    def open_beside(self, error: UncoveredError) -> Line:
+        assert not self.session.closed, "it stays in use"
+        if not self.rest:
+            raise EngineUnavailableError("no engine is left")
+        return Line(*self.rest, fallbacks=(*self.fallbacks, Fallback(self.session.info.name, str(error))))
 
 
 def breaking(name: str, runs: int | None = None, many: bool = True, **how: Any) -> Any:
@@ -212,6 +227,75 @@ def test_closing_while_the_next_engine_opens(bundle: Bundle) -> None:
     assert [session.closed for session in sessions] == [1, 1]
     with pytest.raises(EngineError, match="closed"):
         encoder([[101]])
+
+
+def narrow(name: str, runs: int | None = None) -> Any:
+    return Narrow(FakeSession(), EngineInfo(name, "1", "cpu", "fp32", 2), steps=runs)
+
+
+SHORT, LONG = [[101, 102]], [[101, 7592, 2088, 102]]
+
+
+def test_a_row_too_long_runs_beside(bundle: Bundle) -> None:
+    """The next engine that takes it is opened by the first such row; the others stay on the first engine."""
+    first, second, third = narrow("a"), narrow("b"), breaking("c")
+    encoder = Encoder(bundle, Line(first, second, third))
+    encoder(SHORT)
+    assert encoder.fallbacks == ()
+    whole = Encoder(bundle, Line(breaking("whole")))(LONG).last_hidden_state
+    for _ in range(2):
+        np.testing.assert_array_equal(encoder(LONG).last_hidden_state, whole)
+        encoder(SHORT)
+    assert encoder.engine.name == "a" and not first.closed
+    assert encoder.fallbacks == tuple(Fallback(name, f"{name} takes three tokens") for name in "ab")
+    assert [len(session.session.seen) for session in (first, second, third)] == [3, 0, 2]
+    encoder.close()
+    assert [session.closed for session in (first, second, third)] == [1, 1, 1]
+
+
+def test_texts_of_all_lengths_over_two_engines(bundle: Bundle, expected: np.ndarray) -> None:
+    with Encoder(bundle, Line(narrow("a"), breaking("b"))) as encoder, ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: encoder.embed(["the", *TEXTS]), range(8)):
+            np.testing.assert_allclose(found[1:], expected, atol=2e-6)
+        assert [fallback.engine for fallback in encoder.fallbacks] == ["a"]
+
+
+def test_an_engine_beside_that_breaks(bundle: Bundle) -> None:
+    """It is replaced as any other."""
+    first, second = narrow("a"), breaking("b", 1)
+    with Encoder(bundle, Line(first, second, breaking("c"))) as encoder:
+        encoder(LONG)
+        encoder(LONG)
+        assert [fallback.engine for fallback in encoder.fallbacks] == ["a", "b"]
+        assert second.closed and not first.closed and encoder.engine.name == "a"
+
+
+def test_the_engine_breaks_while_another_is_beside_it(bundle: Bundle) -> None:
+    """The one beside it makes room for the one that takes its place, which runs all rows."""
+    beside, last = breaking("b"), breaking("b")
+
+    class Anew(Line):
+        def open_next(self, error: EngineBrokenError) -> Line:
+            assert self.session.closed and beside.closed
+            return Line(last, fallbacks=(Fallback("a", str(error)),))
+
+    with Encoder(bundle, Anew(narrow("a", 1), beside)) as encoder:
+        encoder(LONG)
+        for ids in (SHORT, SHORT, LONG):
+            encoder(ids)
+        assert encoder.engine.name == "b" and len(beside.session.seen) == 1 and len(last.session.seen) == 2
+        assert encoder.fallbacks == (Fallback("a", "a fell off the bus (at device 0)"),)
+    assert beside.closed == last.closed == 1
+
+
+def test_a_row_too_long_for_every_engine(bundle: Bundle) -> None:
+    only = narrow("a")
+    with Encoder(bundle, Line(only)) as encoder:
+        for _ in range(2):
+            with pytest.raises(EngineUnavailableError, match="no engine is left"):
+                encoder(LONG)
+        assert encoder(SHORT).last_hidden_state.shape == (1, 2, encoder.arch.hidden_size)
+    assert only.closed == 1
 
 
 @pytest.fixture(scope="module")

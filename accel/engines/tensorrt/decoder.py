@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +13,12 @@ from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
 from accel.engines.lifetime import Lifetime
 from accel.engines.padded import PaddedStep, StepPadder
 from accel.engines.session import EngineInfo, SessionOptions, StepInputs
+from accel.engines.tensorrt.buffers import logits_bytes
 from accel.engines.tensorrt.engine import LoadedEngine, Profile, ProfileContext, Shape, sizes
 from accel.engines.tensorrt.graphs import WARM_RUNS, StepGraphs
 from accel.engines.tensorrt.memory import ALIGNMENT, DeviceMemoryError
 from accel.engines.tensorrt.staging import Staging
-from accel.errors import CapacityError, EngineBrokenError, EngineError, EngineUnavailableError
+from accel.errors import CapacityError, EngineBrokenError, EngineError, EngineUnavailableError, UncoveredError
 from accel.spec import ArchSpec
 
 SMALL = ("input_ids", "position_ids", "write_index", "logits_positions")  # inputs that the host sends
@@ -37,7 +39,7 @@ class TrtDecoderSession:
     """Implements ``accel.engines.session.DecoderSession`` on an engine of the lowered ``tensorrt`` graph.
 
     One-token rows run together, padded to a batch that the profiles know; a row with more tokens runs alone,
-    padded to a width. One-token runs that come often become CUDA graphs where that is faster.
+    padded to a width. One-token runs become CUDA graphs where that is faster: see ``graphs``.
     """
 
     mixed_steps = False
@@ -77,7 +79,8 @@ class TrtDecoderSession:
         """Runs one packed step; see ``DecoderSession.step``.
 
         Raises:
-            EngineError: No profile covers a run; closed; used after a fork.
+            EngineError: Closed, or used after a fork.
+            UncoveredError: No profile covers a run.
             EngineBrokenError: TensorRT or CUDA failed; nothing runs on this session again.
         """
         self._check()
@@ -117,17 +120,27 @@ class TrtDecoderSession:
             size = self._row_bytes[name]
             self._device.clear(address + row * size, size)
 
+    def capture_graphs(self) -> None:
+        """Runs every batch of single tokens and captures it. Only before the first step: it writes into the caches.
+        Raises as ``step`` does.
+        """
+        empty = np.zeros(self.max_batch, np.int32)
+        with ExitStack() as stack:
+            for lane in self._lanes.values():
+                stack.enter_context(lane.graphs.warming())
+            for count in self._batches:
+                taking = empty.copy()
+                taking[:count] = 1
+                ids = np.zeros(count, np.int64)
+                for _ in range(WARM_RUNS):
+                    self.step(StepInputs(ids, ids, taking, empty, np.arange(count)))
+
     def warm_up(self) -> None:
         """Runs every batch and width once or more, so that kernels are compiled and graphs captured, and keeps the
         kernels. Only before the first step: it writes into the caches. Raises as ``step`` does.
         """
         empty, one = np.zeros(self.max_batch, np.int32), np.zeros(1, np.int64)
-        for count in self._batches:
-            taking = empty.copy()
-            taking[:count] = 1
-            ids = np.zeros(count, np.int64)
-            for _ in range(WARM_RUNS):
-                self.step(StepInputs(ids, ids, taking, empty, np.arange(count)))
+        self.capture_graphs()
         for width in self._widths:
             taking = empty.copy()
             taking[0] = width
@@ -172,14 +185,15 @@ class TrtDecoderSession:
         self._item_bytes = 4 if tensors["past.0.key"].dtype == "float32" else 2
         self._row_bytes = {name: int(np.prod(shape)) * self._item_bytes for name, shape in shapes.items()}
         self._check_alignment()
-        most = max(profile.ranges["logits_positions"][2][0] for profile in self._engine.profiles)
-        self._logits_bytes = 4 * most * self.vocab_size
+        self._logits_bytes = logits_bytes((profile.ranges for profile in self._engine.profiles), self.vocab_size)
         self._caches: dict[str, int] = {}
         for name, size in self._row_bytes.items():
             self._caches[name] = self._reserve(rows * size, name)
             self._device.clear(self._caches[name], rows * size)
         self._device_logits = self._reserve(self._logits_bytes, "logits")
-        self._host_logits = self._device.pinned((most, self.vocab_size), np.float32)
+        self._host_logits = self._device.pinned(
+            (self._logits_bytes // (4 * self.vocab_size), self.vocab_size), np.float32
+        )
         self._step_logits = np.zeros((rows, self.vocab_size), np.float32)
         for profile in self._engine.profiles:
             context = self._engine.context(profile, fixed=False)
@@ -281,12 +295,12 @@ class TrtDecoderSession:
         return self._choices[key]
 
 
-def not_covered(engine: LoadedEngine, request: str) -> EngineError:
+def not_covered(
+    engine: LoadedEngine, request: str, remedy: str = "Build an engine with a wider profile"
+) -> UncoveredError:
     """The error of a run that no profile takes."""
     have = "; ".join(map(str, engine.profiles))
-    return EngineError(
-        f"no profile of the engine covers {request}", where=have, remedy="Build an engine with a wider profile"
-    )
+    return UncoveredError(f"no profile of the engine covers {request}", where=have, remedy=remedy)
 
 
 def check_decoder(engine: LoadedEngine, arch: ArchSpec) -> int:

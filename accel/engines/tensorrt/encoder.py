@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from accel.engines.lifetime import Lifetime
 from accel.engines.session import EngineInfo
+from accel.engines.tensorrt.buffers import OutputBuffers, OutputLayout
 from accel.engines.tensorrt.decoder import not_covered
 from accel.engines.tensorrt.engine import LoadedEngine, Profile, ProfileContext, sizes
 from accel.engines.tensorrt.staging import Staging
-from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError
+from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError, InputError, UncoveredError
 from accel.spec import OUTPUT_NAMES, ArchSpec
 
 Feeds = dict[str, NDArray]
@@ -24,37 +25,42 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Lane:
-    """What runs on one profile go through. ``outputs``: name -> device address; ``fetched``: name -> pinned array."""
+    """What runs on one profile go through."""
 
     context: ProfileContext
     staging: Staging
-    outputs: dict[str, int]
-    fetched: dict[str, NDArray[np.float32]]
 
 
 class TrtEncoderSession:
-    """Implements ``accel.engines.session.EncoderSession``; thread-safe: calls take turns on the GPU."""
+    """Implements ``accel.engines.session.EncoderSession``; thread-safe: calls take turns on the GPU.
 
-    def __init__(self, engine: LoadedEngine, arch: ArchSpec, variant: str) -> None:
-        """Reserves inputs and outputs for the largest run of every profile.
+    A batch whose outputs would take more than ``OUTPUT_BYTES`` runs in parts; a single row that does gets memory of its
+    own for the run.
+    """
+
+    def __init__(self, engine: LoadedEngine, arch: ArchSpec, variant: str, command: str = "accel build") -> None:
+        """Reserves inputs for the largest run of every profile, and outputs within ``OUTPUT_BYTES``.
 
         Args:
             engine: Closed with the session, or when this raises.
             variant: Its name, for ``info``.
+            command: What builds this engine, for errors.
 
         Raises:
             EngineUnavailableError: The engine is not of this model.
             DeviceMemoryError: The GPU's memory does not hold them.
         """
         self._engine, self._device = engine, engine.device
+        self._command, self._longest = command, arch.max_positions
         self._lifetime = Lifetime("encoder")
         self._broken: EngineBrokenError | None = None
         self._lanes: dict[int, _Lane] = {}
-        self._buffers: list[int] = []
+        self._buffers: OutputBuffers | None = None
         flavour = engine.flavour
         self.info = EngineInfo(flavour.target, flavour.version, f"cuda:{self._device.ordinal}", variant, 1)
         try:
-            self._inputs, self._outputs = check_encoder(engine, arch)
+            self._inputs, outputs = check_encoder(engine, arch)
+            self._layout = OutputLayout(arch.task, {name: engine.tensors[name].shape for name in outputs})
             with self._device, engine.guard("opening the encoder"):
                 self._allocate()
         except BaseException:
@@ -73,7 +79,9 @@ class TrtEncoderSession:
 
         Raises:
             InputError: A feed that the model does not take, or of another shape or dtype.
-            EngineError: No profile covers the batch; closed; used after a fork.
+            EngineError: Closed, or used after a fork.
+            UncoveredError: No profile covers the batch's width; names the command that builds a longer one.
+            DeviceMemoryError: A single row's outputs take more than is reserved, and more than is free.
             EngineBrokenError: TensorRT or CUDA failed; nothing runs on this session again.
         """
         self._lifetime.check()
@@ -113,24 +121,20 @@ class TrtEncoderSession:
                 for lane in self._lanes.values():
                     lane.context.close()
                     lane.staging.close()
-                for address in self._buffers:
-                    self._device.release(address)
+                if self._buffers is not None:
+                    self._buffers.close()
                 self._engine.close()
         except EngineError as error:  # a broken device frees nothing: the process's end does
             _log.warning("closing the encoder: %s", error)
-        self._lanes, self._buffers = {}, []
+        self._lanes, self._buffers = {}, None
 
     def _allocate(self) -> None:
-        for profile in self._engine.profiles:
+        profiles = self._engine.profiles
+        self._reserved = self._layout.reserved(profile.ranges for profile in profiles)
+        self._buffers = OutputBuffers(self._device, self._layout, self._reserved)
+        for profile in profiles:
             context = self._engine.context(profile, fixed=False)
-            for name in self._inputs:
-                context.set_shape(name, profile.ranges[name][2])
-            lengths = {name: int(np.prod(context.output_shape(name))) for name in self._outputs}
-            outputs = {name: self._device.allocate(4 * length, name) for name, length in lengths.items()}
-            self._buffers += outputs.values()
-            fetched = {name: self._device.pinned((length,), np.float32) for name, length in lengths.items()}
-            staging = Staging(self._device, profile, self._inputs)
-            self._lanes[profile.index] = _Lane(context, staging, outputs, fetched)
+            self._lanes[profile.index] = _Lane(context, Staging(self._device, profile, self._inputs))
 
     def _complete(self, feeds: Feeds) -> Feeds:
         """Checks the feeds and fills in those that are missing."""
@@ -148,16 +152,35 @@ class TrtEncoderSession:
         return {**missing, **feeds}
 
     def _most_rows(self, width: int) -> int:
-        """Rows of the largest run of this width.
+        """Rows of the largest run of this width whose outputs fit, or of the smallest one where none fits.
 
         Raises:
             EngineError: No profile takes the width.
         """
-        shapes = (profile.ranges["input_ids"] for profile in self._engine.profiles)
-        rows = [high[0] for low, _, high in shapes if width <= high[1] and (self._may_pad or low[1] <= width)]
-        if not rows:
-            raise not_covered(self._engine, f"sequence {width}")
-        return max(rows)
+        most = []
+        for profile in self._engine.profiles:
+            length = next((length for length in self._lengths(profile, width) if length >= width), None)
+            if length is not None:
+                batches = sizes(profile, 0)
+                most.append(max([b for b in batches if self._layout.size(b, length) <= self._reserved] or batches[:1]))
+        if not most:
+            raise self._too_long(width)
+        return max(most)
+
+    def _too_long(self, width: int) -> UncoveredError:
+        """The error of rows that no profile takes."""
+        _, (_, best), (rows, _) = self._engine.profiles[-1].ranges["input_ids"]
+        ranges = f"batch: {{min: 1, opt: {rows}, max: {rows}}}, sequence: {{min: 1, opt: {best}, max: {self._longest}}}"
+        file = f"encode: {{{ranges}}} in FILE"
+        remedy = f"Build an engine for longer rows: {self._command} --profiles FILE, with {file}"
+        return not_covered(self._engine, f"sequence {width}", remedy)
+
+    def _lengths(self, profile: Profile, width: int) -> list[int]:
+        """What rows of a width may be padded to on a profile, ascending."""
+        low, _, high = (shape[1] for shape in profile.ranges["input_ids"])
+        if self._may_pad:
+            return sizes(profile, 1, LEAST_WIDTH)
+        return [width] if low <= width <= high else []
 
     @property
     def _may_pad(self) -> bool:
@@ -169,11 +192,11 @@ class TrtEncoderSession:
             (batch * length, profile.tokens, profile.index, profile, batch, length)
             for profile in self._engine.profiles
             for batch in sizes(profile, 0)
-            for length in (sizes(profile, 1, LEAST_WIDTH) if self._may_pad else [width])
-            if batch >= rows and length >= width and profile.covers({"input_ids": (batch, length)})
+            for length in self._lengths(profile, width)
+            if batch >= rows and length >= width
         ]
         if not found:
-            raise not_covered(self._engine, f"batch {rows}, sequence {width}")
+            raise self._too_long(width)
         *_, profile, batch, length = min(found, key=lambda entry: entry[:3])
         return profile, batch, length
 
@@ -190,24 +213,21 @@ class TrtEncoderSession:
         for name in self._inputs:
             lane.context.set_shape(name, (batch, length))
             lane.context.set_address(name, lane.staging.addresses[name])
-        for name, address in lane.outputs.items():
-            lane.context.set_address(name, address)
-        lane.context.prepare()
-        lane.context.enqueue()
-        return self._fetch(lane, rows, width)
+        assert self._buffers is not None, "it is open"
+        with self._buffers.addresses(batch, length) as addresses:
+            for name, address in addresses.items():
+                lane.context.set_address(name, address)
+            lane.context.prepare()
+            lane.context.enqueue()
+            return self._fetch(self._buffers, addresses, rows, width, length)
 
-    def _fetch(self, lane: _Lane, rows: int, width: int) -> Feeds:
+    def _fetch(self, buffers: OutputBuffers, addresses: dict[str, int], rows: int, width: int, length: int) -> Feeds:
         """The outputs, cut back to the caller's rows and tokens."""
-        whole = {}
-        for name, address in lane.outputs.items():
-            shape = lane.context.output_shape(name)
-            whole[name] = lane.fetched[name][: int(np.prod(shape))].reshape(shape)
-            self._device.download(whole[name], address)
-        self._device.synchronize()
-        return {
-            name: (array[:rows, :width] if self._engine.tensors[name].shape[1:2] == (-1,) else array[:rows]).copy()
-            for name, array in whole.items()
-        }
+        shapes = self._layout.shapes(rows, length)  # the caller's rows come first
+        found = {name: buffers.fetch(address, shapes[name]) for name, address in addresses.items()}
+        if not self._layout.per_token or width == length:
+            return found
+        return {name: np.ascontiguousarray(array[:, :width]) for name, array in found.items()}
 
 
 def check_encoder(engine: LoadedEngine, arch: ArchSpec) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from accel.bundle import Bundle
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, MessageLog
-from accel.engines.tensorrt.kernel_cache import read_kernels, write_kernels
+from accel.engines.tensorrt.kernel_cache import KernelFile
 from accel.engines.tensorrt.memory import ALIGNMENT, Device
 from accel.engines.tensorrt.runtime_adapter import runtime_adapter
 from accel.errors import AccelError, EngineBrokenError, EngineUnavailableError
@@ -144,7 +144,7 @@ class LoadedEngine:
         self.adapter = runtime_adapter(flavour)
         self.log = MessageLog()
         self._logger = flavour.logger(self.log)
-        self._kernels_path, self._kernels, self._kernels_config = kernels, None, None
+        self._kernels_file, self._kernels, self._kernels_config = KernelFile(kernels), None, None
         with device, self.guard("opening the engine"):
             self._runtime: trt.Runtime = flavour.trt.Runtime(self._logger)
             self.adapter.check_plan(self._runtime, plan, self.log)
@@ -156,7 +156,7 @@ class LoadedEngine:
             self._engine = engine
             self.tensors = {tensor.name: tensor for tensor in self._read_tensors()}
             self.profiles = sorted(self._read_profiles(), key=lambda profile: profile.tokens)
-            config, cache = flavour.runtime_config(self._engine, read_kernels(kernels))
+            config, cache = flavour.runtime_config(self._engine, self._kernels_file.read())
             self._kernels_config, self._kernels = config, cache
             device.reserve(self, max(self.scratch_size, ALIGNMENT))
 
@@ -213,15 +213,16 @@ class LoadedEngine:
 
     def save_kernels(self) -> None:
         """Writes what RTX compiled so far to the kernels' file; a failure is logged, not raised."""
-        if self._kernels_path is not None and self._kernels is not None:
+        if self._kernels is not None:
             with self.device:
                 data = self.flavour.runtime_cache_of(self._kernels)
             if data:
-                write_kernels(self._kernels_path, data)
+                self._kernels_file.write(data)
 
     def close(self) -> None:
         """Frees the engine; its contexts must be gone."""
         self._kernels = self._kernels_config = None
+        self._kernels_file.close()
         del self._engine, self._runtime
         with self.device:
             self.device.give_up(self)
@@ -310,10 +311,6 @@ class ProfileContext:
     def is_capturable(self) -> bool:
         """Whether a graph may be captured from its next run."""
         return self.engine.flavour.stream_is_capturable(self._context, self.engine.device.stream)
-
-    def output_shape(self, name: str) -> Shape:
-        """Shape of an output for the inputs' present shapes."""
-        return tuple(self._context.get_tensor_shape(name))
 
     def close(self) -> None:
         """Frees it."""

@@ -1,8 +1,13 @@
-"""CUDA graphs of runs that come again and again: captured when they do, kept only if they are faster.
+"""CUDA graphs of runs that come again and again: captured before the first request, kept only if they are faster.
 
 A graph holds the shapes and addresses that it was captured with, and what its context keeps for them: each has a
 context of its own, which runs nothing else (a context whose shapes or profile change breaks the graphs captured
 from it). The scratch memory is shared all the same.
+
+When the session opens, every decode batch over the rows from 0 on is run ``WARM_RUNS`` times and captured
+(``StepGraphs.warming``). Requests hit these: rows are given out from 0 on, and a batch starts at row 0 unless a later
+start needs a smaller batch (``StepPadder``). Such a run has other addresses, so it is queued without a graph; only when
+it came ``BUSY_RUNS`` times is it captured amid the requests.
 """
 
 from __future__ import annotations
@@ -10,7 +15,8 @@ from __future__ import annotations
 import logging
 import statistics
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -18,7 +24,8 @@ from typing import Any
 from accel.engines.tensorrt.engine import LoadedEngine, ProfileContext
 from accel.errors import EngineError
 
-WARM_RUNS = 3  # a run that comes as often is worth a capture, which takes as long as dozens of runs
+WARM_RUNS = 3  # before a capture: what a context does at its first runs must not be measured
+BUSY_RUNS = 256  # a run that requests bring as often will come on; the capture's pause takes as long as dozens of runs
 MEASURED_RUNS = 7
 MAX_GRAPHS = 32  # per profile; each takes some megabytes of device memory
 _log = logging.getLogger(__name__)
@@ -37,7 +44,17 @@ class StepGraphs:
         self._engine, self._device, self._plain = engine, engine.device, plain
         self._graphs: dict[Hashable, _Graph] = {}
         self._runs: Counter[Hashable] = Counter()
-        self._scratch = 0
+        self._tried: set[Hashable] = set()  # a graph that failed or was slower is not tried again
+        self._scratch, self._patience = 0, BUSY_RUNS
+
+    @contextmanager
+    def warming(self) -> Iterator[None]:
+        """While the block runs, captures come after ``WARM_RUNS`` runs: nobody waits for an answer."""
+        self._patience = WARM_RUNS
+        try:
+            yield
+        finally:
+            self._patience = BUSY_RUNS
 
     @property
     def captured(self) -> list[Hashable]:
@@ -58,7 +75,8 @@ class StepGraphs:
         self._plain.prepare()
         self._plain.enqueue()
         self._runs[key] += 1
-        if self._runs[key] == WARM_RUNS and len(self._graphs) < MAX_GRAPHS:
+        if self._runs[key] >= self._patience and key not in self._tried and len(self._graphs) < MAX_GRAPHS:
+            self._tried.add(key)
             self._try_graph(key, bind)
 
     def close(self) -> None:
@@ -69,11 +87,12 @@ class StepGraphs:
             graph.context.close()
 
     def _forget_moved(self) -> None:
-        """Graphs point into the scratch memory: when another engine made it grow, they are captured anew."""
+        """Graphs point into the scratch memory: when another engine made it grow, they are soon captured anew."""
         scratch, _ = self._device.scratch
         if scratch != self._scratch:
+            self._tried -= self._graphs.keys()
+            self._runs = Counter(dict.fromkeys(self._graphs, BUSY_RUNS - WARM_RUNS))
             self.close()
-            self._runs.clear()
             self._scratch = scratch
 
     def _try_graph(self, key: Hashable, bind: Callable[[ProfileContext], None]) -> None:
@@ -116,4 +135,4 @@ class StepGraphs:
         return [statistics.median(found) for found in times]
 
 
-__all__ = ["MAX_GRAPHS", "MEASURED_RUNS", "StepGraphs", "WARM_RUNS"]
+__all__ = ["BUSY_RUNS", "MAX_GRAPHS", "MEASURED_RUNS", "StepGraphs", "WARM_RUNS"]

@@ -25,6 +25,7 @@ from accel.store import (
     read_signer,
     read_verifier,
 )
+from accel.store.key import ShapeRange
 
 _log = logging.getLogger("accel")
 MAX_BYTES = "ACCEL_STORE_MAX_BYTES"
@@ -98,11 +99,18 @@ def open_store(url: str | Path | None = None, **options: Any) -> EngineStore:
 
 
 def find_engine(
-    store: EngineStore, bundle: Bundle, variant: str, flavour: Flavour, sm: str, options: SessionOptions
+    store: EngineStore,
+    bundle: Bundle,
+    variant: str,
+    flavour: Flavour,
+    sm: str,
+    options: SessionOptions,
+    gpu: str | None = None,
 ) -> tuple[StoredEngine, EngineFacts]:
     """The stored engine that fits best: the smallest that holds what is asked; where nothing is asked, the largest.
 
-    One that is damaged, altered or not signed by the store's key is logged and passed over.
+    Among equals, one that was timed on a GPU of this name (``gpu``): another of its SM runs it too, but perhaps not as
+    fast. One that is damaged, altered or not signed by the store's key is logged and passed over.
 
     Raises:
         EngineUnavailableError: The store has none; names the command that builds it.
@@ -110,8 +118,8 @@ def find_engine(
     sources = hash_sources(bundle, variant)
     identity = engine_identity(sources.graph, sources.weights, flavour.target, flavour.version, variant)
     found = store.find(identity)
-    fitting = [manifest for manifest in found if _fits(manifest, sm, options)]
-    for manifest in sorted(fitting, key=lambda manifest: _rank(manifest, options)):
+    fitting = [manifest for manifest in found if _fits(manifest, sm, options) and _takes(manifest, options)]
+    for manifest in sorted(fitting, key=lambda manifest: _rank(manifest, options, gpu)):
         try:
             engine = store.get(manifest.key)
         except RefusedEngineError as error:
@@ -147,13 +155,29 @@ def _fits(manifest: EngineManifest, sm: str, options: SessionOptions) -> bool:
     return enough and (options.max_batch is None or rows >= options.max_batch)
 
 
-def _rank(manifest: EngineManifest, options: SessionOptions) -> tuple[int, int, int, int]:
-    """Engines for this SM alone first; then by capacity and rows, and by the effort of their build."""
-    capacity, rows = manifest.key.capacity or 0, int(manifest.facts.get("max_batch", 1))
+def _takes(manifest: EngineManifest, options: SessionOptions) -> bool:
+    """Whether a decoder's profiles take steps of single tokens, of the rows asked for."""
+    ranges = _input_ranges(manifest)
+    if manifest.key.capacity is None or not ranges:
+        return True
+    single = [(low[0], high[0]) for low, _, high in ranges if low[1] == 1]
+    return any(options.max_batch is None or low <= options.max_batch <= high for low, high in single)
+
+
+def _input_ranges(manifest: EngineManifest) -> list[ShapeRange]:
+    return [inputs["input_ids"] for inputs in manifest.key.profiles.values() if "input_ids" in inputs]
+
+
+def _rank(manifest: EngineManifest, options: SessionOptions, gpu: str | None) -> tuple[int, ...]:
+    """Engines for this SM alone first; then by capacity (encoders: longest row) and rows, by the GPU they were timed
+    on, and by the effort of their build."""
+    longest = max((high[1] for _, _, high in _input_ranges(manifest)), default=0)
+    capacity, rows = manifest.key.capacity or longest, int(manifest.facts.get("max_batch", 1))
     return (
         len(manifest.key.sm),
         -capacity if options.capacity is None else capacity,
         -rows if options.max_batch is None else rows,
+        manifest.key.gpu not in (None, gpu),
         -manifest.key.optimization_level,
     )
 
@@ -161,8 +185,15 @@ def _rank(manifest: EngineManifest, options: SessionOptions) -> tuple[int, int, 
 def _reason(found: Sequence[EngineManifest], flavour: Flavour, sm: str, options: SessionOptions) -> str:
     if not found:
         return f"the store has no {flavour.title} {flavour.version} engine of this bundle"
-    have = sorted({f"{'+'.join(m.key.sm)}, capacity {m.key.capacity}, batch {m.facts.get('max_batch')}" for m in found})
+    have = sorted({f"{'+'.join(m.key.sm)}, capacity {m.key.capacity}, batch {_batches(m)}" for m in found})
     return f"the store's engines of this bundle do not fit {sm}{_asked(options)}: it has {'; '.join(have)}"
+
+
+def _batches(manifest: EngineManifest) -> str:
+    """Rows that an engine takes: the most, and the least where its widest profile has one."""
+    most = manifest.facts.get("max_batch", 1)
+    least = min((low[0] for low, _, high in _input_ranges(manifest) if high[0] == most), default=1)
+    return str(most) if least == 1 else f"{least} to {most}"
 
 
 def _asked(options: SessionOptions) -> str:

@@ -49,7 +49,8 @@ def open_tensorrt(
     engine = LoadedEngine(view, facts, flavour, device, kernels)
     arch = bundle.manifest.arch
     if arch.kind == "encoder":
-        return TrtEncoderSession(engine, arch, variant)
+        command = f"accel build {bundle.path} --target {facts.target} --sm {device.sm} --precision {variant}"
+        return TrtEncoderSession(engine, arch, variant, command)
     return TrtDecoderSession(engine, arch, variant, options)
 
 

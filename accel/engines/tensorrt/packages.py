@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from importlib import metadata
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,14 @@ _DISTRIBUTIONS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
 }
+
+
+def is_installed(target: str) -> bool:
+    """Whether the package of a target is there; it may be broken. Imports nothing."""
+    try:
+        return find_spec(MODULES[target]) is not None
+    except ValueError:  # imported, by something without a spec
+        return True
 
 
 def import_package(target: str) -> tuple[Any, str]:
@@ -91,6 +100,22 @@ def current_sm() -> str | None:
     return f"sm{numbers[0]}{numbers[1]}"
 
 
+def current_gpu() -> str | None:
+    """Name of the current CUDA device, e.g. ``NVIDIA L4``; None without a GPU, a driver, or the package cuda-python.
+
+    Not nvidia-smi's first one: CUDA_VISIBLE_DEVICES may name another.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None
+    status, device = runtime.cudaGetDevice()
+    if status != runtime.cudaError_t.cudaSuccess:
+        return None
+    status, properties = runtime.cudaGetDeviceProperties(device)
+    return properties.name.decode().rstrip("\0") if status == runtime.cudaError_t.cudaSuccess else None
+
+
 def cuda_version() -> str | None:
     """Version of the CUDA runtime, e.g. ``13.0``; None without cuda-python."""
     try:
@@ -101,4 +126,13 @@ def cuda_version() -> str | None:
     return f"{version // 1000}.{version % 1000 // 10}" if status == runtime.cudaError_t.cudaSuccess else None
 
 
-__all__ = ["MODULES", "TITLES", "cuda_version", "current_sm", "import_package", "release_of"]
+__all__ = [
+    "MODULES",
+    "TITLES",
+    "cuda_version",
+    "current_gpu",
+    "current_sm",
+    "import_package",
+    "is_installed",
+    "release_of",
+]

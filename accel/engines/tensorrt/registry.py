@@ -11,7 +11,7 @@ from accel.bundle import Bundle
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.engines.tensorrt.adapter import Target, load_flavour
 from accel.engines.tensorrt.lookup import find_engine, open_store, pick_precision
-from accel.engines.tensorrt.packages import TITLES, current_sm
+from accel.engines.tensorrt.packages import TITLES, current_gpu, current_sm
 from accel.errors import AccelError, DependencyError, EngineError, EngineUnavailableError
 from accel.store import StoredEngine, cache_folder
 
@@ -51,10 +51,12 @@ def open_for(target: Target) -> Callable[[Bundle, str, SessionOptions], Session]
         chosen = pick_precision(bundle, variant)
         assert sm is not None and chosen is not None, "probe comes first"
         try:  # whatever is wrong with the store or the engine is a reason to try the next one
-            engine, facts = find_engine(open_store(options.store), bundle, chosen, flavour, sm, options)
+            store, gpu = open_store(options.store), current_gpu()
+            engine, facts = find_engine(store, bundle, chosen, flavour, sm, options, gpu)
             kernels = cache_folder() / "kernels" / f"{engine.manifest.key.digest}-{sm}.cache"
             try:
                 session: Any = open_tensorrt(bundle, chosen, options, engine.plan(), facts, flavour, kernels=kernels)
+                _prepare(session)
             except BaseException:
                 engine.close()
                 raise
@@ -65,6 +67,17 @@ def open_for(target: Target) -> Callable[[Bundle, str, SessionOptions], Session]
         return _hold(session, engine)
 
     return open_session
+
+
+def _prepare(session: Any) -> None:
+    """Captures a decoder's graphs now: in a request somebody would wait for it."""
+    if not hasattr(session, "capture_graphs"):
+        return
+    try:
+        session.capture_graphs()
+    except BaseException:
+        session.close()
+        raise
 
 
 def _hold(session: Any, engine: StoredEngine) -> Session:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from accel.engines.tensorrt.buffers import staging_bytes
 from accel.engines.tensorrt.engine import Profile
-from accel.engines.tensorrt.memory import Device, aligned
+from accel.engines.tensorrt.memory import Device
 
 _ITEM = np.dtype(np.int64).itemsize
 
@@ -25,11 +26,8 @@ class Staging:
 
     def __init__(self, device: Device, profile: Profile, names: list[str]) -> None:
         self._device = device
-        self._offsets: dict[str, int] = {}
-        size = 0
-        for name in names:
-            self._offsets[name] = size
-            size += aligned(int(np.prod(profile.ranges[name][2])) * _ITEM)
+        self._offsets = {name: staging_bytes(profile.ranges, names[:index]) for index, name in enumerate(names)}
+        size = staging_bytes(profile.ranges, names)
         self._host = device.pinned((size // _ITEM,), np.int64)
         self._base = device.allocate(size, "the inputs of the engine")
         self.addresses = {name: self._base + offset for name, offset in self._offsets.items()}

@@ -216,3 +216,18 @@ def test_messages_are_collected_from_the_given_severity_on(rtx: Flavour) -> None
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16", "int64", "int32", "int8", "bool"])
 def test_dtype_names_go_both_ways(rtx: Flavour, name: str) -> None:
     assert rtx.dtype_name(rtx.data_type(name)) == name
+
+
+def test_the_current_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's current device, which CUDA_VISIBLE_DEVICES chooses; not nvidia-smi's first."""
+    kinds = SimpleNamespace(cudaSuccess=0)
+    runtime = SimpleNamespace(
+        cudaError_t=kinds, cudaGetDevice=lambda: (0, 1),
+        cudaGetDeviceProperties=lambda device: (0, SimpleNamespace(name=b"NVIDIA %d" % device)),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))  # type: ignore[arg-type]
+    assert packages.current_gpu() == "NVIDIA 1"
+    runtime.cudaGetDevice = lambda: (35, None)
+    assert packages.current_gpu() is None
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    assert packages.current_gpu() is None

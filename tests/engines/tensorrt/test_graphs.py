@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from accel.bundle import Bundle
-from accel.engines.tensorrt.graphs import MAX_GRAPHS, MEASURED_RUNS, WARM_RUNS
+from accel.engines.tensorrt import graphs
+from accel.engines.tensorrt.graphs import BUSY_RUNS, MAX_GRAPHS, MEASURED_RUNS, WARM_RUNS
 from tests.engines.tensorrt import double
 from tests.engines.tensorrt.double import World
 from tests.engines.tensorrt.test_decoder import assert_close, reference
@@ -25,22 +26,43 @@ def decode(session: Any, bundle: Bundle) -> None:
     assert_close(run_course(session, rows, DECODING), run_course(reference(bundle), rows, DECODING))
 
 
-def test_a_faster_graph_is_kept(tiny_bundle: Bundles, open_tiny: Opener, world: World) -> None:
-    """Both batches, and the batch of row 1 alone, get one; plain contexts go on with other shapes between."""
+def test_requests_hit_what_was_captured_before(tiny_bundle: Bundles, open_tiny: Opener, world: World) -> None:
+    """Batches of one, two and three from row 0; the batch of row 1 alone is queued without one, and not captured."""
+    world.slow = {"run": 0.004}
+    session = open_tiny("llama", max_batch=3)
+    session.capture_graphs()
+    assert session.graphs == 3
+    before = world.gpu.calls.count("cudaGraphLaunch")
+    decode(session, tiny_bundle("llama"))
+    assert world.gpu.calls.count("cudaGraphLaunch") - before == 6 + 6 + 4
+    assert len(world.gpu.graphs) == 3 and BUSY_RUNS > 100
+
+
+def test_a_run_that_requests_often_bring_is_captured(
+    tiny_bundle: Bundles, open_tiny: Opener, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "BUSY_RUNS", 4)
     world.slow = {"run": 0.004}
     session = open_tiny("llama", max_batch=3)
     decode(session, tiny_bundle("llama"))
     assert session.graphs == 3
     launched = world.gpu.calls.count("cudaGraphLaunch") - 3 * MEASURED_RUNS
-    assert launched == 3 + 3 + 2 + 4  # what came after each capture
+    assert launched == 2 + 2 + 1 + 4  # what came after each capture
 
 
 def test_a_slower_graph_is_dropped(
-    tiny_bundle: Bundles, open_tiny: Opener, world: World, caplog: pytest.LogCaptureFixture
+    tiny_bundle: Bundles,
+    open_tiny: Opener,
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Also when requests bring its run often."""
+    monkeypatch.setattr(graphs, "BUSY_RUNS", 6)
     world.slow = {"graph": 0.004}
     caplog.set_level(logging.INFO)
     session = open_tiny("llama", max_batch=3)
+    session.capture_graphs()
     decode(session, tiny_bundle("llama"))
     assert session.graphs == 0 and len(world.gpu.graphs) == 3
     assert world.gpu.calls.count("cudaGraphLaunch") == 3 * MEASURED_RUNS  # measured once each, never tried again
@@ -68,6 +90,7 @@ def test_a_failed_capture_is_logged_and_costs_nothing(
         world.capturable = False
     else:
         world.refuse.add(refusal)
+    session.capture_graphs()
     decode(session, tiny_bundle("llama"))
     assert session.graphs == 0
     assert caplog.text.count("no CUDA graph for") == 3 and reason in caplog.text
@@ -80,10 +103,11 @@ def test_graphs_follow_the_scratch_memory(
     """A second engine that needs more moves the memory that all share: graphs are captured anew."""
     world.slow = {"run": 0.004}
     session = open_tiny("llama", max_batch=2)
+    session.capture_graphs()
     rows = draw_rows((40, 40))
     first = run_course(session, rows, [(5, 0), *[(1, 0)] * 5])
     before = [context.scratch[0] for context in world.contexts]
-    assert session.graphs == 1
+    assert session.graphs == 2
     monkeypatch.setattr(double, "SCRATCH", 5 * double.SCRATCH)
     other = open_tiny("qwen2", max_batch=2)
     again = run_course(session, rows, [(5, 0), *[(1, 0)] * 2])
@@ -99,11 +123,10 @@ def test_graphs_follow_the_scratch_memory(
 
 
 def test_there_are_not_endlessly_many(open_tiny: Opener, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accel.engines.tensorrt import graphs
-
     assert MAX_GRAPHS >= 16
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     world.slow = {"run": 0.004}
+    monkeypatch.setattr(graphs, "BUSY_RUNS", WARM_RUNS)
     session = open_tiny("llama", max_batch=4)
     rows = draw_rows((30, 30, 30, 30))
     run_course(session, rows, [step for row in np.eye(4, dtype=int) for step in [tuple(row)] * (WARM_RUNS + 1)])

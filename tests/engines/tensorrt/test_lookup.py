@@ -15,7 +15,7 @@ from accel.engines.session import SessionOptions
 from accel.engines.tensorrt import registry
 from accel.engines.tensorrt.adapter import Flavour, load_flavour
 from accel.engines.tensorrt.lookup import find_engine, hash_sources, open_store, pick_precision
-from accel.errors import BundleError, EngineUnavailableError, RefusedEngineError
+from accel.errors import BundleError, EngineBrokenError, EngineUnavailableError, RefusedEngineError
 from accel.store import EngineKey, EngineStore, HashCache
 from accel.variants import add_variant
 from tests.store.samples import key
@@ -45,12 +45,21 @@ def store(tmp_path: Path) -> EngineStore:
     return EngineStore(tmp_path / "store")
 
 
+def of_rows(low: int, high: int) -> dict[str, Any]:
+    """Profiles of a decoder whose steps have between ``low`` and ``high`` rows."""
+    return {
+        "prefill": {"input_ids": ((1, 1), (1, 64), (1, 128))},
+        "decode": {"input_ids": ((low, 1), (high, 1), (high, 1))},
+    }
+
+
 @pytest.fixture
 def keep(bundle: Bundle, flavour: Flavour, store: EngineStore) -> Callable[..., EngineKey]:
     """Puts an engine of the bundle; its plan says which one it is."""
     sources = hash_sources(bundle, "fp16")
 
     def put(sm: str = "sm86", capacity: int | None = 256, rows: int = 4, level: str = "none", **changes: Any) -> Any:
+        changes = {"profiles": of_rows(1, rows), **changes}
         made = key(
             graph=sources.graph, weights=sources.weights, library_version=flavour.version, sm=tuple(sm.split("+")),
             capacity=capacity, flags={"rows": rows}, **changes,
@@ -89,6 +98,54 @@ def test_the_smallest_that_is_enough_or_the_largest(
         found("sm86", capacity=1024, max_batch=2)
     with pytest.raises(EngineUnavailableError, match="do not fit sm120.*accel build .*--target rtx --sm sm120"):
         found("sm120")
+
+
+def test_profiles_must_take_the_rows(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    """Opening another one would fail, though a larger one stands beside it."""
+    keep("sm86", 256, 8, profiles=of_rows(4, 8))
+    keep("sm86", 256, 16, profiles=of_rows(1, 16))
+
+    def found(**options: Any) -> str:
+        with find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions(**options))[0] as engine:
+            return bytes(engine.plan()).decode()
+
+    assert found(max_batch=2) == "sm86 256 16 none"
+    assert found(max_batch=4) == found(max_batch=8) == "sm86 256 8 none"
+    only = EngineStore(store.url + "-other")
+    only.put(keep("sm86", 256, 8, profiles=of_rows(4, 8)), b"plan", {"max_batch": 8})
+    with pytest.raises(EngineUnavailableError, match="do not fit sm86 --max-batch 2: it has .*batch 4 to 8"):
+        find_engine(only, bundle, "fp16", flavour, "sm86", SessionOptions(max_batch=2))
+    never = EngineStore(store.url + "-never")
+    wide = {"all": {"input_ids": ((1, 2), (1, 64), (8, 128))}}
+    never.put(keep("sm86", 256, 8, profiles=wide), b"plan", {"max_batch": 8})
+    with pytest.raises(EngineUnavailableError, match="do not fit sm86"):  # no steps of single tokens
+        find_engine(never, bundle, "fp16", flavour, "sm86", SessionOptions())
+
+
+def test_the_gpu_it_was_timed_on(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    """Goes before effort, after size; another GPU of the SM takes it too."""
+    keys = {gpu: keep(gpu=gpu, optimization_level=level) for gpu, level in (("A", 3), ("B", 5), ("C", 4))}
+
+    def found(gpu: str | None) -> str:
+        with find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions(), gpu)[0] as engine:
+            return next(name for name, made in keys.items() if made.digest == engine.manifest.key.digest)
+
+    assert [found(gpu) for gpu in ("A", "B", "C", "D", None)] == ["A", "B", "C", "B", "B"]
+    keys["large"] = keep(gpu="B", capacity=512)
+    assert found("A") == "large"
+
+
+def test_encoders_for_long_rows_first(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    for rows, tokens in ((64, 512), (4, 8192), (8, 2048)):
+        keep(capacity=None, rows=rows, profiles={"encode": {"input_ids": ((1, 1), (rows, 128), (rows, tokens))}})
+    with find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions())[0] as engine:
+        assert bytes(engine.plan()).decode() == "sm86 None 4 none"
 
 
 def test_portable_engines(bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]) -> None:
@@ -187,7 +244,13 @@ def test_probe(bundle: Bundle, tiny_decoder_bundle: Path, monkeypatch: pytest.Mo
 
 class Session:
     def __init__(self) -> None:
-        self.closed = 0
+        self.closed = self.captured = 0
+        self.error: Exception | None = None
+
+    def capture_graphs(self) -> None:
+        self.captured += 1
+        if self.error is not None:
+            raise self.error
 
     def close(self) -> None:
         self.closed += 1
@@ -207,9 +270,23 @@ def test_an_open_session_keeps_its_engine(
     monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", open_it)
     opened: Any = registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
     assert given == [("fp16", b"sm86 256 4 none", ("sm86",), f"{made.digest}-sm86.cache")]
-    assert store.prune(0) == []  # in use
+    assert session.captured == 1 and store.prune(0) == []  # in use
     opened.close()
     assert session.closed == 1 and [record.digest for record in store.prune(0)] == [made.digest]
+
+
+def test_a_gpu_that_breaks_at_the_first_runs(
+    bundle: Bundle, store: EngineStore, keep: Callable[..., EngineKey], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any request: the next engine is tried."""
+    session = Session()
+    session.error = EngineBrokenError("CUDA failed")
+    monkeypatch.setattr(registry, "current_sm", lambda: "sm86")
+    keep()
+    monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", lambda *_, **__: session)
+    with pytest.raises(EngineBrokenError):
+        registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
+    assert session.closed == 1 and len(store.prune(0)) == 1
 
 
 def test_a_session_that_fails_lets_its_engine_go(

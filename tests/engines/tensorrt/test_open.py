@@ -149,6 +149,16 @@ def test_a_run_that_no_profile_covers(open_tiny: Opener) -> None:
     assert session.step(ONE).shape == (1, 97)
 
 
+def test_a_prompt_beyond_the_engines_capacity(tiny_bundle: Bundles, open_tiny: Opener) -> None:
+    """Said before anything runs, with what would help; the engine goes on with the others."""
+    with Decoder(tiny_bundle("llama"), OpenedSession(open_tiny("llama", max_batch=2))) as decoder:
+        with pytest.raises(CapacityError, match="prompt has 65 tokens, but the cache holds 64.*accel build --capacity"):
+            decoder.generate([5] * (CAPACITY + 1), max_new_tokens=1)
+        with pytest.raises(CapacityError, match="60 prompt tokens and 9 new ones .*accel build --capacity"):
+            decoder.generate([5] * 60, max_new_tokens=9)
+        assert len(decoder.generate([5] * 60, max_new_tokens=2, eos_token_id=[]).ids) == 2
+
+
 def test_memory_that_does_not_fit_says_what_would(open_tiny: Opener, world: World) -> None:
     row = 6 * 2 * CAPACITY * 16 * 4
     world.gpu.memory = 130_000 + 2 * row  # scratch memory, logits and inputs take less
