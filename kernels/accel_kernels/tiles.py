@@ -1,0 +1,72 @@
+"""Pieces of Triton code that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
+SILU, GELU_ERF, GELU_TANH = 0, 1, 2
+
+
+@triton.jit
+def wait_for_predecessor(DEPENDENT: tl.constexpr):
+    """What stands before this reads nothing that the kernel before may write."""
+    if DEPENDENT:
+        cuda.gdc_wait()
+
+
+@triton.jit
+def let_successor_start(DEPENDENT: tl.constexpr):
+    """From here on the next kernel may take what room is left, up to its own wait."""
+    if DEPENDENT:
+        cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def erf(x):
+    """The error function to 2e-7, a third of the instructions of the exact one.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+    """
+    size = tl.abs(x)
+    t = 1.0 / (1.0 + 0.3275911 * size)
+    series = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
+    value = 1.0 - series * tl.exp(-size * size)
+    return tl.where(x < 0, -value, value)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """silu(x), or gelu(x) by the error function or by tanh; float32."""
+    if KIND == 0:
+        return x / (1.0 + tl.exp(-x))
+    elif KIND == 1:
+        return 0.5 * x * (1.0 + erf(x * 0.7071067811865476))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+
+
+@triton.jit
+def row_statistics(x, K, eps, NORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean (0 for RMS norm) and reciprocal deviation of one row of K values, float32; BLOCK >= K."""
+    k = tl.arange(0, BLOCK)
+    row = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    mean = 0.0
+    if NORM == 2:
+        mean = tl.sum(row, 0) / K
+        row = tl.where(k < K, row - mean, 0.0)
+    return mean, tl.rsqrt(tl.sum(row * row, 0) / K + eps)
+
+
+@triton.jit
+def normalized(x, k, inside, mean, scale, norm_weight, norm_bias, NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr):
+    """A piece of one row, normalized, float32; NORM 0: as it is."""
+    piece = tl.load(x + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM != 0:
+        piece = (piece - mean) * scale * tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
+        if HAS_NORM_BIAS:
+            piece += tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
+    return piece
