@@ -109,7 +109,7 @@ class _Caster:
         name, low = f"{value.name}.{self._low.name.lower()}", self._low
         made = ir.Value(name=name, type=ir.TensorType(low), shape=value.shape)
         made.const_value = ir.LazyTensor(
-            lambda: ir.tensor(_narrow(tensor, low, name), name=name), dtype=low, shape=tensor.shape, name=name
+            lambda: ir.tensor(narrow(tensor, low, name), name=name), dtype=low, shape=tensor.shape, name=name
         )
         self._graph.register_initializer(made)
         return made
@@ -141,7 +141,7 @@ def _tail(graph: ir.Graph) -> set[ir.Node]:
     return found
 
 
-def _narrow(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> np.ndarray:
+def narrow(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> np.ndarray:
     wide = tensor.numpy()
     with np.errstate(over="ignore"):
         narrow = wide.astype(dtype.numpy())
@@ -152,4 +152,4 @@ def _narrow(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> np.ndar
     return narrow
 
 
-__all__ = ["ISLANDS", "PRODUCTS", "set_precision"]
+__all__ = ["ISLANDS", "PRODUCTS", "narrow", "set_precision"]

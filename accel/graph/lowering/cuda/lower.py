@@ -1,0 +1,83 @@
+"""The order of the lowering, and its checks."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from accel.errors import FusionError
+from accel.graph.clean import clean
+from accel.graph.lowering.cuda.attention import lower_attention, lower_cached_attention
+from accel.graph.lowering.cuda.linear import DOMAIN, drop_row_reshapes, fuse_activations, fuse_gates, lower_linear
+from accel.graph.lowering.cuda.weights import lower_weights
+from accel.graph.lowering.unit_batch import drop_unit_batch
+from accel.graph.pipeline import run_passes
+from accel.manifest import PassReport
+from accel.spec import ArchSpec
+
+VERSION = 1  # raise it when the same canonical graph lowers to another one
+
+
+def lower(
+    model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType = ir.DataType.FLOAT
+) -> tuple[ir.Model, tuple[PassReport, ...]]:
+    """Returns a new model in the engine's dialect and what each pass did.
+
+    Inputs and outputs are the canonical graph's; a decoder's caches are in ``dtype``. Nodes of the domain
+    ``accel.kernels`` (all values float32 to the eye; products are made in the weights' type):
+
+    - ``Linear(x, w_0 .. w_n-1, b_0 .. b_n-1)``: the n products side by side, then ``activation`` if there is one.
+    - ``GatedLinear(x, w_gate, w_up, b_gate, b_up)``: activation(gate) * up.
+    - ``CachedAttention(query, key, value, past_key, past_value, past_lengths, query_lengths, cos, sin)``: as the
+      canonical node; key and value absent: query holds all three side by side; with tables [positions, D / 2],
+      queries and keys are rotated by halves first.
+    - ``Attention(query, key, value, attention_mask, bias)``: as the canonical node, packed likewise.
+
+    Args:
+        model: Canonical model in float32; left as it is.
+        max_positions: Rows of the rotary tables.
+        dtype: FLOAT, FLOAT16 or BFLOAT16, of matrices, embeddings and caches.
+
+    Raises:
+        FusionError: An attention layer is lost.
+        ExportError: A weight exceeds the type's range.
+    """
+    lowered = model.clone()
+    lowered.opset_imports[DOMAIN] = 1
+    before = lowered.graph.num_nodes()
+    decoder = arch.kind == "decoder"
+    fused = lower_cached_attention(lowered, arch, max_positions) if decoder else lower_attention(lowered)
+    reports = [PassReport("attention", before, lowered.graph.num_nodes(), fused)]
+    reports += run_passes(
+        lowered,
+        (
+            ("unit_batch", drop_unit_batch if decoder else _nothing),
+            ("linear", lower_linear),
+            ("reshapes", drop_row_reshapes),
+            ("gates", fuse_gates),
+            ("activations", fuse_activations),
+            ("clean", clean),
+            ("weights", lambda model: lower_weights(model, dtype)),
+        ),
+    )
+    _check(lowered, arch)
+    lowered.opset_imports.pop("accel", None)
+    for index, node in enumerate(lowered.graph):
+        node.name = node.name if (node.name or "").startswith("layers.") else f"{node.op_type}_{index}"
+    return lowered, tuple(reports)
+
+
+def _nothing(model: ir.Model) -> int:
+    return 0
+
+
+def _check(model: ir.Model, arch: ArchSpec) -> None:
+    left = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain not in ("", DOMAIN)})
+    if left:
+        raise FusionError(f"nodes without a lowering: {', '.join(left)}", where="cuda")
+    wanted = "CachedAttention" if arch.kind == "decoder" else "Attention"
+    found = sum(node.op_type == wanted and node.domain == DOMAIN for node in model.graph)
+    if found != len(arch.layers):
+        raise FusionError(f"{found} attention nodes for {len(arch.layers)} layers", where=f"layer {found}, cuda")
+
+
+__all__ = ["VERSION", "lower"]
