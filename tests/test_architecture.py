@@ -40,7 +40,7 @@ ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
 
 ONNX = (
     *("accel.api", "accel.bench", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection"),
-    "accel.variants",
+    *("accel.variants", "accel.engines.torch_operators", "accel.engines.cuda"),
 )
 OWNERS = {
     "torch": (
@@ -49,6 +49,7 @@ OWNERS = {
             "accel.graph.parity",
             "accel.graph.evaluation",
             "accel.engines.torch_reference",
+            "accel.engines.torch_operators",
             "accel.engines.cuda",
         ),
         *("accel.bench", "accel_kernels"),

@@ -116,7 +116,10 @@ def _gated(gate: ir.Value, up: ir.Value, kind: str) -> ir.Node | None:
     if all(node is not None and node.domain == DOMAIN for node in linears):
         first, second = (node for node in linears if node is not None)
         same = first.inputs[0] is second.inputs[0] and len(first.inputs) == len(second.inputs)
-        plain = all(node.attributes.get_int("weights", 1) == 1 and "activation" not in node.attributes for node in (first, second))
+        plain = all(
+            node.attributes.get_int("weights", 1) == 1 and "activation" not in node.attributes
+            for node in (first, second)
+        )
         turned = {node.attributes.get_int("transposed", 0) for node in (first, second)}
         if same and plain and len(turned) == 1 and first is not second:
             inputs = [first.inputs[0], first.inputs[1], second.inputs[1], *first.inputs[2:], *second.inputs[2:]]
