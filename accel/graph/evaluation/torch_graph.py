@@ -67,4 +67,4 @@ def _unknown(node: ir.Node) -> Iterator[str]:
             yield f"{node.op_type} with {name}"
 
 
-__all__ = ["OPERATORS", "TorchGraph", "to_numpy", "to_torch"]
+__all__ = ["TorchGraph"]
