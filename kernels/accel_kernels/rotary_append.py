@@ -35,6 +35,8 @@ def rotary_append_kernel(
     wait_for_predecessor(DEPENDENT)
     DIM: tl.constexpr = 2 * HALF_DIM
     row = tl.load(rows + token).to(tl.int64)
+    if row < 0:  # padding
+        return
     slot = tl.load(slots + token).to(tl.int64)
     d = tl.arange(0, HALF)
     line = qkv + token.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
@@ -85,7 +87,7 @@ def rotary_append(
     Args:
         qkv: [T, (H + 2 KV) * D]; its queries are rotated in place.
         key_cache, value_cache: [B, KV, C, D].
-        rows: int32 [T], the cache row of each token.
+        rows: int32 [T], the cache row of each token; negative: padding.
         slots: int32 [T], its position there.
         cos, sin: [positions, D / 2] of half-rotation.
     """

@@ -23,6 +23,7 @@ def varlen_attention_kernel(
     values,
     out,
     starts,
+    stops,
     past_lengths,
     bias,
     query_stride,
@@ -46,14 +47,14 @@ def varlen_attention_kernel(
     HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """Row b's queries are tokens starts[b] .. starts[b + 1]; with CACHED its keys lie at keys + b * key_row."""
+    """Row b's queries are tokens starts[b] .. stops[b]; with CACHED its keys lie at keys + b * key_row."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     first = tl.load(starts + row)
-    length = tl.load(starts + row + 1) - first
+    length = tl.load(stops + row) - first
     if block * BLOCK_M >= length:
         return
     past = 0
@@ -121,6 +122,7 @@ def varlen_attention(
     values: torch.Tensor,
     out: torch.Tensor,
     starts: torch.Tensor,
+    stops: torch.Tensor,
     *,
     heads: int,
     kv_heads: int,
@@ -144,7 +146,7 @@ def varlen_attention(
         query: [T, >= H * D], the queries first in each row; the row stride is the tensor's.
         keys, values: [B, KV, C, D] caches with ``past_lengths``; else packed [T, KV * D] views of one row stride.
         out: [T, H * D], written.
-        starts: int32 [B + 1], where each row's tokens begin.
+        starts, stops: int32 [B], each row's first token and the one behind its last.
         longest: At least the most tokens of a row.
         past_lengths: int32 [B], positions before the row's first query; its keys are in the cache already.
         window: causal: how many keys a query sees, itself included; else the largest distance.
@@ -152,13 +154,14 @@ def varlen_attention(
     """
     cached = past_lengths is not None
     dependent = has_dependent_launch(query.device) if dependent is None else dependent
-    rows = starts.numel() - 1
+    rows = starts.numel()
     varlen_attention_kernel[(triton.cdiv(longest, block_m), heads, rows)](
         query,
         keys,
         values,
         out,
         starts,
+        stops,
         past_lengths,
         bias,
         query.stride(0),
