@@ -11,7 +11,9 @@ from accel_kernels.tiles import activate, let_successor_start, wait_for_predeces
 
 
 @triton.jit
-def activation_kernel(x, out, N, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def activation_kernel(
+    x, out, N, STRIPE, KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr
+):
     """out[t, n] = act(x[t, n]) (* its partner, STRIPE columns on, gated)."""
     line = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -38,7 +40,7 @@ def activation(
     warps: int = 4,
     dependent: bool | None = None,
 ) -> torch.Tensor:
-    """x: [T, N], gated [T, 2N] with ``stripe`` columns of the gate, as many of the other, and so on (None: N); out: [T, N], written."""
+    """x: [T, N], gated [T, 2N] in ``stripe`` columns of the gate, as many of the other ... (None: N); out: [T, N]."""
     tokens, count = out.shape
     dependent = has_dependent_launch(x.device) if dependent is None else dependent
     activation_kernel[(tokens, triton.cdiv(count, block))](
