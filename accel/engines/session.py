@@ -71,6 +71,13 @@ class StepInputs(NamedTuple):
     width: int | None = None
 
 
+class GreedyTokens(NamedTuple):
+    """The best token of each wanted position, and its logit, which tells NaN and infinity."""
+
+    tokens: NDArray[np.int64]  # [R]; lowest index among equals
+    logits: NDArray[np.float32]  # [R]
+
+
 class EncoderSession(Protocol):
     """Runs an encoder graph. Thread-safe."""
 

@@ -1,0 +1,125 @@
+"""Attention over the cache and of encoders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+from accel_kernels.decode_attention import decode_attention
+from accel_kernels.decode_attention import workspace as decode_workspace
+from accel_kernels.rotary_append import rotary_append
+from accel_kernels.varlen_attention import varlen_attention
+
+from accel.engines.cuda.products import Products, as_tensor
+from accel.engines.cuda.values import Parts
+
+_BLOCKS = 132  # programs that fill the GPU
+_MOST_SPLITS = 16
+
+
+@dataclass
+class StepTensors:
+    """One step's places, on the device.
+
+    Attributes:
+        past_lengths: int32 [B]; of a one-token step negative for rows that sit out.
+        starts, stops: int32 [B], where each row's tokens stand.
+        rows, slots: int32 [T], each token's cache row (negative: padding) and slot.
+        longest: At least the most tokens of a row; 1: a one-token step, token b is row b's.
+    """
+
+    past_lengths: torch.Tensor
+    starts: torch.Tensor | None = None
+    stops: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    longest: int = 1
+
+
+class CachedAttention:
+    """Runs the decoder's attention nodes over caches that it holds.
+
+    Args:
+        caches: Keys and values per node, [rows, KV, C, D] in the engine's type.
+        products: Brings values into that type.
+    """
+
+    def __init__(self, caches: dict[ir.Node, tuple[torch.Tensor, torch.Tensor]], products: Products) -> None:
+        self._caches, self._products = caches, products
+        self._spaces: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def run(self, node: ir.Node, operands: list[object], cos: torch.Tensor | None, sin: torch.Tensor | None,
+            step: StepTensors) -> torch.Tensor:  # fmt: skip
+        """[T, H * D] in the engine's type; the cache grows in place."""
+        keys, values = self._caches[node]
+        scale = node.attributes["scale"].as_float()
+        softcap, window = node.attributes.get_float("softcap", None), node.attributes.get_int("window", None)
+        heads = node.attributes["num_heads"].as_int()
+        qkv = self._packed(operands)
+        if step.longest == 1:
+            return self._decode(qkv, keys, values, step, heads, scale, softcap, window, cos, sin)
+        assert step.rows is not None and step.slots is not None and step.starts is not None and step.stops is not None
+        qkv = as_tensor(qkv)
+        kv_heads, dim = keys.shape[1], keys.shape[3]
+        rotary_append(qkv, keys, values, step.rows, step.slots, heads=heads, cos=cos, sin=sin)
+        out = torch.zeros(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)
+        return varlen_attention(
+            qkv, keys, values, out, step.starts, step.stops, heads=heads, kv_heads=kv_heads, dim=dim,
+            longest=step.longest, scale=scale, past_lengths=step.past_lengths, causal=True, softcap=softcap,
+            window=window, block_n=64 if dim <= 128 else 32,
+        )  # fmt: skip
+
+    def _packed(self, operands: list[object]) -> torch.Tensor | Parts:
+        """Query, key and value side by side, in a tensor of their own: queries are rotated in place."""
+        if operands[1] is None:
+            return operands[0] if isinstance(operands[0], Parts) else self._products.low(operands[0])
+        return torch.cat([self._products.low(value) for value in operands[:3]], 1)
+
+    def _decode(self, qkv: torch.Tensor | Parts, keys: torch.Tensor, values: torch.Tensor, step: StepTensors,
+                heads: int, scale: float, softcap: float | None, window: int | None, cos: torch.Tensor | None,
+                sin: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+        rows = step.past_lengths.numel()
+        kv_heads, dim = keys.shape[1], keys.shape[3]
+        splits = max(1, min(_MOST_SPLITS, _BLOCKS // (rows * kv_heads)))
+        few = rows * kv_heads <= _BLOCKS
+        packed = qkv.parts if isinstance(qkv, Parts) else qkv
+        out = torch.empty(rows, heads * dim, dtype=keys.dtype, device=keys.device)
+        return decode_attention(
+            packed, keys[:rows], values[:rows], step.past_lengths, out,
+            self._space(rows, kv_heads, heads // kv_heads, dim, splits), heads=heads, splits=splits, scale=scale,
+            cos=cos, sin=sin, softcap=softcap, window=window, block=256 if few and dim <= 64 else 128 if dim <= 128 else 64,
+            least=256, warps=8 if few else 4,
+        )  # fmt: skip
+
+    def _space(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for ranges that are put together; layers of one shape share it, as they run one after another."""
+        if sizes not in self._spaces:
+            device = next(iter(self._caches.values()))[0].device
+            self._spaces[sizes] = decode_workspace(*sizes, device)
+        return self._spaces[sizes]
+
+
+def encoder_attention(
+    node: ir.Node, operands: list[object], bias: torch.Tensor | None, starts: torch.Tensor, stops: torch.Tensor,
+    longest: int, products: Products,
+) -> torch.Tensor:  # fmt: skip
+    """[B * S, H * D] in the engine's type; rows behind a sequence's end are zero."""
+    heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+    if operands[1] is None:
+        packed = products.low(operands[0])
+        dim = packed.shape[1] // (heads + 2 * kv_heads)
+        query, key, value = packed.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    else:
+        query, key, value = (products.low(operand) for operand in operands[:3])
+        dim = query.shape[1] // heads
+    out = torch.zeros(len(query), heads * dim, dtype=query.dtype, device=query.device)
+    return varlen_attention(
+        query, key, value, out, starts, stops, heads=heads, kv_heads=kv_heads, dim=dim, longest=longest,
+        scale=node.attributes["scale"].as_float(), softcap=node.attributes.get_float("softcap", None),
+        window=node.attributes.get_int("window", None), bias=None if bias is None else bias[0].contiguous(),
+        block_m=128 if longest > 256 else 64,
+    )  # fmt: skip
+
+
+__all__ = ["CachedAttention", "StepTensors", "encoder_attention"]

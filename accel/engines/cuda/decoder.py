@@ -1,0 +1,158 @@
+"""Decoder session: the cache on the device, a decode step as one graph, and the next step on its way already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from accel.engines.cuda.attention import CachedAttention
+from accel.engines.cuda.device import Device, translated_errors
+from accel.engines.cuda.executor import Executor
+from accel.engines.cuda.products import Products
+from accel.engines.cuda.program import load_program
+from accel.engines.cuda.staging import DecodePlace, PackedPlace
+from accel.engines.kv_cache import CacheShape
+from accel.engines.lifetime import Lifetime
+from accel.engines.session import EngineInfo, GreedyTokens, StepInputs
+from accel.errors import BundleError
+from accel.spec import ArchSpec
+
+NAME = "cuda"
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CHUNK = 8192  # prompt tokens of a step: enough to fill the GPU
+
+
+class CudaDecoderSession:
+    """Implements ``accel.engines.session.DecoderSession`` on the bundle's ``cuda`` graph.
+
+    A step in which every row brings one token replays the graph of its batch size. While the host looks at a greedy
+    step's tokens, the device computes the step behind it, as if every row went on with its token: when the next step
+    asks for that, it is done or under way. What no row asks for has written one slot behind each row's end, where
+    the row's next token goes.
+
+    Args:
+        path: The graph; its weights lie beside it.
+        arch: The bundle's.
+        variant: Its name.
+        shape: Of the cache.
+        device: Where to run.
+        dtype: Of weights and cache.
+
+    Raises:
+        BundleError: The file is no such graph.
+        CapacityError: Weights and cache do not fit.
+    """
+
+    mixed_steps = True
+    chunk = CHUNK
+
+    def __init__(
+        self, path: Path, arch: ArchSpec, variant: str, shape: CacheShape, device: Device, dtype: torch.dtype
+    ) -> None:
+        self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
+        self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
+        self._device, self._lifetime = device, Lifetime("decoder")
+        with translated_errors("loading"):
+            program = load_program(path, device.torch, dtype)
+            nodes = [node for node in program.nodes if node.op_type == "CachedAttention"]
+            if len(nodes) != len(arch.layers):
+                what = f"The graph has {len(nodes)} attention layers, the model {len(arch.layers)}"
+                raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
+            self._caches = [
+                tuple(
+                    torch.zeros(
+                        shape.rows, layer.kv_heads, shape.capacity, layer.head_dim, dtype=dtype, device=device.torch
+                    )
+                    for _ in range(2)
+                )
+                for layer in arch.layers
+            ]
+            products = Products(dtype, device.tensor_memory)
+            attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)  # type: ignore[arg-type]
+            self._executor = Executor(program, products, attention)
+        self._decodes: dict[int, DecodePlace] = {}
+        self._packed: dict[tuple[int, ...], PackedPlace] = {}
+
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Runs one packed step; see ``DecoderSession.step``.
+
+        Raises:
+            EngineError: The session is closed or was forked; the device ran out of memory.
+            EngineBrokenError: The device failed.
+        """
+        self._lifetime.check()
+        with translated_errors("decoder step"):
+            if not is_decode(inputs):
+                return self._run_packed(inputs).cpu().numpy()
+            place = self._decode_place(inputs)
+            place.start(inputs, self.capacity, ahead=False)
+            return place.logits(inputs)
+
+    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+        """As ``step``, but returns each wanted position's best token and leaves the logits on the device.
+
+        Raises:
+            EngineError, EngineBrokenError: see ``step``.
+        """
+        self._lifetime.check()
+        with translated_errors("decoder step"):
+            if not is_decode(inputs):
+                values, tokens = self._run_packed(inputs).max(1)
+                return GreedyTokens(tokens.cpu().numpy(), values.cpu().numpy())
+            place = self._decode_place(inputs)
+            place.start(inputs, self.capacity, ahead=True)
+            return place.tokens(inputs)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """See ``DecoderSession.copy_row``."""
+        self._lifetime.check()
+        with translated_errors("copying a row"):
+            for pair in self._caches:
+                for cache in pair:
+                    cache[target, :, :length] = cache[source, :, :length]
+
+    def cache_pointers(self) -> list[tuple[int, int]]:
+        """Addresses of each layer's key and value buffer; they never change."""
+        return [(keys.data_ptr(), values.data_ptr()) for keys, values in self._caches]
+
+    def close(self) -> None:
+        """Frees the device's memory. Safe to call twice."""
+        if self._lifetime.close():
+            self._decodes.clear()
+            self._packed.clear()
+            self._caches.clear()
+            del self._executor
+            self._device.release()
+
+    def _decode_place(self, inputs: StepInputs) -> DecodePlace:
+        rows = inputs.rows or int(np.flatnonzero(inputs.query_lengths)[-1]) + 1
+        size = min(_at_least(rows), self.max_batch)
+        if size not in self._decodes:
+            self._decodes[size] = DecodePlace(size, self.vocab_size, self._device, self._executor)
+        return self._decodes[size]
+
+    def _run_packed(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits float32 [R, V] on the device."""
+        widest, wanted = int(inputs.query_lengths.max()), len(inputs.logits_positions)
+        if not wanted:  # the run wants at least one; nobody looks at it
+            inputs = inputs._replace(logits_positions=np.zeros(1, np.int64))
+        key = tuple(_at_least(size) for size in (len(inputs.input_ids), widest, max(1, wanted)))
+        if key not in self._packed:
+            self._packed[key] = PackedPlace(*key, self.max_batch, self._device, self._executor)
+        return self._packed[key].run(inputs)[:wanted]
+
+
+def is_decode(inputs: StepInputs) -> bool:
+    """Whether every row that takes part brings one token, whose logits are wanted."""
+    width = inputs.width or int(inputs.query_lengths.max())
+    return width == 1 and len(inputs.logits_positions) == len(inputs.input_ids)
+
+
+def _at_least(size: int) -> int:
+    return next((bucket for bucket in _SIZES if bucket >= size), size)
+
+
+__all__ = ["CHUNK", "NAME", "CudaDecoderSession"]

@@ -1,0 +1,292 @@
+"""Runs a program node after node; what can wait for its reader does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import torch
+from accel_kernels.gather import gather
+from accel_kernels.tiles import LAYER_NORM, RMS_NORM
+
+from accel.engines.cuda.attention import CachedAttention, StepTensors, encoder_attention
+from accel.engines.cuda.products import FEW, Products, as_tensor, rows_of
+from accel.engines.cuda.program import DOMAIN, Program
+from accel.engines.cuda.values import Normed, Parts, Product, Sum
+from accel.engines.torch_operators import OPERATORS, TYPES
+
+NORMS = {"RMSNormalization": RMS_NORM, "LayerNormalization": LAYER_NORM}
+_LINEARS = ("Linear", "GatedLinear")
+# Operators whose operands but the first say a shape, axes or ranges: these stay on the host.
+_SHAPED = {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Split", "ReduceMean", "ReduceSum", "CumSum"}
+_HOST = {"Shape", "Range"}
+
+
+class Executor:
+    """One run of the program over given inputs.
+
+    Args:
+        program: What runs.
+        products: Multiplies.
+        attention: The decoder's; None: an encoder.
+    """
+
+    def __init__(self, program: Program, products: Products, attention: CachedAttention | None = None) -> None:
+        self._program, self._products, self._attention = program, products, attention
+        self._on_device: dict[tuple[ir.Node, int], torch.Tensor] = {}  # constants that live on the host
+
+    @torch.inference_mode()
+    def run(
+        self, feeds: Mapping[str, torch.Tensor], step: StepTensors, wanted: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Graph inputs by name -> outputs by name, float32; caches are no outputs.
+
+        Args:
+            feeds: On the device.
+            step: Where tokens stand.
+            wanted: int64 [R], the tokens whose logits are wanted; None: each token's.
+        """
+        return _Run(self, feeds, step, wanted).run()
+
+
+class _Run:
+    def __init__(
+        self, owner: Executor, feeds: Mapping[str, torch.Tensor], step: StepTensors, wanted: torch.Tensor | None
+    ) -> None:
+        self._program, self._products, self._attention = owner._program, owner._products, owner._attention
+        self._on_device, self._step, self._wanted = owner._on_device, step, wanted
+        self._values: dict[ir.Value, object] = dict(owner._program.constants)
+        for value in owner._program.inputs:
+            if value.name in feeds:
+                self._values[value] = feeds[value.name]
+        self._device = step.past_lengths.device
+        self._fused = {
+            "Linear": self._linear,
+            "GatedLinear": self._gated_linear,
+            "CachedAttention": self._cached_attention,
+            "Attention": self._encoder_attention,
+        }
+
+    def run(self) -> dict[str, torch.Tensor]:
+        remaining = {value: len(readers) for value, readers in self._program.readers.items()}
+        for node in self._program.nodes:
+            self._values[node.outputs[0]] = None
+            self._compute(node)
+            for value in node.inputs:
+                if value is None or value.is_initializer():
+                    continue
+                remaining[value] -= 1
+                if not remaining[value] and not value.is_graph_output():
+                    self._values.pop(value, None)
+        return {
+            value.name or "": self._tensor(value).float()
+            for value in self._program.outputs
+            if not (value.name or "").startswith("present.")
+        }
+
+    def _compute(self, node: ir.Node) -> None:
+        values = self._values
+        if node.domain == DOMAIN:
+            values[node.outputs[0]] = self._fused[node.op_type](node)
+        elif node.op_type in NORMS:
+            values[node.outputs[0]] = self._norm(node)
+        elif node.op_type == "Add" and (total := self._sum(node)) is not None:
+            values[node.outputs[0]] = total
+        elif node.op_type == "Gather" and (rows := self._gather(node)) is not None:
+            values[node.outputs[0]] = rows
+        else:
+            results = self._generic(node)
+            results = results if isinstance(results, list | tuple) else [results]
+            values.update(zip(node.outputs, results, strict=True))
+
+    # Fused nodes
+
+    def _linear(self, node: ir.Node) -> object:
+        matrix, source = self._program.matrices[node], self._flat(node.inputs[0])
+        kind = node.attributes.get_string("activation", None)
+        reader = self._program.only_reader(node.outputs[0])
+        if kind is None and reader is not None and self._adds(reader, node.outputs[0]):
+            return Product(source, matrix)
+        decoding = self._attention is not None and self._step.longest == 1
+        if kind is None and decoding and reader is not None and reader.op_type == "CachedAttention":
+            if reader.inputs[1] is None:
+                return self._products.parts(source, matrix)
+        low = all(use.domain == DOMAIN for use in self._program.readers.get(node.outputs[0], [])) and reader is not None
+        wide = not low and (node.outputs[0].is_graph_output() or rows_of(source) <= FEW)
+        result = self._products.linear(source, matrix, kind=kind, wide_out=wide)
+        return self._shaped(result, node.inputs[0])
+
+    def _gated_linear(self, node: ir.Node) -> object:
+        matrix, source = self._program.matrices[node], self._flat(node.inputs[0])
+        result = self._products.linear(source, matrix, kind=node.attributes["activation"].as_string())
+        return self._shaped(result, node.inputs[0])
+
+    def _cached_attention(self, node: ir.Node) -> torch.Tensor:
+        assert self._attention is not None
+        cos, sin = (self._tensor(value) for value in node.inputs[7:9]) if len(node.inputs) > 7 else (None, None)
+        operands = [None if value is None else self._flat(value) for value in node.inputs[:3]]
+        return self._attention.run(node, operands, cos, sin, self._step)
+
+    def _encoder_attention(self, node: ir.Node) -> torch.Tensor:
+        operands = [None if value is None else self._flat(value) for value in node.inputs[:3]]
+        bias = self._tensor(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
+        assert self._step.starts is not None and self._step.stops is not None
+        result = encoder_attention(
+            node, operands, bias, self._step.starts, self._step.stops, self._step.longest, self._products
+        )
+        return self._shaped(result, node.inputs[0])
+
+    def _norm(self, node: ir.Node) -> object:
+        source = self._values[node.inputs[0]]  # type: ignore[index]
+        weight = self._tensor(node.inputs[1])
+        bias = self._tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
+        default = 1e-5
+        epsilon = node.attributes.get_float("epsilon", default) or default
+        shape = None
+        if not isinstance(source, Sum):
+            tensor = self._tensor(node.inputs[0])
+            shape = tensor.shape
+            source = tensor.reshape(-1, shape[-1])
+        readers = self._program.readers.get(node.outputs[0], [])
+        linears = all(reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers)
+        by = Normed(torch.empty(0), weight, bias, epsilon, NORMS[node.op_type])
+        if linears and rows_of(source) == 1 and not node.outputs[0].is_graph_output():
+            by.source = source.tensor() if isinstance(source, Sum) else source
+            return by
+        if node.outputs[0].is_graph_output() or not linears:
+            return self._wide_norm(source, by, shape)
+        result = self._products.norm(source, by)
+        return result if shape is None else result.reshape(shape)
+
+    def _wide_norm(self, source: torch.Tensor | Sum, by: Normed, shape: torch.Size | None) -> torch.Tensor:
+        """A norm whose result is a stream of its own, or an output: float32."""
+        wide = Products(torch.float32, False).norm(source, by)
+        return wide if shape is None else wide.reshape(shape)
+
+    # Sums and rows
+
+    def _adds(self, reader: ir.Node, value: ir.Value) -> bool:
+        """Whether a node adds the value to a computed one of its shape."""
+        if reader.op_type != "Add" or reader.domain or reader.inputs[0] is reader.inputs[1]:
+            return False
+        other = reader.inputs[1] if reader.inputs[0] is value else reader.inputs[0]
+        return other is not None and not other.is_initializer() and other.shape == value.shape
+
+    def _sum(self, node: ir.Node) -> object:
+        pair = [self._values[value] for value in node.inputs]  # type: ignore[index]
+        if not any(isinstance(value, Product) for value in pair):
+            return None
+        place = next(index for index, value in enumerate(pair) if isinstance(value, Product))
+        product, other = pair[place], node.inputs[1 - place]
+        assert isinstance(product, Product) and other is not None
+        if isinstance(pair[1 - place], Product):  # two branches: one is computed first
+            second = pair[1 - place]
+            assert isinstance(second, Product)
+            stream = self._products.linear(second.source, second.matrix, wide_out=rows_of(second.source) <= FEW).float()
+        else:
+            stream = self._flat_tensor(other)
+        shape = None if isinstance(pair[1 - place], Sum | Product) else self._tensor(other).shape
+        rows = rows_of(product.source)
+        if rows == 1:
+            done = self._products.linear(product.source, product.matrix, residual=stream.float().contiguous())
+            return done if shape is None else done.reshape(shape)
+        added = self._products.parts(product.source, product.matrix) if rows <= FEW else None
+        if added is None:
+            added = self._products.linear(product.source, product.matrix)
+        tensor = added.parts if isinstance(added, Parts) else as_tensor(added)
+        total = Sum(stream.contiguous(), tensor)
+        return total if shape is None or len(shape) == 2 else total.tensor().reshape(shape)
+
+    def _gather(self, node: ir.Node) -> torch.Tensor | Sum | None:
+        """Rows of an embedding, or the tokens whose logits are wanted."""
+        source, index = node.inputs
+        assert source is not None and index is not None
+        if index.name == "logits_positions" and self._wanted is None:
+            return self._values[source]  # type: ignore[return-value]
+        if index.name == "logits_positions" and node.attributes.get_int("axis", 0) == 0:
+            return self._tensor(source).index_select(0, self._wanted)  # type: ignore[arg-type]
+        table = self._values[source]
+        ids = self._values[index]
+        plain = source.is_initializer() and isinstance(table, torch.Tensor) and isinstance(ids, torch.Tensor)
+        if not plain or table.dim() != 2 or node.attributes.get_int("axis", 0) or ids.device != table.device:  # type: ignore[union-attr]
+            return None
+        assert isinstance(table, torch.Tensor) and isinstance(ids, torch.Tensor)
+        out = torch.empty(ids.numel(), table.shape[1], dtype=torch.float32, device=table.device)
+        return gather(table, ids.reshape(-1).contiguous(), out).reshape(*ids.shape, -1)
+
+    # Everything else
+
+    def _generic(self, node: ir.Node) -> object:
+        """An operator of ONNX on PyTorch, low types widened: none of these is where time goes."""
+        operands: list[torch.Tensor | None] = []
+        shaped = node.op_type in _SHAPED
+        for place, value in enumerate(node.inputs):
+            tensor = None if value is None else self._tensor(value)
+            if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor = tensor.float()
+            operands.append(tensor)
+        if not shaped and node.op_type not in _HOST:
+            operands = self._together(node, operands)
+        if node.op_type == "Shape":
+            return _shape(node, operands[0])  # type: ignore[arg-type]
+        if node.op_type == "Range":
+            start, stop, by = (operand.item() for operand in operands if operand is not None)
+            return torch.arange(start, stop, by, dtype=operands[0].dtype, device=self._device)  # type: ignore[union-attr]
+        if node.op_type == "Cast" and TYPES[ir.DataType(node.attributes["to"].as_int())] == torch.float32:
+            return operands[0].float()  # type: ignore[union-attr]
+        return OPERATORS[node.op_type](node, *operands)
+
+    def _together(self, node: ir.Node, operands: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Constants that live on the host join operands on the device."""
+        if all(operand is None or operand.device.type == "cpu" for operand in operands):
+            return operands
+        result: list[torch.Tensor | None] = []
+        for place, operand in enumerate(operands):
+            value = node.inputs[place]
+            if operand is None or operand.device == self._device or (operand.dim() == 0 and node.op_type != "Gather"):
+                result.append(operand)
+            elif value is not None and value.is_initializer():
+                key = (node, place)
+                if key not in self._on_device:
+                    self._on_device[key] = operand.to(self._device)
+                result.append(self._on_device[key])
+            else:
+                result.append(operand.to(self._device))
+        return result
+
+    def _tensor(self, value: ir.Value | None) -> torch.Tensor:
+        assert value is not None
+        found = self._values[value]
+        if isinstance(found, Normed):
+            return self._products.normalize(found)
+        if isinstance(found, Product):
+            return self._products.linear(found.source, found.matrix)
+        return as_tensor(found)
+
+    def _flat(self, value: ir.Value | None) -> object:
+        """As rows of tokens: [T, K], or what becomes that."""
+        assert value is not None
+        found = self._values[value]
+        if isinstance(found, Normed | Sum | Parts):
+            return found
+        return self._flat_tensor(value)
+
+    def _flat_tensor(self, value: ir.Value) -> torch.Tensor:
+        tensor = self._tensor(value)
+        return tensor.reshape(-1, tensor.shape[-1])
+
+    def _shaped(self, result: torch.Tensor, like: ir.Value | None) -> torch.Tensor:
+        """[T, N] with the leading dimensions of the node's input."""
+        assert like is not None
+        found = self._values[like]
+        if not isinstance(found, torch.Tensor) or found.dim() == 2:
+            return result
+        return result.reshape(*found.shape[:-1], result.shape[-1])
+
+
+def _shape(node: ir.Node, x: torch.Tensor) -> torch.Tensor:
+    start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+    return torch.tensor(list(x.shape)[start:end], dtype=torch.int64)
+
+
+__all__ = ["Executor"]

@@ -1,0 +1,169 @@
+"""Steps' places on the device: the inputs that a recorded run reads, and the results that it leaves."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+from accel_kernels.argmax import argmax, argmax_workspace
+from numpy.typing import NDArray
+
+from accel.engines.cuda.attention import StepTensors
+from accel.engines.cuda.device import Device
+from accel.engines.cuda.executor import Executor
+from accel.engines.cuda.replay import Replay
+from accel.engines.session import GreedyTokens, StepInputs
+
+SITS_OUT = -1
+
+
+class DecodePlace:
+    """One-token steps of the first ``rows`` cache rows: token b is row b's.
+
+    A run leaves the next step's inputs where it found its own: each row's best token, one position on. So the next
+    step can follow at once, while the host still looks at this one's tokens.
+    """
+
+    def __init__(self, rows: int, vocab: int, device: Device, executor: Executor) -> None:
+        self._device, self._executor, self._rows = device, executor, rows
+        place = device.torch
+        self._host = device.pinned(2 * rows)  # ids, positions
+        self._inputs = torch.zeros(2 * rows, dtype=torch.int64, device=place)
+        self._inputs[rows:] = SITS_OUT
+        self._lengths = torch.full((rows,), SITS_OUT, dtype=torch.int32, device=place)
+        self._logits = torch.zeros(rows, vocab, dtype=torch.float32, device=place)
+        self._best = torch.zeros(2 * rows, dtype=torch.int64, device=place)  # tokens, then their logits' float32
+        self._space = argmax_workspace(rows, place)
+        self._taken = [device.pinned(2 * rows) for _ in range(2)]
+        self._events: list[Any] = [device.event() for _ in range(2)]
+        self._copied: Any = None
+        self._under_way: deque[tuple[NDArray[np.int64], int]] = deque()  # lengths of a step, where its tokens go
+        self._launched = 0
+        self._tokens: NDArray[np.int64] | None = None  # of the step that was read last
+        self._replay = Replay(device, self._run)
+        self._replay.run()  # compiles; every row sits out
+        if device.is_gpu:
+            self._replay.record()
+
+    def start(self, inputs: StepInputs, capacity: int, ahead: bool) -> None:
+        """Makes this step the first one under way, and with ``ahead`` the one behind it the second."""
+        lengths = self._lengths_of(inputs)
+        if not (ahead and self._is_under_way(inputs, lengths)):
+            self._under_way.clear()
+            self._fill(inputs, lengths)
+            self._launch(lengths)
+        if ahead and len(self._under_way) < 2 and lengths.max() + 1 < capacity:
+            self._launch(np.where(lengths >= 0, lengths + 1, lengths))
+
+    def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """float32 [R, V] of the step that was started."""
+        self._under_way.clear()
+        rows = np.flatnonzero(inputs.query_lengths[: self._rows])
+        if len(rows) == rows[-1] + 1:
+            return self._logits[: len(rows)].cpu().numpy()
+        return self._logits[torch.from_numpy(rows).to(self._logits.device)].cpu().numpy()
+
+    def tokens(self, inputs: StepInputs) -> GreedyTokens:
+        """Waits for the step that was started; each active row's best token."""
+        _, place = self._under_way.popleft()
+        if self._events[place] is not None:
+            self._events[place].synchronize()
+        taken = self._taken[place].numpy()
+        rows = np.flatnonzero(inputs.query_lengths[: self._rows])
+        self._tokens = taken[: self._rows].copy()
+        values = taken[self._rows :].view(np.float32)[: self._rows]
+        return GreedyTokens(self._tokens[rows], values[rows].copy())
+
+    def _lengths_of(self, inputs: StepInputs) -> NDArray[np.int64]:
+        active = inputs.query_lengths[: self._rows] > 0
+        return np.where(active, inputs.past_lengths[: self._rows], SITS_OUT).astype(np.int64)
+
+    def _is_under_way(self, inputs: StepInputs, lengths: NDArray[np.int64]) -> bool:
+        if not self._under_way or self._tokens is None or not np.array_equal(self._under_way[0][0], lengths):
+            return False
+        return np.array_equal(self._tokens[lengths >= 0], inputs.input_ids)
+
+    def _fill(self, inputs: StepInputs, lengths: NDArray[np.int64]) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still read the host's side
+        host = self._host.numpy()
+        host[: self._rows] = 0
+        host[: self._rows][lengths >= 0] = inputs.input_ids
+        host[self._rows :] = lengths
+        self._inputs.copy_(self._host, non_blocking=True)
+        if self._device.is_gpu:
+            self._copied = self._device.event()
+            self._copied.record()
+
+    def _launch(self, lengths: NDArray[np.int64]) -> None:
+        place = self._launched % 2
+        self._launched += 1
+        self._replay.run()
+        self._taken[place].copy_(self._best, non_blocking=True)
+        if self._events[place] is not None:
+            self._events[place].record()
+        self._under_way.append((lengths, place))
+
+    def _run(self) -> None:
+        ids, positions = self._inputs[: self._rows], self._inputs[self._rows :]
+        self._lengths.copy_(positions)
+        feeds = {"input_ids": ids, "position_ids": positions.clamp(min=0)}
+        self._logits.copy_(self._executor.run(feeds, StepTensors(self._lengths))["logits"])
+        values = self._best[self._rows :].view(torch.float32)[: self._rows]
+        argmax(self._logits, self._best[: self._rows], values, self._space)
+        ids.copy_(self._best[: self._rows])
+        positions.add_((positions >= 0).to(torch.int64))
+
+
+class PackedPlace:
+    """Steps of several tokens per row, as many as ``tokens`` in all; the rest is padding.
+
+    Args:
+        tokens: T.
+        longest: Most tokens of a row.
+        wanted: R.
+        rows: Cache rows.
+    """
+
+    def __init__(self, tokens: int, longest: int, wanted: int, rows: int, device: Device, executor: Executor) -> None:
+        self._tokens, self._longest, self._wanted, self._rows = tokens, max(2, longest), wanted, rows
+        self._executor = executor
+        self._sizes = [tokens, tokens, tokens, rows, rows, rows, wanted]  # ids, positions, rows, starts, stops, past
+        self._host = device.pinned(sum(self._sizes))
+        self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
+        self._small = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device.torch)
+        self._result: torch.Tensor | None = None
+        self._replay = Replay(device, self._run)
+
+    def run(self, inputs: StepInputs) -> torch.Tensor:
+        """Logits float32 [R, V] on the device; the next run overwrites them."""
+        ids, positions, rows, starts, stops, past, wanted = (
+            part.numpy() for part in self._host.split(self._sizes)
+        )  # fmt: skip
+        count, lengths = len(inputs.input_ids), inputs.query_lengths.astype(np.int64)
+        ids[:count], ids[count:] = inputs.input_ids, 0
+        positions[:count], positions[count:] = inputs.position_ids, 0
+        rows[:count], rows[count:] = np.repeat(np.arange(len(lengths)), lengths), SITS_OUT
+        stops[:] = np.cumsum(lengths)
+        starts[:] = stops - lengths
+        past[:] = inputs.past_lengths
+        wanted[:], wanted[: len(inputs.logits_positions)] = 0, inputs.logits_positions
+        self._inputs.copy_(self._host)
+        self._replay.run()
+        assert self._result is not None
+        return self._result[: len(inputs.logits_positions)]
+
+    def _run(self) -> None:
+        self._small.copy_(self._inputs)
+        ids, positions, *_, wanted = self._inputs.split(self._sizes)
+        _, slots, rows, starts, stops, past, _ = self._small.split(self._sizes)
+        step = StepTensors(past, starts, stops, rows, slots, self._longest)
+        logits = self._executor.run({"input_ids": ids, "position_ids": positions}, step, wanted)["logits"]
+        if self._result is None:
+            self._result = torch.empty_like(logits)
+        self._result.copy_(logits)
+
+
+__all__ = ["DecodePlace", "PackedPlace"]
