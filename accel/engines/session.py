@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,3 +118,12 @@ class DecoderSession(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class GreedySession(Protocol):
+    """A decoder session that can keep the logits to itself."""
+
+    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+        """As ``DecoderSession.step``, but returns the best token of each wanted position."""
+        ...

@@ -138,6 +138,11 @@ class Sampler:
         """Whether ``pick`` looks at the tokens so far."""
         return self._reads_history
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``pick`` takes the largest logit as it is."""
+        return self._plain
+
     def pick(self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()) -> int:
         """Chooses the next token.
 
@@ -209,9 +214,18 @@ class Sampler:
 def _best(scores: NDArray[np.float32]) -> int:
     """Index of the largest score; lowest index among equals. NaN wins every argmax, so one look finds it."""
     index = int(scores.argmax())
-    if not math.isfinite(scores.item(index)):
+    return check_best(index, scores.item(index))
+
+
+def check_best(index: int, logit: float) -> int:
+    """A best token.
+
+    Raises:
+        EngineError: Its logit is NaN or infinite.
+    """
+    if not math.isfinite(logit):
         raise EngineError(
-            f"the largest logit is {scores[index]}, so no token can be chosen",
+            f"the largest logit is {logit}, so no token can be chosen",
             where=f"token {index}",
             remedy="The model's numbers overflowed or every token is banned; check the weights and the precision",
         )

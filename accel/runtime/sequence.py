@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from accel.engines.session import GreedyTokens
 from accel.errors import AccelError
-from accel.runtime.results import Timings, TokenLogprob
-from accel.runtime.sampling import Sampler, log_softmax, top_logprobs
+from accel.runtime.sampling import Sampler, check_best, log_softmax, top_logprobs
 
 EndReason = Literal["eos", "stop", "length", "cancelled"]
 
@@ -170,6 +170,21 @@ class Sequence:
             top = tuple(top_logprobs(logits, self.logprobs))
             self.records.append(TokenLogprob(token, float(log_softmax(logits)[token]), top))
         return token
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether its next token is the best one whatever the other logits are."""
+        if self.sampler is None or self.logprobs is not None or not self.sampler.is_plain:
+            return False
+        return not self._banned or self.length - len(self.prompt) >= self.min_new_tokens
+
+    def take(self, best: GreedyTokens, at: int) -> int:
+        """The next token as the engine found it.
+
+        Raises:
+            EngineError: Its logit is NaN or infinite.
+        """
+        return check_best(int(best.tokens[at]), float(best.logits[at]))
 
     def append(self, token: int) -> None:
         """Adds a generated token and decides whether it is the last."""

@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.session import DecoderSession, StepInputs
+from accel.engines.session import DecoderSession, GreedySession, GreedyTokens, StepInputs
 from accel.errors import AccelError, EngineBrokenError, EngineError, InputError
 from accel.runtime.failover import too_long
 from accel.runtime.sampling import log_softmax
@@ -29,10 +29,11 @@ class SlotOptions:
     """How steps are put together.
 
     Attributes:
-        chunk: Prompt tokens per step, all rows together; longer prompts take several steps.
+        chunk: Prompt tokens per step, all rows together; longer prompts take several steps. None: the session's
+            own wish, or 256.
     """
 
-    chunk: int = DEFAULT_CHUNK
+    chunk: int | None = None
 
 
 class SlotLoop:
@@ -56,10 +57,9 @@ class SlotLoop:
         self, session: DecoderSession, options: SlotOptions | None = None, successor: Successor | None = None
     ) -> None:
         options = options or SlotOptions()
-        if options.chunk < 1:
+        if options.chunk is not None and options.chunk < 1:
             raise InputError(f"chunk must be at least 1, not {options.chunk}", where="chunk")
-        self._chunk = options.chunk
-        self._score_chunk = max(1, min(options.chunk, _SCORE_BYTES // (4 * session.vocab_size)))
+        self._asked_chunk = options.chunk
         self._inbox: deque[Sequence] = deque()  # appended by any thread
         self._waiting: list[Sequence] = []
         self._active: list[Sequence] = []  # in order of admission
@@ -73,6 +73,9 @@ class SlotLoop:
     def _use(self, session: DecoderSession) -> None:
         """Starts on a session whose cache is empty."""
         self._session = session
+        self._greedy = session.greedy if isinstance(session, GreedySession) else None
+        self._chunk = self._asked_chunk or getattr(session, "chunk", DEFAULT_CHUNK)
+        self._score_chunk = max(1, min(self._chunk, _SCORE_BYTES // (4 * session.vocab_size)))
         self._rows: list[Sequence | None] = [None] * session.max_batch
         self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row
         self._query = np.zeros(session.max_batch, np.int32)
@@ -254,7 +257,7 @@ class SlotLoop:
         inputs = self._build(plan)
         before = perf_counter()
         try:
-            logits = self._session.step(inputs)
+            logits = self._step(plan, inputs)
         except EngineBrokenError:  # no row of it can run: ``step`` turns to the next engine
             raise
         except Exception as error:
@@ -274,6 +277,12 @@ class SlotLoop:
             clock.compute += after - before
             clock.steps += 1
         self._postprocess(plan, logits, events, after)
+
+    def _step(self, plan: Plan, inputs: StepInputs) -> NDArray[np.float32] | GreedyTokens:
+        """The wanted logits, or their best tokens alone where nobody looks at the rest and the engine can."""
+        if self._greedy is not None and all(sequence.takes_best for sequence, _ in plan):
+            return self._greedy(inputs)
+        return self._session.step(inputs)
 
     def _build(self, plan: Plan) -> StepInputs:
         query, past = self._query, self._past
@@ -317,17 +326,22 @@ class SlotLoop:
 
     # Postprocess
 
-    def _postprocess(self, plan: Plan, logits: NDArray[np.float32], events: list[Event], now: float) -> None:
+    def _postprocess(
+        self, plan: Plan, logits: NDArray[np.float32] | GreedyTokens, events: list[Event], now: float
+    ) -> None:
         start = 0
         for sequence, count in plan:
             first, last = self._wanted(sequence, count)
             wanted, at, token = last - first, start, None
             start += wanted
             try:
-                if sequence.sampler is None:
+                if isinstance(logits, GreedyTokens):
+                    token = sequence.take(logits, at) if wanted else None
+                elif sequence.sampler is None:
                     self._score(sequence, logits[at:start])
                 elif wanted:
                     token = sequence.choose(logits[at])
+                if token is not None:
                     sequence.clock.count(perf_counter())  # before it may end: its caller reads the clock then
                 self._advance(sequence, count, token)
             except Exception as error:  # its own logits or text: the other sequences go on

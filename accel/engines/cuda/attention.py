@@ -113,6 +113,7 @@ def encoder_attention(
     else:
         query, key, value = (products.low(operand) for operand in operands[:3])
         dim = query.shape[1] // heads
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # the kernel knows one key stride
     out = torch.zeros(len(query), heads * dim, dtype=query.dtype, device=query.device)
     return varlen_attention(
         query, key, value, out, starts, stops, heads=heads, kv_heads=kv_heads, dim=dim, longest=longest,

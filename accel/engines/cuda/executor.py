@@ -151,7 +151,7 @@ class _Run:
         linears = all(reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers)
         by = Normed(torch.empty(0), weight, bias, epsilon, NORMS[node.op_type])
         if linears and rows_of(source) == 1 and not node.outputs[0].is_graph_output():
-            by.source = source.tensor() if isinstance(source, Sum) else source
+            by.source, by.shape = source.tensor() if isinstance(source, Sum) else source, shape
             return by
         if node.outputs[0].is_graph_output() or not linears:
             return self._wide_norm(source, by, shape)
@@ -203,8 +203,9 @@ class _Run:
         assert source is not None and index is not None
         if index.name == "logits_positions" and self._wanted is None:
             return self._values[source]  # type: ignore[return-value]
-        if index.name == "logits_positions" and node.attributes.get_int("axis", 0) == 0:
-            return self._tensor(source).index_select(0, self._wanted)  # type: ignore[arg-type]
+        if index.name == "logits_positions":
+            assert self._wanted is not None
+            return self._tensor(source).index_select(node.attributes.get_int("axis", 0) or 0, self._wanted)
         table = self._values[source]
         ids = self._values[index]
         plain = source.is_initializer() and isinstance(table, torch.Tensor) and isinstance(ids, torch.Tensor)
@@ -258,7 +259,8 @@ class _Run:
         assert value is not None
         found = self._values[value]
         if isinstance(found, Normed):
-            return self._products.normalize(found)
+            result = self._products.normalize(found)
+            return result if found.shape is None else result.reshape(found.shape)
         if isinstance(found, Product):
             return self._products.linear(found.source, found.matrix)
         return as_tensor(found)
@@ -279,9 +281,8 @@ class _Run:
         """[T, N] with the leading dimensions of the node's input."""
         assert like is not None
         found = self._values[like]
-        if not isinstance(found, torch.Tensor) or found.dim() == 2:
-            return result
-        return result.reshape(*found.shape[:-1], result.shape[-1])
+        shape = found.shape if isinstance(found, torch.Tensor | Normed) else None
+        return result if shape is None else result.reshape(*shape[:-1], result.shape[-1])
 
 
 def _shape(node: ir.Node, x: torch.Tensor) -> torch.Tensor:

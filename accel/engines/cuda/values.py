@@ -18,6 +18,7 @@ class Normed:
     bias: torch.Tensor | None
     epsilon: float
     kind: int
+    shape: torch.Size | None = None  # of the result, where it is not [T, K]
     result: torch.Tensor | None = None
 
 

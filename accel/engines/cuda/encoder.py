@@ -1,0 +1,159 @@
+"""Encoder session: one recorded graph per shape."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from accel.engines.cuda.attention import StepTensors
+from accel.engines.cuda.device import Device, translated_errors
+from accel.engines.cuda.executor import Executor
+from accel.engines.cuda.products import Products
+from accel.engines.cuda.program import load_program
+from accel.engines.cuda.replay import Replay
+from accel.engines.lifetime import Lifetime
+from accel.engines.session import EngineInfo
+from accel.errors import BundleError, UncoveredError
+from accel.spec import ArchSpec
+
+NAME = "cuda"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+_LENGTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # a row is padded up to one of these, or a multiple of 256
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_SHAPES = 64  # recorded at most; the least recently used goes
+
+Feeds = dict[str, NDArray]
+
+
+class CudaEncoderSession:
+    """Implements ``accel.engines.session.EncoderSession`` on the bundle's ``cuda`` graph. Thread-safe.
+
+    Args:
+        path: The graph; its weights lie beside it.
+        arch: The bundle's.
+        variant: Its name.
+        device: Where to run.
+        dtype: Of the weights.
+
+    Raises:
+        BundleError: The file is no such graph.
+        EngineError: The weights do not fit.
+    """
+
+    def __init__(self, path: Path, arch: ArchSpec, variant: str, device: Device, dtype: torch.dtype) -> None:
+        self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
+        self._device, self._longest = device, arch.max_positions
+        with translated_errors("loading"):
+            program = load_program(path, device.torch, dtype)
+            self._inputs = [value.name or "" for value in program.inputs]
+            if set(self._inputs) - set(INPUTS):
+                what = f"The graph takes {', '.join(self._inputs)}"
+                raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
+            self._executor = Executor(program, Products(dtype, device.tensor_memory))
+        self._places: OrderedDict[tuple[int, int], _Place] = OrderedDict()
+        self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Runs one batch; see ``EncoderSession.run``.
+
+        Raises:
+            EngineError: The session is closed or was forked, or the device's memory is full.
+            EngineBrokenError: The device failed.
+            UncoveredError: A mask with holes, or with padding in front.
+        """
+        self._lifetime.check()
+        ids = feeds["input_ids"]
+        rows, width = ids.shape
+        mask = feeds.get("attention_mask")
+        lengths = np.full(rows, width) if mask is None else _lengths(mask)
+        shape = (_at_least(rows, _ROWS), min(_at_least(width, _LENGTHS), max(width, self._longest)))
+        with self._lock, translated_errors("encoder run"):
+            place = self._place(shape)
+            results = place.run(feeds, rows, width, lengths)
+        return results
+
+    def close(self) -> None:
+        """Frees the device's memory. Safe to call twice."""
+        with self._lock:
+            if self._lifetime.close():
+                self._places.clear()
+                del self._executor
+                self._device.release()
+
+    def _place(self, shape: tuple[int, int]) -> _Place:
+        if shape not in self._places:
+            if len(self._places) >= _SHAPES:
+                self._places.popitem(last=False)
+            self._places[shape] = _Place(*shape, self._inputs, self._device, self._executor)
+        self._places.move_to_end(shape)
+        return self._places[shape]
+
+
+class _Place:
+    """A shape's inputs on the device, its recorded run, and what that leaves."""
+
+    def __init__(self, rows: int, width: int, inputs: list[str], device: Device, executor: Executor) -> None:
+        self._rows, self._width, self._names, self._executor = rows, width, inputs, executor
+        count = rows * width
+        self._sizes = [count] * len(inputs) + [rows, rows]
+        self._host = device.pinned(sum(self._sizes))
+        self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
+        self._ends = torch.zeros(2 * rows, dtype=torch.int32, device=device.torch)
+        self._replay = Replay(device, self._run)
+        self._results: dict[str, torch.Tensor] = {}
+
+    def run(self, feeds: Feeds, rows: int, width: int, lengths: NDArray[np.int64]) -> Feeds:
+        parts = [part.numpy() for part in self._host.split(self._sizes)]
+        for name, part in zip(self._names, parts, strict=False):
+            padded = part.reshape(self._rows, self._width)
+            padded[:] = 0
+            if name in feeds:
+                padded[:rows, :width] = feeds[name]
+            elif name == "attention_mask":
+                padded[:rows, :width] = 1
+        starts, stops = parts[-2:]
+        starts[:] = np.arange(self._rows) * self._width
+        stops[:] = starts
+        stops[:rows] += lengths
+        self._inputs.copy_(self._host)
+        self._replay.run()
+        return {name: self._cut(result, rows, width) for name, result in self._results.items()}
+
+    def _cut(self, result: torch.Tensor, rows: int, width: int) -> NDArray:
+        per_token = result.dim() >= 2 and result.shape[1] == self._width
+        part = result[:rows, :width] if per_token else result[:rows]
+        return part.cpu().numpy()
+
+    def _run(self) -> None:
+        *tensors, starts, stops = self._inputs.split(self._sizes)
+        feeds = {name: tensor.view(self._rows, self._width) for name, tensor in zip(self._names, tensors, strict=True)}
+        self._ends[: self._rows].copy_(starts)
+        self._ends[self._rows :].copy_(stops)
+        step = StepTensors(
+            self._ends[: self._rows], self._ends[: self._rows], self._ends[self._rows :], longest=self._width
+        )
+        for name, result in self._executor.run(feeds, step).items():
+            if name not in self._results:
+                self._results[name] = torch.empty_like(result)
+            self._results[name].copy_(result)
+
+
+def _lengths(mask: NDArray) -> NDArray[np.int64]:
+    """How many tokens of each row are real: the first ones."""
+    lengths = mask.astype(bool).sum(1)
+    if not np.array_equal(mask.astype(bool), np.arange(mask.shape[1]) < lengths[:, None]):
+        what = "the cuda engine takes masks whose rows are ones and then zeros"
+        raise UncoveredError(what, where="attention_mask", remedy="Pad on the right, or load with another engine")
+    return lengths
+
+
+def _at_least(size: int, sizes: tuple[int, ...]) -> int:
+    return next((bucket for bucket in sizes if bucket >= size), -(-size // 256) * 256)
+
+
+__all__ = ["CudaEncoderSession"]
