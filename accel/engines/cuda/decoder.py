@@ -70,7 +70,7 @@ class CudaDecoderSession:
                 )
                 for layer in arch.layers
             ]
-            products = Products(dtype, device.tensor_memory)
+            products = Products(dtype, device.tensor_memory, device.shared_memory)
             attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)  # type: ignore[arg-type]
             self._executor = Executor(program, products, attention)
         self._decodes: dict[int, DecodePlace] = {}
@@ -86,7 +86,7 @@ class CudaDecoderSession:
         self._lifetime.check()
         with translated_errors("decoder step"):
             if not is_decode(inputs):
-                return self._run_packed(inputs).cpu().numpy()
+                return self._packed_place(inputs).logits(inputs)
             place = self._decode_place(inputs)
             place.start(inputs, self.capacity, ahead=False)
             return place.logits(inputs)
@@ -100,8 +100,7 @@ class CudaDecoderSession:
         self._lifetime.check()
         with translated_errors("decoder step"):
             if not is_decode(inputs):
-                values, tokens = self._run_packed(inputs).max(1)
-                return GreedyTokens(tokens.cpu().numpy(), values.cpu().numpy())
+                return self._packed_place(inputs).greedy(inputs)
             place = self._decode_place(inputs)
             place.start(inputs, self.capacity, ahead=True)
             return place.tokens(inputs)
@@ -131,18 +130,15 @@ class CudaDecoderSession:
         rows = inputs.rows or int(np.flatnonzero(inputs.query_lengths)[-1]) + 1
         size = min(_at_least(rows), self.max_batch)
         if size not in self._decodes:
-            self._decodes[size] = DecodePlace(size, self.vocab_size, self._device, self._executor)
+            self._decodes[size] = DecodePlace(size, self._device, self._executor)
         return self._decodes[size]
 
-    def _run_packed(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits float32 [R, V] on the device."""
-        widest, wanted = int(inputs.query_lengths.max()), len(inputs.logits_positions)
-        if not wanted:  # the run wants at least one; nobody looks at it
-            inputs = inputs._replace(logits_positions=np.zeros(1, np.int64))
-        key = tuple(_at_least(size) for size in (len(inputs.input_ids), widest, max(1, wanted)))
+    def _packed_place(self, inputs: StepInputs) -> PackedPlace:
+        sizes = len(inputs.input_ids), int(inputs.query_lengths.max()), max(1, len(inputs.logits_positions))
+        key = tuple(_at_least(size) for size in sizes)
         if key not in self._packed:
             self._packed[key] = PackedPlace(*key, self.max_batch, self._device, self._executor)
-        return self._packed[key].run(inputs)[:wanted]
+        return self._packed[key]
 
 
 def is_decode(inputs: StepInputs) -> bool:

@@ -44,6 +44,13 @@ class Device:
         """Whether tiles can come through the tensor memory accelerator."""
         return self.is_gpu and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that one program may take."""
+        if not self.is_gpu:
+            return 98304
+        return int(torch.cuda.get_device_properties(self.torch).shared_memory_per_block_optin)
+
     def pinned(self, count: int) -> torch.Tensor:
         """int64 [count] on the host, page-locked where there is a GPU."""
         return torch.zeros(count, dtype=torch.int64, pin_memory=self.is_gpu)

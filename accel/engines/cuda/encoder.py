@@ -54,7 +54,7 @@ class CudaEncoderSession:
             if set(self._inputs) - set(INPUTS):
                 what = f"The graph takes {', '.join(self._inputs)}"
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
-            self._executor = Executor(program, Products(dtype, device.tensor_memory))
+            self._executor = Executor(program, Products(dtype, device.tensor_memory, device.shared_memory))
         self._places: OrderedDict[tuple[int, int], _Place] = OrderedDict()
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
 
@@ -106,6 +106,7 @@ class _Place:
         self._ends = torch.zeros(2 * rows, dtype=torch.int32, device=device.torch)
         self._replay = Replay(device, self._run)
         self._results: dict[str, torch.Tensor] = {}
+        self._fetched: dict[str, torch.Tensor] = {}
 
     def run(self, feeds: Feeds, rows: int, width: int, lengths: NDArray[np.int64]) -> Feeds:
         parts = [part.numpy() for part in self._host.split(self._sizes)]
@@ -122,12 +123,19 @@ class _Place:
         stops[:rows] += lengths
         self._inputs.copy_(self._host)
         self._replay.run()
-        return {name: self._cut(result, rows, width) for name, result in self._results.items()}
+        return {name: self._fetch(name, result, rows, width) for name, result in self._results.items()}
 
-    def _cut(self, result: torch.Tensor, rows: int, width: int) -> NDArray:
+    def _fetch(self, name: str, result: torch.Tensor, rows: int, width: int) -> NDArray:
+        """An output cut to the caller's shape, by way of page-locked memory: several times as fast."""
         per_token = result.dim() >= 2 and result.shape[1] == self._width
-        part = result[:rows, :width] if per_token else result[:rows]
-        return part.cpu().numpy()
+        part = (result[:rows, :width] if per_token else result[:rows]).contiguous()
+        if not part.is_cuda:
+            return part.numpy().copy()
+        if name not in self._fetched or self._fetched[name].numel() < part.numel():
+            self._fetched[name] = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
+        place = self._fetched[name][: part.numel()].view(part.shape)
+        place.copy_(part)
+        return place.numpy().copy()
 
     def _run(self) -> None:
         *tensors, starts, stops = self._inputs.split(self._sizes)
@@ -137,10 +145,7 @@ class _Place:
         step = StepTensors(
             self._ends[: self._rows], self._ends[: self._rows], self._ends[self._rows :], longest=self._width
         )
-        for name, result in self._executor.run(feeds, step).items():
-            if name not in self._results:
-                self._results[name] = torch.empty_like(result)
-            self._results[name].copy_(result)
+        self._results = self._executor.run(feeds, step)
 
 
 def _lengths(mask: NDArray) -> NDArray[np.int64]:

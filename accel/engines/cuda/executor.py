@@ -33,7 +33,7 @@ class Executor:
 
     def __init__(self, program: Program, products: Products, attention: CachedAttention | None = None) -> None:
         self._program, self._products, self._attention = program, products, attention
-        self._on_device: dict[tuple[ir.Node, int], torch.Tensor] = {}  # constants that live on the host
+        self._on_device: dict[tuple[ir.Node, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}  # host -> device
 
     @torch.inference_mode()
     def run(
@@ -238,22 +238,25 @@ class _Run:
         return OPERATORS[node.op_type](node, *operands)
 
     def _together(self, node: ir.Node, operands: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-        """Constants that live on the host join operands on the device."""
+        """Operands that live on the host join those on the device."""
         if all(operand is None or operand.device.type == "cpu" for operand in operands):
             return operands
         result: list[torch.Tensor | None] = []
         for place, operand in enumerate(operands):
-            value = node.inputs[place]
             if operand is None or operand.device == self._device or (operand.dim() == 0 and node.op_type != "Gather"):
                 result.append(operand)
-            elif value is not None and value.is_initializer():
-                key = (node, place)
-                if key not in self._on_device:
-                    self._on_device[key] = operand.to(self._device)
-                result.append(self._on_device[key])
             else:
-                result.append(operand.to(self._device))
+                result.append(self._moved((node, place), operand))
         return result
+
+    def _moved(self, key: tuple[ir.Node, int], operand: torch.Tensor) -> torch.Tensor:
+        """The operand on the device. What the host computes depends on shapes alone: a recorded run meets it again."""
+        known = self._on_device.setdefault(key, [])
+        for host, device in known:
+            if host.dtype == operand.dtype and torch.equal(host, operand):
+                return device
+        known.append((operand.clone(), operand.to(self._device)))
+        return known[-1][1]
 
     def _tensor(self, value: ir.Value | None) -> torch.Tensor:
         assert value is not None

@@ -48,6 +48,7 @@ class Replay:
             self.failure = str(error).splitlines()[0]
             _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", self.failure)
             torch.cuda.synchronize(self._device.torch)
+            self._device.pool = None  # what was recorded half way holds on to it
             return
         self._graph = graph
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accel_kernels.advance import advance
 from accel_kernels.argmax import argmax, argmax_workspace
 from numpy.typing import NDArray
 
@@ -26,14 +27,15 @@ class DecodePlace:
     step can follow at once, while the host still looks at this one's tokens.
     """
 
-    def __init__(self, rows: int, vocab: int, device: Device, executor: Executor) -> None:
+    def __init__(self, rows: int, device: Device, executor: Executor) -> None:
         self._device, self._executor, self._rows = device, executor, rows
         place = device.torch
-        self._host = device.pinned(2 * rows)  # ids, positions
-        self._inputs = torch.zeros(2 * rows, dtype=torch.int64, device=place)
-        self._inputs[rows:] = SITS_OUT
-        self._lengths = torch.full((rows,), SITS_OUT, dtype=torch.int32, device=place)
-        self._logits = torch.zeros(rows, vocab, dtype=torch.float32, device=place)
+        self._host = device.pinned(3 * rows)
+        self._inputs = torch.zeros(3 * rows, dtype=torch.int64, device=place)  # ids, positions, lengths as int32
+        self._ids, self._positions = self._inputs[:rows], self._inputs[rows : 2 * rows]
+        self._lengths = self._inputs[2 * rows :].view(torch.int32)[:rows]
+        self._lengths.fill_(SITS_OUT)
+        self._logits: torch.Tensor | None = None  # float32 [rows, V], where the run leaves them
         self._best = torch.zeros(2 * rows, dtype=torch.int64, device=place)  # tokens, then their logits' float32
         self._space = argmax_workspace(rows, place)
         self._taken = [device.pinned(2 * rows) for _ in range(2)]
@@ -60,6 +62,7 @@ class DecodePlace:
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """float32 [R, V] of the step that was started."""
         self._under_way.clear()
+        assert self._logits is not None
         rows = np.flatnonzero(inputs.query_lengths[: self._rows])
         if len(rows) == rows[-1] + 1:
             return self._logits[: len(rows)].cpu().numpy()
@@ -88,10 +91,10 @@ class DecodePlace:
     def _fill(self, inputs: StepInputs, lengths: NDArray[np.int64]) -> None:
         if self._copied is not None:
             self._copied.synchronize()  # the last copy may still read the host's side
-        host = self._host.numpy()
-        host[: self._rows] = 0
-        host[: self._rows][lengths >= 0] = inputs.input_ids
-        host[self._rows :] = lengths
+        ids, positions, tail = self._host.numpy().reshape(3, self._rows)
+        ids[:], positions[:] = 0, np.maximum(lengths, 0)
+        ids[lengths >= 0] = inputs.input_ids
+        tail.view(np.int32)[: self._rows] = lengths
         self._inputs.copy_(self._host, non_blocking=True)
         if self._device.is_gpu:
             self._copied = self._device.event()
@@ -107,14 +110,16 @@ class DecodePlace:
         self._under_way.append((lengths, place))
 
     def _run(self) -> None:
-        ids, positions = self._inputs[: self._rows], self._inputs[self._rows :]
-        self._lengths.copy_(positions)
-        feeds = {"input_ids": ids, "position_ids": positions.clamp(min=0)}
-        self._logits.copy_(self._executor.run(feeds, StepTensors(self._lengths))["logits"])
-        values = self._best[self._rows :].view(torch.float32)[: self._rows]
-        argmax(self._logits, self._best[: self._rows], values, self._space)
-        ids.copy_(self._best[: self._rows])
-        positions.add_((positions >= 0).to(torch.int64))
+        feeds = {"input_ids": self._ids, "position_ids": self._positions}
+        self._logits = self._executor.run(feeds, StepTensors(self._lengths))["logits"]
+        argmax(self._logits, self._best[: self._rows], values_of(self._best), self._space)
+        advance(self._best[: self._rows], self._ids, self._positions, self._lengths)
+
+
+def values_of(best: torch.Tensor) -> torch.Tensor:
+    """The second half of int64 [2R] as float32 [R]."""
+    rows = len(best) // 2
+    return best[rows:].view(torch.float32)[:rows]
 
 
 class PackedPlace:
@@ -134,11 +139,26 @@ class PackedPlace:
         self._host = device.pinned(sum(self._sizes))
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
         self._small = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device.torch)
-        self._result: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
+        self._best = torch.zeros(2 * wanted, dtype=torch.int64, device=device.torch)
+        self._space = argmax_workspace(wanted, device.torch)
+        self._taken = device.pinned(2 * wanted)
         self._replay = Replay(device, self._run)
 
-    def run(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits float32 [R, V] on the device; the next run overwrites them."""
+    def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """float32 [R, V]."""
+        self._start(inputs)
+        assert self._logits is not None
+        return self._logits[: len(inputs.logits_positions)].cpu().numpy()
+
+    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+        """Each wanted position's best token."""
+        self._start(inputs)
+        self._taken.copy_(self._best)
+        tokens, count = self._taken.numpy(), len(inputs.logits_positions)
+        return GreedyTokens(tokens[:count].copy(), tokens[self._wanted :].view(np.float32)[:count].copy())
+
+    def _start(self, inputs: StepInputs) -> None:
         ids, positions, rows, starts, stops, past, wanted = (
             part.numpy() for part in self._host.split(self._sizes)
         )  # fmt: skip
@@ -150,20 +170,16 @@ class PackedPlace:
         starts[:] = stops - lengths
         past[:] = inputs.past_lengths
         wanted[:], wanted[: len(inputs.logits_positions)] = 0, inputs.logits_positions
-        self._inputs.copy_(self._host)
+        self._inputs.copy_(self._host, non_blocking=True)  # read before the results are, which the host waits for
         self._replay.run()
-        assert self._result is not None
-        return self._result[: len(inputs.logits_positions)]
 
     def _run(self) -> None:
         self._small.copy_(self._inputs)
         ids, positions, *_, wanted = self._inputs.split(self._sizes)
         _, slots, rows, starts, stops, past, _ = self._small.split(self._sizes)
         step = StepTensors(past, starts, stops, rows, slots, self._longest)
-        logits = self._executor.run({"input_ids": ids, "position_ids": positions}, step, wanted)["logits"]
-        if self._result is None:
-            self._result = torch.empty_like(logits)
-        self._result.copy_(logits)
+        self._logits = self._executor.run({"input_ids": ids, "position_ids": positions}, step, wanted)["logits"]
+        argmax(self._logits, self._best[: self._wanted], values_of(self._best), self._space)
 
 
 __all__ = ["DecodePlace", "PackedPlace"]
