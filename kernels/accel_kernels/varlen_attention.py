@@ -34,6 +34,7 @@ def varlen_attention_kernel(
     scale,
     softcap,
     window,
+    room,
     bias_stride,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
@@ -55,7 +56,7 @@ def varlen_attention_kernel(
     wait_for_predecessor(DEPENDENT)
     first = tl.load(starts + row)
     length = tl.load(stops + row) - first
-    if block * BLOCK_M >= length:
+    if block * BLOCK_M >= tl.maximum(length, room):
         return
     past = 0
     if CACHED:
@@ -80,6 +81,8 @@ def varlen_attention_kernel(
         low = tl.maximum(past + block * BLOCK_M - window, 0) // BLOCK_N * BLOCK_N
         if not CAUSAL:
             high = tl.minimum(total, (block + 1) * BLOCK_M + window)
+    if block * BLOCK_M >= length:  # padding alone
+        high = 0
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
@@ -112,8 +115,9 @@ def varlen_attention_kernel(
         v = tl.load(values + cell, mask=mask, other=0.0)
         acc = acc * fade[:, None] + tl.dot(share.to(v.dtype), v)
         peak = higher
-    result = acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
-    tl.store(out + token[:, None] * out_stride + head * DIM + d[None], result.to(out.dtype.element_ty), mask=real)
+    result = tl.where((m < length)[:, None], acc / tl.where(weight == 0.0, 1.0, weight)[:, None], 0.0)
+    kept = (m < tl.maximum(length, room))[:, None] & (d < DIM)[None]
+    tl.store(out + token[:, None] * out_stride + head * DIM + d[None], result.to(out.dtype.element_ty), mask=kept)
 
 
 def varlen_attention(
@@ -134,6 +138,7 @@ def varlen_attention(
     softcap: float | None = None,
     window: int | None = None,
     bias: torch.Tensor | None = None,
+    room: int = 0,
     block_m: int = 64,
     block_n: int = 64,
     warps: int = 4,
@@ -151,6 +156,7 @@ def varlen_attention(
         past_lengths: int32 [B], positions before the row's first query; its keys are in the cache already.
         window: causal: how many keys a query sees, itself included; else the largest distance.
         bias: [H, L, L], added to the scores; L >= longest.
+        room: Tokens that each row has room for; those behind its last become zero.
     """
     cached = past_lengths is not None
     dependent = has_dependent_launch(query.device) if dependent is None else dependent
@@ -172,6 +178,7 @@ def varlen_attention(
         scale,
         softcap or 0.0,
         window or 0,
+        room,
         0 if bias is None else bias.shape[-1],
         GROUP=heads // kv_heads,
         DIM=dim,

@@ -16,6 +16,7 @@ from accel.engines.cuda.values import Parts
 
 _BLOCKS = 132  # programs that fill the GPU
 _MOST_SPLITS = 16
+SHORT_PAST = 512  # positions up to which one program per head is as fast as several that must meet
 
 
 @dataclass
@@ -27,6 +28,7 @@ class StepTensors:
         starts, stops: int32 [B], where each row's tokens stand.
         rows, slots: int32 [T], each token's cache row (negative: padding) and slot.
         longest: At least the most tokens of a row; 1: a one-token step, token b is row b's.
+        long_past: Whether rows may be long enough for several programs to share one head's positions.
     """
 
     past_lengths: torch.Tensor
@@ -35,6 +37,7 @@ class StepTensors:
     rows: torch.Tensor | None = None
     slots: torch.Tensor | None = None
     longest: int = 1
+    long_past: bool = True
 
 
 class CachedAttention:
@@ -63,7 +66,7 @@ class CachedAttention:
         qkv = as_tensor(qkv)
         kv_heads, dim = keys.shape[1], keys.shape[3]
         rotary_append(qkv, keys, values, step.rows, step.slots, heads=heads, cos=cos, sin=sin)
-        out = torch.zeros(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)
+        out = torch.empty(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)  # padding keeps to itself
         return varlen_attention(
             qkv, keys, values, out, step.starts, step.stops, heads=heads, kv_heads=kv_heads, dim=dim,
             longest=step.longest, scale=scale, past_lengths=step.past_lengths, causal=True, softcap=softcap,
@@ -81,7 +84,7 @@ class CachedAttention:
                 sin: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
         rows = step.past_lengths.numel()
         kv_heads, dim = keys.shape[1], keys.shape[3]
-        splits = max(1, min(_MOST_SPLITS, _BLOCKS // (rows * kv_heads)))
+        splits = max(1, min(_MOST_SPLITS, _BLOCKS // (rows * kv_heads))) if step.long_past else 1
         few = rows * kv_heads <= _BLOCKS
         packed = qkv.parts if isinstance(qkv, Parts) else qkv
         out = torch.empty(rows, heads * dim, dtype=keys.dtype, device=keys.device)
@@ -114,13 +117,13 @@ def encoder_attention(
         query, key, value = (products.low(operand) for operand in operands[:3])
         dim = query.shape[1] // heads
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # the kernel knows one key stride
-    out = torch.zeros(len(query), heads * dim, dtype=query.dtype, device=query.device)
+    out = torch.empty(len(query), heads * dim, dtype=query.dtype, device=query.device)
     return varlen_attention(
         query, key, value, out, starts, stops, heads=heads, kv_heads=kv_heads, dim=dim, longest=longest,
         scale=node.attributes["scale"].as_float(), softcap=node.attributes.get_float("softcap", None),
         window=node.attributes.get_int("window", None), bias=None if bias is None else bias[0].contiguous(),
-        block_m=128 if longest > 256 else 64,
+        block_m=128 if longest > 256 else 64, room=longest,
     )  # fmt: skip
 
 
-__all__ = ["CachedAttention", "StepTensors", "encoder_attention"]
+__all__ = ["SHORT_PAST", "CachedAttention", "StepTensors", "encoder_attention"]

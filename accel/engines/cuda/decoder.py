@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from accel.engines.cuda.attention import CachedAttention
+from accel.engines.cuda.attention import SHORT_PAST, CachedAttention
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.products import Products
@@ -73,7 +73,8 @@ class CudaDecoderSession:
             products = Products(dtype, device.tensor_memory, device.shared_memory)
             attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)  # type: ignore[arg-type]
             self._executor = Executor(program, products, attention)
-        self._decodes: dict[int, DecodePlace] = {}
+        self._decodes: dict[tuple[int, bool], DecodePlace] = {}
+        self._current: DecodePlace | None = None  # whose steps may be under way
         self._packed: dict[tuple[int, ...], PackedPlace] = {}
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
@@ -120,6 +121,7 @@ class CudaDecoderSession:
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
         if self._lifetime.close():
+            self._current = None
             self._decodes.clear()
             self._packed.clear()
             self._caches.clear()
@@ -129,9 +131,15 @@ class CudaDecoderSession:
     def _decode_place(self, inputs: StepInputs) -> DecodePlace:
         rows = inputs.rows or int(np.flatnonzero(inputs.query_lengths)[-1]) + 1
         size = min(_at_least(rows), self.max_batch)
-        if size not in self._decodes:
-            self._decodes[size] = DecodePlace(size, self._device, self._executor)
-        return self._decodes[size]
+        long_past = self.capacity > SHORT_PAST and int(inputs.past_lengths[:rows].max()) >= SHORT_PAST
+        key = size, long_past
+        if key not in self._decodes:
+            self._decodes[key] = DecodePlace(*key, self._device, self._executor)
+        if self._current is not self._decodes[key]:
+            if self._current is not None:
+                self._current.forget()
+            self._current = self._decodes[key]
+        return self._current
 
     def _packed_place(self, inputs: StepInputs) -> PackedPlace:
         sizes = len(inputs.input_ids), int(inputs.query_lengths.max()), max(1, len(inputs.logits_positions))

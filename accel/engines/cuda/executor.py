@@ -142,8 +142,9 @@ class _Run:
         bias = self._tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
         default = 1e-5
         epsilon = node.attributes.get_float("epsilon", default) or default
-        shape = None
-        if not isinstance(source, Sum):
+        if isinstance(source, Sum):
+            shape = source.shape
+        else:
             tensor = self._tensor(node.inputs[0])
             shape = tensor.shape
             source = tensor.reshape(-1, shape[-1])
@@ -153,7 +154,8 @@ class _Run:
         if linears and rows_of(source) == 1 and not node.outputs[0].is_graph_output():
             by.source, by.shape = source.tensor() if isinstance(source, Sum) else source, shape
             return by
-        if node.outputs[0].is_graph_output() or not linears:
+        read_low = any(reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers)
+        if node.outputs[0].is_graph_output() or not read_low:
             return self._wide_norm(source, by, shape)
         result = self._products.norm(source, by)
         return result if shape is None else result.reshape(shape)
@@ -185,7 +187,8 @@ class _Run:
             stream = self._products.linear(second.source, second.matrix, wide_out=rows_of(second.source) <= FEW).float()
         else:
             stream = self._flat_tensor(other)
-        shape = None if isinstance(pair[1 - place], Sum | Product) else self._tensor(other).shape
+        shape = self._shape_of(pair[1 - place])
+        shape = None if shape is None else torch.Size((*shape[:-1], product.matrix.outputs))
         rows = rows_of(product.source)
         if rows == 1:
             done = self._products.linear(product.source, product.matrix, residual=stream.float().contiguous())
@@ -194,8 +197,18 @@ class _Run:
         if added is None:
             added = self._products.linear(product.source, product.matrix)
         tensor = added.parts if isinstance(added, Parts) else as_tensor(added)
-        total = Sum(stream.contiguous(), tensor)
-        return total if shape is None or len(shape) == 2 else total.tensor().reshape(shape)
+        reader = self._program.only_reader(node.outputs[0])
+        kept = reader is None or reader.op_type not in NORMS
+        return Sum(stream.contiguous(), tensor, kept, shape)
+
+    def _shape_of(self, value: object) -> torch.Size | None:
+        """A computed value's shape where it is not [T, K]."""
+        if isinstance(value, Product):
+            return self._shape_of(value.source)
+        if isinstance(value, Sum | Normed):
+            return value.shape
+        shape = value.shape if isinstance(value, torch.Tensor) else None
+        return shape if shape is not None and len(shape) != 2 else None
 
     def _gather(self, node: ir.Node) -> torch.Tensor | Sum | None:
         """Rows of an embedding, or the tokens whose logits are wanted."""
@@ -266,7 +279,8 @@ class _Run:
             return result if found.shape is None else result.reshape(found.shape)
         if isinstance(found, Product):
             return self._products.linear(found.source, found.matrix)
-        return as_tensor(found)
+        tensor = as_tensor(found)
+        return tensor.reshape(found.shape) if isinstance(found, Sum) and found.shape is not None else tensor
 
     def _flat(self, value: ir.Value | None) -> object:
         """As rows of tokens: [T, K], or what becomes that."""
@@ -284,7 +298,7 @@ class _Run:
         """[T, N] with the leading dimensions of the node's input."""
         assert like is not None
         found = self._values[like]
-        shape = found.shape if isinstance(found, torch.Tensor | Normed) else None
+        shape = found.shape if isinstance(found, torch.Tensor | Normed | Sum) else None
         return result if shape is None else result.reshape(*shape[:-1], result.shape[-1])
 
 

@@ -58,7 +58,8 @@ class Products:
         """norm(source); a sum gets its result on the way."""
         if isinstance(source, Sum) and source.result is None:
             out = torch.empty_like(source.stream, dtype=self.dtype)
-            source.result = torch.empty_like(source.stream, dtype=torch.float32)
+            if source.kept:
+                source.result = torch.empty_like(source.stream, dtype=torch.float32)
             norm(
                 source.stream, by.weight, out, eps=by.epsilon, kind=by.kind, bias=by.bias,
                 residual=source.added.contiguous(), stream=source.result,
@@ -145,10 +146,10 @@ class Products:
             return block_gemm(x, matrix.weight, out, bias=matrix.bias, activation=KINDS[kind], tile=block_tile(x))
         if kind is not None and self._tensor_memory:
             return wide_gemm(x, matrix.weight, out, bias=matrix.bias, activation=KINDS[kind], tile=wide_tile(x))
-        if matrix.bias is None:
+        if matrix.low_bias is None:
             torch.mm(x, matrix.weight.T, out=out)
         else:
-            torch.addmm(matrix.bias.to(self.dtype), x, matrix.weight.T, out=out)
+            torch.addmm(matrix.low_bias, x, matrix.weight.T, out=out)
         return out if kind is None else activation(out, out, kind=KINDS[kind], gated=False)
 
     def _gated(self, x: torch.Tensor, matrix: Matrix, kind: str | None) -> torch.Tensor:

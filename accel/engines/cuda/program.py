@@ -24,12 +24,14 @@ class Matrix:
     Attributes:
         weight: [N, K], gated [2N, K] in stripes of ``stripe`` rows; contiguous.
         bias: float32 [N], gated [2N], the gate's first; None: none.
+        low_bias: The same in the weights' type, for cuBLAS.
         stripe: None: not gated.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     stripe: int | None = None
+    low_bias: torch.Tensor | None = None
 
     @property
     def outputs(self) -> int:
@@ -125,7 +127,9 @@ class _Loader:
                 if self._made[key] is not self._moved.get(value) and value not in self._program.constants:
                     self._moved.pop(value, None)
         weight = self._made[key]
-        return Matrix(weight, torch.cat(biases) if biases else None, stripe_of(weight.shape[0] // 2) if gated else None)
+        bias = torch.cat(biases) if biases else None
+        low_bias = None if bias is None else bias.to(weight.dtype)
+        return Matrix(weight, bias, stripe_of(weight.shape[0] // 2) if gated else None, low_bias)
 
 
 def stripe_of(outputs: int) -> int:

@@ -11,7 +11,7 @@ from accel_kernels.advance import advance
 from accel_kernels.argmax import argmax, argmax_workspace
 from numpy.typing import NDArray
 
-from accel.engines.cuda.attention import StepTensors
+from accel.engines.cuda.attention import SHORT_PAST, StepTensors
 from accel.engines.cuda.device import Device
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.replay import Replay
@@ -27,8 +27,8 @@ class DecodePlace:
     step can follow at once, while the host still looks at this one's tokens.
     """
 
-    def __init__(self, rows: int, device: Device, executor: Executor) -> None:
-        self._device, self._executor, self._rows = device, executor, rows
+    def __init__(self, rows: int, long_past: bool, device: Device, executor: Executor) -> None:
+        self._device, self._executor, self._rows, self._long_past = device, executor, rows, long_past
         place = device.torch
         self._host = device.pinned(3 * rows)
         self._inputs = torch.zeros(3 * rows, dtype=torch.int64, device=place)  # ids, positions, lengths as int32
@@ -56,8 +56,12 @@ class DecodePlace:
             self._under_way.clear()
             self._fill(inputs, lengths)
             self._launch(lengths)
-        if ahead and len(self._under_way) < 2 and lengths.max() + 1 < capacity:
+        if ahead and len(self._under_way) < 2 and lengths.max() + 1 < (capacity if self._long_past else SHORT_PAST):
             self._launch(np.where(lengths >= 0, lengths + 1, lengths))
+
+    def forget(self) -> None:
+        """Nobody will ask for the steps under way: others may have written to the cache meanwhile."""
+        self._under_way.clear()
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """float32 [R, V] of the step that was started."""
@@ -111,7 +115,7 @@ class DecodePlace:
 
     def _run(self) -> None:
         feeds = {"input_ids": self._ids, "position_ids": self._positions}
-        self._logits = self._executor.run(feeds, StepTensors(self._lengths))["logits"]
+        self._logits = self._executor.run(feeds, StepTensors(self._lengths, long_past=self._long_past))["logits"]
         argmax(self._logits, self._best[: self._rows], values_of(self._best), self._space)
         advance(self._best[: self._rows], self._ids, self._positions, self._lengths)
 

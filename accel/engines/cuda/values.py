@@ -36,6 +36,8 @@ class Sum:
 
     stream: torch.Tensor  # [T, K]
     added: torch.Tensor
+    kept: bool = True  # whether something besides one norm reads it
+    shape: torch.Size | None = None  # of the result, where it is not [T, K]
     result: torch.Tensor | None = None
 
     def tensor(self) -> torch.Tensor:
