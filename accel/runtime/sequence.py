@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from accel.engines.session import GreedyTokens
 from accel.errors import AccelError
+from accel.runtime.results import Timings, TokenLogprob
 from accel.runtime.sampling import Sampler, check_best, log_softmax, top_logprobs
 
 EndReason = Literal["eos", "stop", "length", "cancelled"]

@@ -74,7 +74,7 @@ class SlotLoop:
         """Starts on a session whose cache is empty."""
         self._session = session
         self._greedy = session.greedy if isinstance(session, GreedySession) else None
-        self._chunk = self._asked_chunk or getattr(session, "chunk", DEFAULT_CHUNK)
+        self._chunk: int = self._asked_chunk or int(getattr(session, "chunk", DEFAULT_CHUNK))
         self._score_chunk = max(1, min(self._chunk, _SCORE_BYTES // (4 * session.vocab_size)))
         self._rows: list[Sequence | None] = [None] * session.max_batch
         self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row

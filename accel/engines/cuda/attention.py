@@ -91,16 +91,23 @@ class CachedAttention:
         return decode_attention(
             packed, keys[:rows], values[:rows], step.past_lengths, out,
             self._space(rows, kv_heads, heads // kv_heads, dim, splits), heads=heads, splits=splits, scale=scale,
-            cos=cos, sin=sin, softcap=softcap, window=window, block=256 if few and dim <= 64 else 128 if dim <= 128 else 64,
-            least=256, warps=8 if few else 4,
+            cos=cos, sin=sin, softcap=softcap, window=window, block=_block(few, dim), least=256, warps=8 if few else 4,
         )  # fmt: skip
 
-    def _space(self, *sizes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _space(self, rows: int, kv_heads: int, group: int, dim: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for ranges that are put together; layers of one shape share it, as they run one after another."""
+        sizes = rows, kv_heads, group, dim, splits
         if sizes not in self._spaces:
             device = next(iter(self._caches.values()))[0].device
-            self._spaces[sizes] = decode_workspace(*sizes, device)
+            self._spaces[sizes] = decode_workspace(rows, kv_heads, group, dim, splits, device)
         return self._spaces[sizes]
+
+
+def _block(few: bool, dim: int) -> int:
+    """Positions of a turn: what few programs ask for at once hides the memory's latency; larger heads leave less room."""
+    if dim > 128:
+        return 64
+    return 256 if few and dim <= 64 else 128
 
 
 def encoder_attention(

@@ -75,7 +75,7 @@ class CudaDecoderSession:
             self._executor = Executor(program, products, attention)
         self._decodes: dict[tuple[int, bool], DecodePlace] = {}
         self._current: DecodePlace | None = None  # whose steps may be under way
-        self._packed: dict[tuple[int, ...], PackedPlace] = {}
+        self._packed: dict[tuple[int, int, int], PackedPlace] = {}
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs one packed step; see ``DecoderSession.step``.
@@ -143,7 +143,8 @@ class CudaDecoderSession:
 
     def _packed_place(self, inputs: StepInputs) -> PackedPlace:
         sizes = len(inputs.input_ids), int(inputs.query_lengths.max()), max(1, len(inputs.logits_positions))
-        key = tuple(_at_least(size) for size in sizes)
+        tokens, longest, wanted = (_at_least(size) for size in sizes)
+        key = tokens, longest, wanted
         if key not in self._packed:
             self._packed[key] = PackedPlace(*key, self.max_batch, self._device, self._executor)
         return self._packed[key]

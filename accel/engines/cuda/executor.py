@@ -108,9 +108,8 @@ class _Run:
         if kind is None and reader is not None and self._adds(reader, node.outputs[0]):
             return Product(source, matrix)
         decoding = self._attention is not None and self._step.longest == 1
-        if kind is None and decoding and reader is not None and reader.op_type == "CachedAttention":
-            if reader.inputs[1] is None:
-                return self._products.parts(source, matrix)
+        if kind is None and decoding and reader is not None and _takes_parts(reader):
+            return self._products.parts(source, matrix)
         low = all(use.domain == DOMAIN for use in self._program.readers.get(node.outputs[0], [])) and reader is not None
         wide = not low and (node.outputs[0].is_graph_output() or rows_of(source) <= FEW)
         result = self._products.linear(source, matrix, kind=kind, wide_out=wide)
@@ -221,10 +220,10 @@ class _Run:
             return self._tensor(source).index_select(node.attributes.get_int("axis", 0) or 0, self._wanted)
         table = self._values[source]
         ids = self._values[index]
-        plain = source.is_initializer() and isinstance(table, torch.Tensor) and isinstance(ids, torch.Tensor)
-        if not plain or table.dim() != 2 or node.attributes.get_int("axis", 0) or ids.device != table.device:  # type: ignore[union-attr]
+        if not source.is_initializer() or not isinstance(table, torch.Tensor) or not isinstance(ids, torch.Tensor):
             return None
-        assert isinstance(table, torch.Tensor) and isinstance(ids, torch.Tensor)
+        if table.dim() != 2 or node.attributes.get_int("axis", 0) or ids.device != table.device:
+            return None
         out = torch.empty(ids.numel(), table.shape[1], dtype=torch.float32, device=table.device)
         return gather(table, ids.reshape(-1).contiguous(), out).reshape(*ids.shape, -1)
 
@@ -234,7 +233,7 @@ class _Run:
         """An operator of ONNX on PyTorch, low types widened: none of these is where time goes."""
         operands: list[torch.Tensor | None] = []
         shaped = node.op_type in _SHAPED
-        for place, value in enumerate(node.inputs):
+        for value in node.inputs:
             tensor = None if value is None else self._tensor(value)
             if tensor is not None and tensor.dtype in (torch.float16, torch.bfloat16):
                 tensor = tensor.float()
@@ -300,6 +299,11 @@ class _Run:
         found = self._values[like]
         shape = found.shape if isinstance(found, torch.Tensor | Normed | Sum) else None
         return result if shape is None else result.reshape(*shape[:-1], result.shape[-1])
+
+
+def _takes_parts(reader: ir.Node) -> bool:
+    """Whether it adds up a product's parts as it reads them: attention over queries, keys and values in one."""
+    return reader.op_type == "CachedAttention" and reader.inputs[1] is None
 
 
 def _shape(node: ir.Node, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ our own where an activation follows.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accel_kernels.activation import activation
@@ -15,7 +16,7 @@ from accel_kernels.block_gemm import BlockTile, block_gemm
 from accel_kernels.gemv import GemvTile, gemv
 from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
 from accel_kernels.norm import norm
-from accel_kernels.tiles import GELU_ERF, GELU_TANH, NO_NORM, SILU
+from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
 from accel_kernels.wide_gemm import WideTile, wide_gemm
 
 from accel.engines.cuda.program import STRIPE, Matrix
@@ -108,14 +109,16 @@ class Products:
     def _one(
         self, value: object, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        fused = value if isinstance(value, Normed) and value.source.shape[-1] <= _LONG_ROW else None
-        x = fused.source if fused is not None else (self.low(value) if isinstance(value, Normed) else as_tensor(value))
+        options: dict[str, Any] = {}
+        if isinstance(value, Normed) and value.source.shape[-1] <= _LONG_ROW:
+            x = value.source
+            options = {"norm": value.kind, "norm_weight": value.weight, "norm_bias": value.bias, "eps": value.epsilon}
+        else:
+            x = self.low(value) if isinstance(value, Normed) else as_tensor(value)
         out = torch.empty(1, matrix.outputs, dtype=out_type, device=x.device)
         return gemv(
             x.contiguous(), matrix.weight, out, bias=matrix.bias, residual=residual, gated=matrix.stripe is not None,
-            stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind], tile=gemv_tile(matrix),
-            norm=fused.kind if fused is not None else NO_NORM, norm_weight=fused.weight if fused is not None else None,
-            norm_bias=fused.bias if fused is not None else None, eps=fused.epsilon if fused is not None else 0.0,
+            stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind], tile=gemv_tile(matrix), **options,
         )  # fmt: skip
 
     def _few(
@@ -136,8 +139,8 @@ class Products:
         rows = max(16, 1 << (len(x) - 1).bit_length())
         width = (tile.block_n * (1 if matrix.stripe is None else 2) + rows) * x.element_size()
         while (tile.stages + 1) * width * tile.block_k > self._shared_memory:
-            smaller = {"stages": tile.stages - 1} if tile.stages > 2 else {"block_k": tile.block_k // 2}
-            tile = replace(tile, **smaller)
+            fewer = tile.stages > 2
+            tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, block_k=tile.block_k // 2)
         return tile
 
     def _many(self, x: torch.Tensor, matrix: Matrix, kind: str | None) -> torch.Tensor:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
-from accel.engines.torch_operators import TYPES, to_torch
+from accel.engines.torch_operators import to_torch
 from accel.errors import BundleError
 
 DOMAIN = "accel.kernels"
