@@ -316,15 +316,26 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     timings, history = TimingCaches(folder), History(folder / "history.json")
     like = _like(bundle, flavour)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
+    canonical = _canonical(bundle)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
     with ProgressBars(title, show_progress) as bars:
         monitor = BuildMonitor(bars, history.seconds(like))
-        built = build_plan(graph, bundle.manifest.arch, settings, timing_cache=cache, monitor=monitor)
+        built = build_plan(
+            graph, bundle.manifest.arch, settings, canonical=canonical, timing_cache=cache, monitor=monitor
+        )
     with suppress(StorageError):  # they make the next build faster; this one is done
         timings.save(flavour, settings.sm, built.timing_cache)
         history.record(like, built.facts.phases)
     return built
+
+
+def _canonical(bundle: Bundle) -> Path | None:
+    """The graph that the variants are lowered from; None: the bundle does not hold it."""
+    from accel.variants import BASE, CANONICAL
+
+    base = bundle.manifest.variants.get(BASE)
+    return bundle.file(base.graphs[CANONICAL].file) if base is not None and CANONICAL in base.graphs else None
 
 
 def past_seconds(bundle: Bundle, flavour: Flavour) -> float | None:

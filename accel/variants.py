@@ -172,4 +172,4 @@ def _dtype(variant: str) -> ir.DataType:
     return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[variant]
 
 
-__all__ = ["LIMITS", "TARGET", "add_variant"]
+__all__ = ["BASE", "CANONICAL", "LIMITS", "TARGET", "add_variant"]

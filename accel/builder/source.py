@@ -42,7 +42,7 @@ class GraphSource:
             EngineBuildError: The file, or one with its weights, is missing or damaged.
         """
         self.path, self.capacity = path, capacity
-        self.proto: Any = _read(path)
+        self.proto: Any = read_graph(path)
         self._write_capacity()
         graph = self.proto.graph
         self._maps: dict[str, mmap.mmap] = {}
@@ -52,6 +52,8 @@ class GraphSource:
         self.inputs = tuple(_spec(value) for value in graph.input if value.name not in self._initializers)
         self.outputs = tuple(_spec(value) for value in graph.output)
         self.nodes: dict[str, Any] = {node.name: node for node in graph.node}
+        self._makers = {name: node for node in graph.node for name in node.output}
+        self._made = {name: node for name, node in self._makers.items() if node.op_type == "Constant"}
 
     def external(self) -> Iterator[tuple[str, int, int]]:
         """Name, address and bytes of every weight outside the graph file. The address is good while this lives.
@@ -70,7 +72,7 @@ class GraphSource:
 
         tensor = self._initializers.get(name)
         if tensor is None:
-            made = next((n for n in self.proto.graph.node if n.op_type == "Constant" and name in n.output), None)
+            made = self._made.get(name)
             tensor = next((a.t for a in made.attribute if a.name == "value"), None) if made is not None else None
         if tensor is None:
             return None
@@ -78,6 +80,13 @@ class GraphSource:
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             return np.asarray(self._view(tensor).view(dtype).reshape(tuple(tensor.dims)))
         return np.asarray(numpy_helper.to_array(tensor))
+
+    def maker(self, name: str) -> Any:
+        """The node that makes a value, casts left out; None for inputs and initializers."""
+        node = self._makers.get(name)
+        while node is not None and node.op_type == "Cast":
+            node = self._makers.get(node.input[0])
+        return node
 
     def layer_of(self, name: str) -> str:
         """In words, which layer a node belongs to: the next one that has a named node, in the graph's order."""
@@ -87,6 +96,19 @@ class GraphSource:
                 return f"layer {found[1]}"
         return "after the last layer"
 
+    def layer_index(self, name: str) -> int | None:
+        """The index of the layer that a node belongs to; None: it stands after the last one."""
+        words = self.layer_of(name).split()
+        return int(words[1]) if words[0] == "layer" else None
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a name is an initializer's or a Constant node's."""
+        return name in self._initializers or name in self._made
+
+    def is_initializer(self, name: str) -> bool:
+        """Whether a name is an initializer's."""
+        return name in self._initializers
+
     def folded(self) -> set[str]:
         """Values computed from constants and shapes alone, which the parser folds or turns into shape arithmetic."""
         known = set(self._initializers)
@@ -95,9 +117,9 @@ class GraphSource:
                 known.update(node.output)
         return known
 
-    def needed(self) -> list[Any]:
-        """The nodes that the outputs depend on, in the graph's order."""
-        wanted = {value.name for value in self.proto.graph.output}
+    def needed(self, *names: str) -> list[Any]:
+        """The nodes that some values depend on, in the graph's order. No names: the graph's outputs."""
+        wanted = set(names) or {value.name for value in self.proto.graph.output}
         kept = []
         for node in reversed(self.proto.graph.node):
             if wanted.intersection(node.output):
@@ -168,7 +190,12 @@ class GraphSource:
             )
 
 
-def _read(path: Path) -> Any:
+def read_graph(path: Path) -> Any:
+    """``onnx.ModelProto`` of a file, without its external data.
+
+    Raises:
+        EngineBuildError: It is missing or damaged.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -200,4 +227,4 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
 
 
-__all__ = ["CAPACITY", "GraphSource"]
+__all__ = ["CAPACITY", "GraphSource", "read_graph"]

@@ -34,7 +34,8 @@ def test_engine(name: str, variant: str, sm: str, fused: int, bundle_of: Callabl
     arch = bundle.manifest.arch
     capacity = 64 if arch.kind == "decoder" else None
     settings = BuildSettings("rtx", (sm,), default_profiles(arch, 2, capacity), capacity, DTYPES[variant])
-    built = build_plan(bundle.file(bundle.graph(variant, "tensorrt").file), arch, settings)
+    canonical = bundle.file(bundle.graph("fp32", "canonical").file)
+    built = build_plan(bundle.file(bundle.graph(variant, "tensorrt").file), arch, settings, canonical=canonical)
     assert built.proof.ok and len(arch.layers) == 3
     assert built.facts.fused_attention == fused and built.facts.warnings == ()
     assert built.facts.layers.get("kv_cache_update", 0) == (6 if capacity else 0)
