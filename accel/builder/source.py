@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,19 @@ class GraphSource:
         weight_bytes: Bytes of all weights.
     """
 
-    def __init__(self, path: Path, capacity: int | None = None) -> None:
+    def __init__(self, path: Path, capacity: int | None = None, weights: Collection[str] | None = None) -> None:
         """Reads the file.
 
         Args:
             path: An ONNX file; its external data lie beside it.
             capacity: The number that stands for ``C``.
+            weights: Names of the only files that its weights may lie in; None: any file in its folder.
 
         Raises:
             InputError: A capacity is missing, or given to a graph without caches.
             EngineBuildError: The file, or one with its weights, is missing or damaged.
         """
-        self.path, self.capacity = path, capacity
+        self.path, self.capacity, self._weights = path, capacity, weights
         self.proto: Any = read_graph(path)
         self._write_capacity()
         graph = self.proto.graph
@@ -59,7 +60,7 @@ class GraphSource:
         """Name, address and bytes of every weight outside the graph file. The address is good while this lives.
 
         Raises:
-            EngineBuildError: A file is missing or shorter than the graph says.
+            EngineBuildError: A file is missing, shorter than the graph says, or none of the graph's weights.
         """
         for tensor in self._initializers.values():
             if tensor.data_location == tensor.EXTERNAL:
@@ -163,7 +164,7 @@ class GraphSource:
 
     def _map(self, location: str) -> np.ndarray:
         if location not in self._bytes:
-            path = self.path.parent / location
+            path = self._allowed(location)
             try:
                 with path.open("rb") as file:
                     self._maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -172,6 +173,19 @@ class GraphSource:
                 raise EngineBuildError(what, where=str(path), remedy="Export the bundle again") from error
             self._bytes[location] = np.frombuffer(self._maps[location], np.uint8)
         return self._bytes[location]
+
+    def _allowed(self, location: str) -> Path:
+        """A graph may read its own weights alone: what else lies on the machine would end up in an engine."""
+        folder = self.path.parent
+        if self._weights is None:
+            fine = bool(location) and (folder / location).resolve().parent == folder.resolve()
+        else:
+            fine = location in self._weights
+        if not fine:
+            what = f"The graph reads {location!r}, which is no weight file of its own"
+            remedy = "Do not use this bundle; export it again, or get it from a source that you trust"
+            raise EngineBuildError(what, where=str(self.path), remedy=remedy)
+        return folder / location
 
     def _write_capacity(self) -> None:
         graph, found = self.proto.graph, False
