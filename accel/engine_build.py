@@ -15,7 +15,15 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import DEFAULT_MAX_BATCH, bytes_per_token, check_count
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
-from accel.engines.tensorrt.lookup import TARGET, Sources, find_engine, hash_sources, open_store, pick_precision
+from accel.engines.tensorrt.lookup import (
+    TARGET,
+    Sources,
+    find_engine,
+    hash_sources,
+    open_store,
+    passes_of,
+    pick_precision,
+)
 from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import cuda_version, current_sm
 from accel.errors import EngineUnavailableError, InputError, StorageError
@@ -29,7 +37,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("accel")
 DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
 DEFAULT_PRECISION = "fp16"
-PASSES = "1"  # of parsing and repair: raise it when the same graph makes another network
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class BuildRequest:
         settings: For the builder.
         max_batch: Most rows.
         key: What it is stored under.
+        sources: Files of the bundle that it is made from -> their sha256.
     """
 
     bundle: Bundle
@@ -49,6 +57,7 @@ class BuildRequest:
     settings: BuildSettings
     max_batch: int
     key: EngineKey
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,8 @@ def build(
 ) -> list[EngineReport]:
     """Builds a bundle's TensorRT engines, one per SM, unless the store has them.
 
-    A precision that the bundle lacks is added to it first (see ``add_variant``).
+    A precision that the bundle lacks, or that another version of the lowering made, is added to it first (see
+    ``add_variant``).
 
     Args:
         bundle: A bundle or its directory.
@@ -114,7 +124,7 @@ def build(
 
     Raises:
         InputError, DependencyError, EngineBuildError, EngineProofError: see ``accel.builder.build.build_plan``.
-        BundleError: A damaged bundle.
+        BundleError: A damaged bundle, or an outdated precision that cannot be lowered again here.
         StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, or holds a bad engine.
         KeyboardInterrupt: Ctrl-C; nothing half made is left.
     """
@@ -190,9 +200,8 @@ def prepare(
     sources = hash_sources(bundle, variant)
     settings = replace(settings, dtype=bundle.variant(variant).dtype)
     _check_alignment(arch, settings, rows)
-    inputs = bundle.graph(variant, TARGET).inputs
     return [
-        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, variant, one, inputs))
+        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, bundle, variant, one), sources.files)
         for one in per_sm(settings)
     ]
 
@@ -255,21 +264,19 @@ def _check_alignment(arch: ArchSpec, settings: BuildSettings, rows: int) -> None
 
 
 def _ensure_variant(bundle: Bundle, precision: str, show_progress: bool | None) -> tuple[Bundle, str]:
-    from accel.variants import add_variant
+    from accel.variants import add_variant, is_current
 
     variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
-    before = bundle.manifest.variants
+    known = is_current(bundle, variant)
     bundle = add_variant(bundle, variant, show_progress=show_progress)
-    if variant not in before:
-        _log.info("%s: the variant %s was added to the bundle", bundle.path, variant)
+    if not known:
+        _log.info("%s: the variant %s was lowered for TensorRT and added to the bundle", bundle.path, variant)
     return bundle, variant
 
 
-def _key(
-    flavour: Flavour, sources: Sources, variant: str, settings: BuildSettings, inputs: tuple[TensorSpec, ...]
-) -> EngineKey:
-    from accel.graph.lowering.tensorrt import VERSION
-
+def _key(flavour: Flavour, sources: Sources, bundle: Bundle, variant: str, settings: BuildSettings) -> EngineKey:
+    inputs, passes = bundle.graph(variant, TARGET).inputs, passes_of(bundle, variant)
+    assert passes is not None, "the variant is current"
     return EngineKey(
         graph=sources.graph,
         weights=sources.weights,
@@ -277,7 +284,7 @@ def _key(
         library_version=flavour.version,
         sm=settings.sm,
         variant=variant,
-        passes=f"{VERSION}.{PASSES}",
+        passes=passes,
         optimization_level=settings.optimization_level,
         capacity=settings.capacity,
         profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},
@@ -310,32 +317,26 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     from accel.builder.build import build_plan
     from accel.builder.files import History, TimingCaches
     from accel.builder.progress import BuildMonitor, ProgressBars
+    from accel.variants import canonical_graph
 
     settings, bundle = request.settings, request.bundle
     folder = cache_folder() / "builds"
     timings, history = TimingCaches(folder), History(folder / "history.json")
     like = _like(bundle, flavour)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
-    canonical = _canonical(bundle)
+    canonical, weights = canonical_graph(bundle), bundle.variant(request.variant).weights
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
     with ProgressBars(title, show_progress) as bars:
         monitor = BuildMonitor(bars, history.seconds(like))
         built = build_plan(
-            graph, bundle.manifest.arch, settings, canonical=canonical, timing_cache=cache, monitor=monitor
-        )
+            graph, bundle.manifest.arch, settings, canonical=canonical, weights=weights, timing_cache=cache,
+            monitor=monitor,
+        )  # fmt: skip
     with suppress(StorageError):  # they make the next build faster; this one is done
         timings.save(flavour, settings.sm, built.timing_cache)
         history.record(like, built.facts.phases)
     return built
-
-
-def _canonical(bundle: Bundle) -> Path | None:
-    """The graph that the variants are lowered from; None: the bundle does not hold it."""
-    from accel.variants import BASE, CANONICAL
-
-    base = bundle.manifest.variants.get(BASE)
-    return bundle.file(base.graphs[CANONICAL].file) if base is not None and CANONICAL in base.graphs else None
 
 
 def past_seconds(bundle: Bundle, flavour: Flavour) -> float | None:
@@ -358,6 +359,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
         **to_dict(built.facts),
         "max_batch": request.max_batch,
         "hardware_compatibility": request.settings.hardware_compatibility,
+        "sources": request.sources,
         "profile_order": [profile.name for profile in request.settings.profiles],
         "cache_bytes": _cache_bytes(request),
         "proof": {"rows": len(built.proof.rows), "repairs": list(built.proof.repairs), "table": built.proof.text()},
