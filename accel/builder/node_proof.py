@@ -13,6 +13,7 @@ more; the table names them.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 from accel.builder.network import PASSES_ON, NetworkView
 from accel.builder.proof_table import ProofRow
 from accel.builder.source import GraphSource
+from accel.errors import EngineProofError
 
 Program = list[str]
 _ELEMENTWISE = {
@@ -62,7 +64,11 @@ _DATA_OPERANDS = {"SHUFFLE": 1, "SLICE": 1, "FILL": 0}
 
 
 def operation_rows(view: NetworkView, source: GraphSource) -> Iterator[ProofRow]:
-    """One row for each operator that is right everywhere, and one for each node that is not."""
+    """One row for each operator that is right everywhere, and one for each node that is not.
+
+    Raises:
+        EngineProofError: The network's shapes do not fit together, or a value is not in it.
+    """
     words, folded = _Words(view, source), source.folded()
     right: dict[str, int] = defaultdict(int)
     unknown: set[str] = set()
@@ -74,7 +80,7 @@ def operation_rows(view: NetworkView, source: GraphSource) -> Iterator[ProofRow]
         if expected is None:
             unknown.add(node.op_type)
             continue
-        found = words.program(layers, node.output[0])
+        found = words.program(layers, node)
         if expected == found:
             right[node.op_type] += 1
         else:
@@ -94,22 +100,36 @@ class _Words:
         self._values = {name for node in source.proto.graph.node for name in node.output}
         self._values.update(spec.name for spec in source.inputs)
 
-    def program(self, layers: Sequence[Any], output: str) -> Program:
-        """What a node's layers compute; a last line where that does not become the node's output."""
+    def program(self, layers: Sequence[Any], node: Any) -> Program:
+        """What a node's layers compute; further lines where the last of them do not become the node's outputs."""
         own = {layer.name: f"#{place}" for place, layer in enumerate(layers)}
         lines = [f"{self._head(layer)}({', '.join(self._operands(layer, own))})" for layer in layers]
-        if layers and (made := self.view.tensor(output)) is not None:
-            maker = self._said(made, own, through={output})
-            lines += [] if maker.startswith("#") else [f"{output} = {maker}"]
+        if node.op_type == "Slice":  # where it begins may be a tensor as well
+            lines = [re.sub(r" from \[[^\]]*\]", "", line) for line in lines]
+        for place, output in enumerate(node.output if layers else (), len(layers) - len(node.output)):
+            made = self.view.tensor(output)
+            maker = "nothing" if made is None else self._said(made, own, through={output})
+            lines += [] if maker == f"#{place}" else [f"{output} = {maker}"]
         return lines
 
-    def rank(self, name: str) -> int:
-        """Of a value; 0: unknown."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a value, -1 where it varies.
+
+        Raises:
+            EngineProofError: The network has no such value.
+        """
         tensor = self.view.tensor(name)
         if tensor is not None:
-            return len(self.view.shape(tensor))
+            return self.view.shape(tensor)
         constant = self.source.constant(name)
-        return 0 if constant is None else constant.ndim
+        if constant is None:
+            remedy = "Lower the node that makes it so that the parser keeps it"
+            raise EngineProofError(f"The network has lost the value {name}", remedy=remedy)
+        return constant.shape
+
+    def rank(self, name: str) -> int:
+        """Of a value; raises as ``shape``."""
+        return len(self.shape(name))
 
     def _operands(self, layer: Any, own: dict[str, str]) -> list[str]:
         tensors = self.view.operands(layer)
@@ -148,6 +168,11 @@ def _shuffle(view: NetworkView, layer: Any) -> str:
     return "SHUFFLE" + "".join(said)
 
 
+def _slice(view: NetworkView, layer: Any) -> str:
+    start = list(layer.start or [])
+    return f"SLICE from {start}" if any(start) else "SLICE"
+
+
 def _moves(order: list[int]) -> bool:
     return order != list(range(len(order)))
 
@@ -166,6 +191,7 @@ _HEADS: dict[str, Callable[[NetworkView, Any], str]] = {
     "FILL": lambda view, layer: f"FILL {layer.operation.name}",
     "ROTARY_EMBEDDING": lambda view, layer: _rotary(bool(layer.interleaved), layer.rotary_embedding_dim),
     "SHUFFLE": _shuffle,
+    "SLICE": _slice,
 }
 
 
@@ -272,8 +298,21 @@ def _rotate(operands: list[str], attributes: dict[str, Any], words: _Words, list
 
 
 def _shape(operands: list[str], attributes: dict[str, Any], words: _Words, listed: str) -> Program:
-    part = ["SLICE(#1)"] if attributes.get("start", 0) or "end" in attributes else []
+    start = attributes.get("start", 0)
+    part = [f"SLICE from {[start]}(#1)" if start else "SLICE(#1)"] if start or "end" in attributes else []
     return ["SHAPE" + listed, "CAST int64(#0)", *part]
+
+
+def _split(operands: list[str], attributes: dict[str, Any], words: _Words, listed: str) -> Program:
+    """A slice for each part, from where the one before ends."""
+    shape = words.shape(operands[0])
+    axis = attributes.get("axis", 0) % len(shape)
+    sizes = words.source.constant(operands[1]) if len(operands) > 1 else None
+    if sizes is None:
+        count = attributes.get("num_outputs", 1)
+        sizes = np.full(count, -(-shape[axis] // count))  # the last may be smaller
+    starts = [[int(at) if place == axis else 0 for place in range(len(shape))] for at in np.cumsum(sizes) - sizes]
+    return [f"SLICE{f' from {start}' if any(start) else ''}({operands[0]})" for start in starts]
 
 
 _RULES: dict[str, Callable[[list[str], dict[str, Any], _Words, str], Program]] = {
@@ -296,6 +335,7 @@ _RULES: dict[str, Callable[[list[str], dict[str, Any], _Words, str], Program]] =
     "Shape": _shape,
     "Range": lambda operands, attributes, words, listed: ["FILL LINSPACE()"],
     "Reshape": lambda operands, attributes, words, listed: [f"SHUFFLE({operands[0]})"],
+    "Split": _split,
     "Expand": lambda operands, attributes, words, listed: [f"SLICE({operands[0]})"],
     "Slice": lambda operands, attributes, words, listed: [f"SLICE({operands[0]})"],
     "CumSum": lambda operands, attributes, words, listed: [f"CUMULATIVE{listed}"],

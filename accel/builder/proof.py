@@ -53,7 +53,7 @@ def prove(proof: Proof, repairs: list[str]) -> ProofTable:
         All rows, also the failed ones: see ``check``.
 
     Raises:
-        EngineProofError: The network's shapes do not fit together.
+        EngineProofError: The network's shapes do not fit together, or a value is not in it.
         EngineBuildError: The canonical graph cannot be read.
     """
     rows: list[ProofRow] = []

@@ -27,7 +27,25 @@ trt = pytest.importorskip("tensorrt_rtx")
 WINDOWS, SOFTCAP = (None, 8), 20.0
 Edit = Callable[[NetworkView], None]
 GraphEdit = Callable[[Any], Any]
+
+
+def split() -> Any:
+    """The encoder with its input in two halves that are added."""
+    proto = graphs.change(graphs.encoder(), "layers.0.norm", lambda node: node.input.__setitem__(0, "halved"))
+    spot = next(i for i, node in enumerate(proto.graph.node) if node.name == "layers.0.norm")
+    halves = ["layers.0.half", "layers.0.other"]
+    made = [
+        helper.make_node("Concat", ["layers.0.wide"] * 2, ["layers.0.double"], "layers.0.double", axis=-1),
+        helper.make_node("Split", ["layers.0.double"], halves, "layers.0.halves", axis=-1, num_outputs=2),
+        helper.make_node("Add", halves, ["halved"], "halved"),
+    ]
+    for node in reversed(made):
+        proto.graph.node.insert(spot, node)
+    return proto
+
+
 MODELS: dict[str, Callable[[], Any]] = {
+    "split": split,
     "decoder": lambda: graphs.decoder(windows=WINDOWS),
     "capped": lambda: graphs.decoder(windows=WINDOWS, softcap=SOFTCAP),
     "square": lambda: graphs.decoder(windows=WINDOWS, hidden=graphs.HEADS * graphs.HEAD_DIM),
@@ -37,7 +55,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def arch_of(model: str) -> ArchSpec:
-    if model in ("encoder", "biased"):
+    if model in ("encoder", "biased", "split"):
         return graphs.arch(kind="encoder")
     arch = graphs.arch(WINDOWS)
     cap = SOFTCAP if model == "capped" else None
@@ -130,6 +148,7 @@ NETWORK: dict[str, tuple[str, Edit, str]] = {
     "tanh": ("capped", put("layers.0.tanh", "ACTIVATION", "type", trt.ActivationType.SIGMOID), "Tanh layers"),
     "softmax axis": ("capped", put("layers.1.softmax", "SOFTMAX", "axes", 8), "Softmax layers"),
     "hidden -> visible": ("capped", feed("layers.0.masked", "SELECT", 2, "layers.0.capped"), "Where layers"),
+    "slice start": ("split", put("layers.0.halves", "SLICE", "start", (0, 0, graphs.HIDDEN), 0), "Split layers"),
     "gather axis": ("decoder", put("picked", "GATHER", "axis", 1), "Gather layers"),
 }  # fmt: skip
 

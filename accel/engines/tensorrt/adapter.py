@@ -155,6 +155,7 @@ class Flavour(ABC):
             "REDUCE": "IReduceLayer",
             "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
             "SHUFFLE": "IShuffleLayer",
+            "SLICE": "ISliceLayer",
             "SOFTMAX": "ISoftMaxLayer",
             "UNARY": "IUnaryLayer",
         }
