@@ -169,7 +169,9 @@ def _shuffle(view: NetworkView, layer: Any) -> str:
 
 
 def _slice(view: NetworkView, layer: Any) -> str:
-    start = list(layer.start or [])
+    # The library warns when it is asked for a start that is a tensor.
+    moving = layer.num_inputs > 1 and layer.get_input(1) is not None
+    start = [] if moving else list(layer.start)
     return f"SLICE from {start}" if any(start) else "SLICE"
 
 
