@@ -126,7 +126,7 @@ def test_profiles_must_take_the_rows(
         find_engine(only, bundle, "fp16", flavour, "sm86", SessionOptions(max_batch=2))
     never = EngineStore(store.url + "-never")
     wide = {"all": {"input_ids": ((1, 2), (1, 64), (8, 128))}}
-    never.put(keep("sm86", 256, 8, profiles=wide), b"plan", {"max_batch": 8})
+    never.put(keep("sm86", 256, 8, profiles=wide), b"plan", facts)
     with pytest.raises(EngineUnavailableError, match="do not fit sm86"):  # no steps of single tokens
         find_engine(never, bundle, "fp16", flavour, "sm86", SessionOptions())
 
