@@ -1,4 +1,4 @@
-"""Evaluates a graph of TensorRT's dialect with PyTorch, each operator in the type that the graph gives it.
+"""Evaluates a lowered graph with PyTorch, each operator in the type that the graph gives it.
 
 ONNX Runtime's CPU has no bf16 kernels and computes fp16 products in float32; PyTorch rounds after every operator,
 as a strongly typed network does. Products add up in float32 and round once, like tensor cores.
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from accel.errors import FusionError
+from accel.graph.evaluation.contrib import CONTRIB, CONTRIB_FIXED
 
 Tensor: TypeAlias = torch.Tensor
 TYPES = {
@@ -33,17 +34,17 @@ class TorchGraph:
     """A graph and its weights as tensors.
 
     Args:
-        model: Standard operators of opset 24.
+        model: In the dialect of TensorRT, or of ONNX Runtime's CUDA provider.
 
     Raises:
-        FusionError: An operator, or an attribute of one, that TensorRT's dialect does not use.
+        FusionError: An operator, or an attribute of one, that neither dialect uses.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         unknown = sorted({name for node in model.graph for name in _unknown(node)})
         if unknown:
-            raise FusionError(f"no evaluation for {', '.join(unknown)}", where="tensorrt")
+            raise FusionError(f"no evaluation for {', '.join(unknown)}", where="evaluation")
         self._weights = {
             value: to_torch(value.const_value.numpy())
             for value in model.graph.initializers.values()
@@ -61,7 +62,7 @@ class TorchGraph:
         kept = set(self._graph.outputs) | set(self._weights)
         with torch.inference_mode():
             for node in self._graph:
-                results = OPERATORS[node.op_type](node, *(values[value] for value in node.inputs))
+                results = TABLES[node.domain][node.op_type](node, *(values[value] for value in node.inputs))
                 results = results if isinstance(results, list | tuple) else [results]
                 values.update(zip(node.outputs, results, strict=True))
                 for value in node.inputs:
@@ -86,10 +87,10 @@ def to_numpy(tensor: Tensor) -> NDArray:
 
 def _unknown(node: ir.Node) -> Iterator[str]:
     """What of a node would be computed wrongly or not at all."""
-    if node.op_type not in OPERATORS or node.domain:
+    if node.op_type not in TABLES.get(node.domain, {}):
         yield f"{node.domain}::{node.op_type}" if node.domain else node.op_type
         return
-    for name, value in FIXED.get(node.op_type, {}).items():
+    for name, value in (CONTRIB_FIXED if node.domain else FIXED).get(node.op_type, {}).items():
         if name in node.attributes and node.attributes[name].value != value:
             yield f"{node.op_type} with {name}"
 
@@ -118,6 +119,10 @@ def _unsqueeze(node: ir.Node, x: Tensor, axes: Tensor) -> Tensor:
 
 def _squeeze(node: ir.Node, x: Tensor, axes: Tensor | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(tuple(_axes(axes)))
+
+
+def _arg_max(node: ir.Node, x: Tensor) -> Tensor:
+    return x.argmax(_int(node, "axis"), keepdim=bool(_int(node, "keepdims", 1)))
 
 
 def _shape(node: ir.Node, x: Tensor) -> Tensor:
@@ -271,6 +276,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Split": _split,
     "Expand": _expand,
     "CumSum": _cumsum,
+    "ArgMax": _arg_max,
     "ReduceMean": _reduce(torch.mean),
     "ReduceSum": _reduce(torch.sum),
     "LayerNormalization": _layer_norm,
@@ -282,9 +288,11 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "TensorScatter": _tensor_scatter,
     "Attention": _attention,
 }
+TABLES: dict[str, dict[str, Callable[..., Any]]] = {"": OPERATORS, "com.microsoft": CONTRIB}
 # Attributes that are not looked at, with the only value at which that is right.
 FIXED: dict[str, dict[str, Any]] = {
     "Attention": {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0},
+    "ArgMax": {"select_last_index": 0},
     "CumSum": {"exclusive": 0, "reverse": 0},
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
     "LayerNormalization": {"axis": -1},

@@ -207,7 +207,7 @@ def test_attention(heads: int, scale: float | None, mask: str) -> None:
 
 
 def test_an_unknown_operator_is_named() -> None:
-    with pytest.raises(FusionError, match="no evaluation for Celu.*at tensorrt"):
+    with pytest.raises(FusionError, match="no evaluation for Celu.*at evaluation"):
         TorchGraph(graph("Celu", [draw(2)]))
 
 
