@@ -128,6 +128,8 @@ FORMS: list[tuple[str, list[NDArray | None], dict[str, Any]]] = [
     ("Gelu", [draw(3, 4)], {"approximate": "tanh"}),
     ("Gemm", [draw(3, 4), draw(5, 4), draw(5)], {"transB": 1}),
     ("Gemm", [draw(3, 4), draw(4, 5)], {}),
+    ("ArgMax", [draw(3, 40)], {"axis": -1, "keepdims": 0}),
+    ("ArgMax", [ints([1, 5, 5], [5, 1, 5])], {}),
 ]  # fmt: skip
 
 
