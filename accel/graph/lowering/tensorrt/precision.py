@@ -22,6 +22,7 @@ import onnx_ir as ir
 from accel.errors import ExportError
 from accel.graph.edit import operands
 from accel.graph.lowering.tensorrt.emit import Emitter
+from accel.spec import PARTS
 
 FLOAT = ir.DataType.FLOAT
 LOW_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -123,6 +124,9 @@ class _Caster:
         made.const_value = ir.LazyTensor(
             lambda: ir.tensor(_narrow(tensor, low, name), name=name), dtype=low, shape=tensor.shape, name=name
         )
+        parts = value.metadata_props.get(PARTS)
+        if parts:  # what lies in it, by the names that the parts have in this type
+            made.metadata_props[PARTS] = "\n".join(f"{part}.{low.name.lower()}" for part in parts.split("\n"))
         self._graph.register_initializer(made)
         return made
 
