@@ -138,6 +138,12 @@ def write_external(
     return position
 
 
+def external_files(model: ir.Model) -> tuple[str, ...]:
+    """Names of the files that its initializers lie in, in the order of the first that does."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return tuple(dict.fromkeys(str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)))
+
+
 def _is_vector(value: ir.Value) -> bool:
     return value.const_value is not None and len(value.const_value.shape) < 2
 
@@ -146,4 +152,4 @@ def _stays(tensor: ir.TensorProtocol, keep: Path | None) -> bool:
     return isinstance(tensor, ir.ExternalTensor) and keep is not None and Path(tensor.base_dir) == keep
 
 
-__all__ = ["StoredTensors", "write_external"]
+__all__ = ["StoredTensors", "external_files", "write_external"]
