@@ -63,13 +63,15 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
 
 
 def quantize(options: Namespace) -> int:
-    """Adds precisions to a bundle."""
+    """Adds precisions to a bundle, for the targets asked for or all that run its model in them."""
     from accel.bundle import Bundle
+    from accel.variant_targets import sensible_targets
 
     bundle = Bundle.open(options.bundle)
     before = {name: entry.size for name, entry in bundle.manifest.files.items()}
     for variant in options.variant:
-        bundle = accel.add_variant(bundle, variant, check=not options.no_parity)
+        for target in options.target or sensible_targets(bundle.manifest.arch, variant):
+            bundle = accel.add_variant(bundle, variant, target=target, check=not options.no_parity)
     manifest = bundle.manifest
     added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
     parity = {name: result for name, result in manifest.parity.items() if name.partition("/")[0] in options.variant}

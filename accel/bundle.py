@@ -121,6 +121,20 @@ class Bundle:
             raise BundleError(what, where=str(self.path), remedy=f"It has: {have}")
         return graphs[target]
 
+    def weights(self, variant: str, target: str) -> tuple[str, ...]:
+        """The weight files that a graph reads.
+
+        Where the manifest does not say: the variant's, without those that were written for another target.
+
+        Raises:
+            BundleError: No such variant or target.
+        """
+        entry, all_files = self.graph(variant, target), self.variant(variant)
+        if entry.weights is not None:
+            return entry.weights
+        others = tuple(f"{variant}.{other}." for other in all_files.graphs if other != target)
+        return tuple(name for name in all_files.weights if not name.startswith(others))
+
 
 class BundleWriter:
     """Writes a bundle: a context manager around a temporary sibling of ``out``.
@@ -284,7 +298,8 @@ def check_references(manifest: Manifest) -> None:
         BundleError: One is not.
     """
     wanted = {name for variant in manifest.variants.values() for name in variant.weights}
-    wanted |= {graph.file for variant in manifest.variants.values() for graph in variant.graphs.values()}
+    graphs = [graph for variant in manifest.variants.values() for graph in variant.graphs.values()]
+    wanted |= {name for graph in graphs for name in (graph.file, *(graph.weights or ()))}
     wanted |= {entry.file for entry in manifest.parameters.values()}
     for name in sorted(wanted - set(manifest.files)):
         raise BundleError(f"The manifest uses {name!r} but does not list it", where=MANIFEST_NAME, remedy=RE_EXPORT)

@@ -138,8 +138,11 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    variants = "fp16, bf16 or fp32, for TensorRT; may be repeated"
+    variants, targets = "fp16, bf16 or fp32; may be repeated", "tensorrt or ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", help=f"{targets}; default: all that run this model in the variant"
+    )
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with fp32")
     _finish(parser, build_commands.quantize)
 

@@ -34,7 +34,8 @@ class GraphEntry:
     """One graph file of a variant.
 
     ``lowering`` is the version of the target's lowering that wrote it; None where the target has none, or the bundle
-    was written before versions were recorded. Such a TensorRT graph counts as outdated.
+    was written before versions were recorded. Such a TensorRT graph counts as outdated. ``weights`` are the files that
+    the graph reads; None where that was not recorded: see ``Bundle.weights``.
     """
 
     file: str
@@ -44,14 +45,15 @@ class GraphEntry:
     attention_nodes: tuple[str, ...]  # node names, one per layer, in layer order
     passes: tuple[PassReport, ...] = ()
     lowering: int | None = None
+    weights: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Variant:
     """One precision of the model: its weight files and one graph per target.
 
-    ``graphs`` maps a target (``canonical``, ``ort-cpu``) to its graph. All graphs of a
-    variant read the same weight files.
+    ``graphs`` maps a target (``canonical``, ``ort-cpu``) to its graph. The graphs of a variant share its weight files:
+    what the graph of one target has stored, that of the next one reads there.
     """
 
     dtype: str

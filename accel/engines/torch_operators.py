@@ -63,6 +63,10 @@ def _squeeze(node: ir.Node, x: Tensor, axes: Tensor | None = None) -> Tensor:
     return x.squeeze() if axes is None else x.squeeze(tuple(_axes(axes)))
 
 
+def _arg_max(node: ir.Node, x: Tensor) -> Tensor:
+    return x.argmax(_int(node, "axis"), keepdim=bool(_int(node, "keepdims", 1)))
+
+
 def _shape(node: ir.Node, x: Tensor) -> Tensor:
     return torch.tensor(list(x.shape)[_int(node, "start") : node.attributes.get_int("end", None)], dtype=torch.int64)
 
@@ -217,6 +221,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Split": _split,
     "Expand": _expand,
     "CumSum": _cumsum,
+    "ArgMax": _arg_max,
     "ReduceMean": _reduce(torch.mean),
     "ReduceSum": _reduce(torch.sum),
     "LayerNormalization": _layer_norm,
@@ -231,6 +236,7 @@ OPERATORS: dict[str, Callable[..., Any]] = {
 # Attributes that are not looked at, with the only value at which that is right.
 FIXED: dict[str, dict[str, Any]] = {
     "Attention": {"is_causal": 0, "softcap": 0.0, "qk_matmul_output_mode": 0},
+    "ArgMax": {"select_last_index": 0},
     "CumSum": {"exclusive": 0, "reverse": 0},
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
     "LayerNormalization": {"axis": -1},

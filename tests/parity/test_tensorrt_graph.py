@@ -92,6 +92,12 @@ def half_logits(model: Any, rows: list[NDArray], dtype: torch.dtype) -> list[NDA
     return decoder_logits(copy.deepcopy(model).to(dtype).apply(_widen_output), rows)
 
 
+def half_encoder(model: Any, dtype: torch.dtype) -> Any:
+    low = copy.deepcopy(model).to(dtype)
+    low.register_forward_hook(lambda _, __, output: _widen(output))
+    return low
+
+
 def _widen_output(module: torch.nn.Module) -> None:
     """Outputs of the head as float32, which NumPy has also where it has no bfloat16."""
     if isinstance(module, torch.nn.Linear):
@@ -128,8 +134,7 @@ def test_encoder(name: str, bundle_of: BundleOf, plain_model: ModelOf, tmp_path:
 def test_low_precision_encoder(name: str, dtype: ir.DataType, bundle_of: BundleOf, plain_model: ModelOf) -> None:
     model, arch = lowered(bundle_of(name), dtype)
     plain, names = plain_model(name), list(OUTPUT_NAMES[arch.task])
-    low = copy.deepcopy(plain).to(TORCH[dtype])
-    low.register_forward_hook(lambda _, __, output: _widen(output))
+    low = half_encoder(plain, TORCH[dtype])
     run, errors = TorchGraph(model).run, []
     for feeds in encoder_batches(plain).values():
         _, exact = encoder_references(plain, feeds, names)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from accel.engines.ort_cuda.feeds import mask_feeds, step_feeds
 from accel.engines.padded import PaddedStep, StepPadder
 from accel.engines.session import EngineInfo, StepInputs
 from accel.spec import ArchSpec
@@ -17,7 +18,8 @@ Run = Callable[[Mapping[str, NDArray]], dict[str, NDArray]]  # graph inputs by n
 
 
 def onnxruntime_run(path: Path, threads: int = 0) -> Run:
-    """Runs a graph file on ONNX Runtime's CPU kernels, without its graph optimisations."""
+    """Runs a graph file on ONNX Runtime's CPU kernels, without its graph optimisations; what it does not take is
+    left out."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -26,7 +28,13 @@ def onnxruntime_run(path: Path, threads: int = 0) -> Run:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(None, dict(feeds)), strict=True))
+    taken = {node.name for node in session.get_inputs()}
+
+    def run(feeds: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        given = {name: array for name, array in feeds.items() if name in taken}
+        return dict(zip(names, session.run(None, given), strict=True))
+
+    return run
 
 
 class PaddedDecoder:
@@ -73,13 +81,15 @@ class PaddedDecoder:
 
     def _step(self, step: PaddedStep) -> NDArray[np.float32]:
         rows = slice(step.first, step.first + len(step.input_ids))
-        names = ("input_ids", "position_ids", "write_index", "logits_positions")
-        feeds = {name: getattr(step, name) for name in names}
+        feeds = self._feeds(step)
         feeds |= {f"past.{name}": cache[rows] for name, cache in self._caches.items()}
         outputs = self._run(feeds)
         for name, cache in self._caches.items():
             cache[rows] = outputs[f"present.{name}"]
         return outputs["logits"]
+
+    def _feeds(self, step: PaddedStep) -> dict[str, NDArray]:
+        return {name: getattr(step, name) for name in ("input_ids", "position_ids", "write_index", "logits_positions")}
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
@@ -89,6 +99,28 @@ class PaddedDecoder:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+class GroupedDecoder(PaddedDecoder):
+    """The same, with the same arguments, over a graph of the dialect of ONNX Runtime's CUDA provider."""
+
+    def _feeds(self, step: PaddedStep) -> dict[str, NDArray]:
+        return step_feeds(step)
+
+
+class PackedDecoder(PaddedDecoder):
+    """The same, with the same arguments, over a graph that takes packed tokens."""
+
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """See ``DecoderSession.step``."""
+        feeds: dict[str, NDArray] = {
+            name: getattr(inputs, name)
+            for name in ("input_ids", "position_ids", "past_lengths", "query_lengths", "logits_positions")
+        }
+        outputs = self._run({**feeds, **{f"past.{name}": cache for name, cache in self._caches.items()}})
+        for name in self._caches:
+            self._caches[name] = outputs[f"present.{name}"]
+        return outputs["logits"]
 
 
 class GraphEncoder:
@@ -106,4 +138,20 @@ class GraphEncoder:
         """Nothing is held."""
 
 
-__all__ = ["GraphEncoder", "PaddedDecoder", "Run", "onnxruntime_run"]
+class MaskedEncoder(GraphEncoder):
+    """The same over a graph of the dialect of ONNX Runtime's CUDA provider."""
+
+    def run(self, feeds: dict[str, NDArray]) -> dict[str, NDArray]:
+        """See ``EncoderSession.run``; needs ``attention_mask``."""
+        return super().run({**feeds, **mask_feeds(feeds["attention_mask"])})
+
+
+__all__ = [
+    "GraphEncoder",
+    "GroupedDecoder",
+    "MaskedEncoder",
+    "PackedDecoder",
+    "PaddedDecoder",
+    "Run",
+    "onnxruntime_run",
+]

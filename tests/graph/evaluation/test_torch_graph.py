@@ -129,6 +129,8 @@ FORMS: list[tuple[str, list[NDArray | None], dict[str, Any]]] = [
     ("Gelu", [draw(3, 4)], {"approximate": "tanh"}),
     ("Gemm", [draw(3, 4), draw(5, 4), draw(5)], {"transB": 1}),
     ("Gemm", [draw(3, 4), draw(4, 5)], {}),
+    ("ArgMax", [draw(3, 40)], {"axis": -1, "keepdims": 0}),
+    ("ArgMax", [ints([1, 5, 5], [5, 1, 5])], {}),
 ]  # fmt: skip
 
 
@@ -208,7 +210,7 @@ def test_attention(heads: int, scale: float | None, mask: str) -> None:
 
 
 def test_an_unknown_operator_is_named() -> None:
-    with pytest.raises(FusionError, match="no evaluation for Celu.*at tensorrt"):
+    with pytest.raises(FusionError, match="no evaluation for Celu.*at evaluation"):
         TorchGraph(graph("Celu", [draw(2)]))
 
 

@@ -111,10 +111,10 @@ class _Shared:
 def _lower_layer(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> None:
     heads, scale = node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()
     query = node.inputs[0]
-    key, _ = _without_bias(node, 1)
-    value, value_bias = _without_bias(node, 2)
+    key, _ = without_bias(node, 1)
+    value, value_bias = without_bias(node, 2)
     window = node.attributes["window"].as_int() if "window" in node.attributes else None
-    bias = _without_expand(node.inputs[4]) if len(node.inputs) > 4 else None
+    bias = without_expand(node.inputs[4]) if len(node.inputs) > 4 else None
     condition, masked_bias = shared.no_padding, bias
     if window is not None:
         if bias is not None:
@@ -153,7 +153,7 @@ def _branch(node: ir.Node, name: str, like: ir.Node) -> ir.Graph:
     return ir.Graph([], [output], nodes=[node], name=name.replace(".", "_"))
 
 
-def _without_bias(node: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:
+def without_bias(node: ir.Node, index: int) -> tuple[ir.Value | None, ir.Value | None]:
     """(input ``index`` without its projection's bias, that bias)."""
     value = node.inputs[index]
     linear = producer(value, "Linear")
@@ -192,7 +192,7 @@ def _fold(graph: ir.Graph, linear: ir.Node, bias: ir.Value, name: str) -> ir.Val
     return make_constant(graph, name, (own + weight @ added).astype(np.float32))
 
 
-def _without_expand(bias: ir.Value | None) -> ir.Value | None:
+def without_expand(bias: ir.Value | None) -> ir.Value | None:
     """The kernel broadcasts a bias over the batch itself."""
     expand = producer(bias, "Expand")
     if expand is None:

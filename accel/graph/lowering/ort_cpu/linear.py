@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from accel.graph.edit import substitute
-from accel.graph.lowering.ort_cpu.packed import rows_of
+from accel.graph.lowering.packed import rows_of
 from accel.spec import ArchSpec
 
 MICROSOFT = "com.microsoft"

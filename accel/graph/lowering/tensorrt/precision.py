@@ -22,6 +22,7 @@ import onnx_ir as ir
 from accel.errors import ExportError
 from accel.graph.edit import operands
 from accel.graph.lowering.tensorrt.emit import Emitter
+from accel.spec import PARTS
 
 FLOAT = ir.DataType.FLOAT
 LOW_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -35,8 +36,19 @@ ISLANDS = frozenset(
 PRODUCTS = frozenset({"MatMul", "Gemm", "Attention", "TensorScatter", "RotaryEmbedding"})
 
 
-def set_precision(model: ir.Model, dtype: ir.DataType) -> int:
+def set_precision(
+    model: ir.Model,
+    dtype: ir.DataType,
+    islands: frozenset[str] = ISLANDS,
+    products: frozenset[str] = PRODUCTS,
+) -> int:
     """Rewrites a float32 graph in place so that it computes in ``dtype``; returns how many casts it took.
+
+    Args:
+        model: The graph.
+        dtype: FLOAT leaves it as it is.
+        islands: Op types that stay float32.
+        products: Op types that compute in ``dtype`` whatever their inputs are.
 
     Raises:
         ExportError: A weight exceeds the type's range.
@@ -44,14 +56,15 @@ def set_precision(model: ir.Model, dtype: ir.DataType) -> int:
     if dtype == FLOAT:
         return 0
     assert dtype in LOW_TYPES, dtype
-    return _Caster(model, dtype).run()
+    return _Caster(model, dtype, islands, products).run()
 
 
 class _Caster:
-    def __init__(self, model: ir.Model, dtype: ir.DataType) -> None:
+    def __init__(self, model: ir.Model, dtype: ir.DataType, islands: frozenset[str], products: frozenset[str]) -> None:
         self._graph, self._low = model.graph, dtype
+        self._islands, self._products = islands, products
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
-        self._tail = _tail(model.graph)
+        self._tail = _tail(model.graph, products)
         self._parameters = {value for value in self._graph.initializers.values() if value.dtype == FLOAT}
 
     def run(self) -> int:
@@ -76,9 +89,9 @@ class _Caster:
                 output.type = ir.TensorType(wanted)
 
     def _wanted(self, node: ir.Node) -> ir.DataType:
-        if node.op_type in PRODUCTS:
+        if node.op_type in self._products:
             return self._low
-        if node.op_type in ISLANDS or node in self._tail or self._is_residual(node):
+        if node.op_type in self._islands or node in self._tail or self._is_residual(node):
             return FLOAT
         computed = [value for value in node.inputs if value is not None and value not in self._parameters]
         types = {value.dtype for value in computed if value.dtype in (FLOAT, *LOW_TYPES)}
@@ -111,6 +124,9 @@ class _Caster:
         made.const_value = ir.LazyTensor(
             lambda: ir.tensor(narrow(tensor, low, name), name=name), dtype=low, shape=tensor.shape, name=name
         )
+        parts = value.metadata_props.get(PARTS)
+        if parts:  # what lies in it, by the names that the parts have in this type
+            made.metadata_props[PARTS] = "\n".join(f"{part}.{low.name.lower()}" for part in parts.split("\n"))
         self._graph.register_initializer(made)
         return made
 
@@ -128,11 +144,11 @@ def _is_cache(value: ir.Value) -> bool:
     return (value.name or "").startswith("present.")
 
 
-def _tail(graph: ir.Graph) -> set[ir.Node]:
+def _tail(graph: ir.Graph, products: frozenset[str]) -> set[ir.Node]:
     """Nodes from which only outputs are reached without another matrix product."""
     found: set[ir.Node] = set()
     for node in reversed(list(graph)):
-        if node.op_type in PRODUCTS or any(_is_cache(output) for output in node.outputs):
+        if node.op_type in products or any(_is_cache(output) for output in node.outputs):
             continue
         uses = [use.node for output in node.outputs for use in output.uses()]
         ends = any(output.is_graph_output() for output in node.outputs)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from accel.graph.lowering.ort_cpu.packed import merge_linears
+from accel.graph.lowering.packed import merge_linears
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.spec import PARTS
 from tests.graph.small import apply, assert_close, count, make, normal, ops, run
