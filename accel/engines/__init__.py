@@ -192,9 +192,22 @@ def _tensorrt(target: Literal["tensorrt", "rtx"]) -> Engine:
     return Engine(target, "cuda", probe, open_engine, installed)
 
 
+def _probe_cuda(bundle: Bundle, variant: str) -> str | None:
+    from accel.engines.cuda.registry import probe
+
+    return probe(bundle, variant)
+
+
+def _open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
+    from accel.engines.cuda.registry import open_cuda
+
+    return open_cuda(bundle, variant, options)
+
+
 ENGINES: tuple[Engine, ...] = (
     _tensorrt("tensorrt"),
     _tensorrt("rtx"),
+    Engine("cuda", "cuda", _probe_cuda, _open_cuda),
     Engine("ort-cpu", "cpu", _probe_ort, _open_ort),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )

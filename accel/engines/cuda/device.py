@@ -51,6 +51,10 @@ class Device:
             return 98304
         return int(torch.cuda.get_device_properties(self.torch).shared_memory_per_block_optin)
 
+    def free_memory(self) -> int | None:
+        """Bytes that can be had; None: unknown."""
+        return torch.cuda.mem_get_info(self.torch)[0] if self.is_gpu else None
+
     def pinned(self, count: int) -> torch.Tensor:
         """int64 [count] on the host, page-locked where there is a GPU."""
         return torch.zeros(count, dtype=torch.int64, pin_memory=self.is_gpu)

@@ -56,7 +56,8 @@ class DecodePlace:
             self._under_way.clear()
             self._fill(inputs, lengths)
             self._launch(lengths)
-        if ahead and len(self._under_way) < 2 and lengths.max() + 1 < (capacity if self._long_past else SHORT_PAST):
+        limit = capacity if self._long_past else min(capacity, SHORT_PAST)
+        if ahead and len(self._under_way) < 2 and lengths.max() + 1 < limit:
             self._launch(np.where(lengths >= 0, lengths + 1, lengths))
 
     def forget(self) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from accel.errors import FusionError
 from accel.engines.torch_operators import OPERATORS, TYPES, to_numpy, to_torch
+from accel.errors import FusionError
 from accel.graph.evaluation.torch_graph import TorchGraph
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64

@@ -1,0 +1,81 @@
+"""Whether the engine can run a bundle here, and opening it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from accel.bundle import Bundle
+from accel.engines.kv_cache import resolve_cache
+from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
+from accel.errors import CapacityError, EngineError, EngineUnavailableError
+
+TARGET = "cuda"  # of the graph
+PRECISIONS = ("fp16", "bf16", "fp32")
+MINIMUM_SM = 80  # the first with bf16 and asynchronous copies
+_SHARE_LEFT = 0.9  # of the free memory: steps need some of their own
+
+
+def pick_precision(bundle: Bundle, variant: str) -> str | None:
+    """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a graph for this engine."""
+    if variant != "auto":
+        return variant if TARGET in bundle.variant(variant).graphs else None
+    variants = bundle.manifest.variants
+    return next((name for name in PRECISIONS if name in variants and TARGET in variants[name].graphs), None)
+
+
+def probe(bundle: Bundle, variant: str) -> str | None:
+    """Why the engine cannot run a bundle here, or None."""
+    if pick_precision(bundle, variant) is None:
+        command = f"accel quantize {bundle.path} --variant fp16 --target cuda"
+        return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds it"
+    missing = [name for name in ("torch", "triton", "onnx_ir") if find_spec(name) is None]
+    if missing:
+        return f'{" and ".join(missing)} missing: pip install "accelrt[cuda]"'
+    import torch
+
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA GPU here, or was installed without CUDA"
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < MINIMUM_SM:
+        return f"the GPU is sm{major}{minor}; the kernels need sm{MINIMUM_SM} or later"
+    return None
+
+
+def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
+    """Opens the engine.
+
+    Raises:
+        CapacityError: Weights and cache do not fit; says what does.
+        EngineUnavailableError: The graph was lowered by another version of accel, or its files are damaged.
+    """
+    import torch
+
+    from accel.engines.cuda.device import open_device
+
+    chosen = pick_precision(bundle, variant)
+    assert chosen is not None, "probe comes first"
+    entry, arch = bundle.graph(chosen, TARGET), bundle.manifest.arch
+    device, path = open_device(), bundle.file(entry.file)
+    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[
+        bundle.variant(chosen).dtype
+    ]
+    try:
+        if arch.kind == "encoder":
+            from accel.engines.cuda.encoder import CudaEncoderSession
+
+            return CudaEncoderSession(path, arch, chosen, device, dtype)
+        from accel.engines.cuda.decoder import CudaDecoderSession
+
+        weights = sum(bundle.manifest.files[name].size for name in bundle.weights(chosen, TARGET))
+        memory = device.free_memory()
+        left = None if memory is None else int(max(0, memory - weights) * _SHARE_LEFT)
+        if left == 0:
+            what = f"the weights take {weights:,} bytes, and the GPU has {memory:,} free"
+            raise CapacityError(what, where="cuda", remedy="Free memory, or load with another engine")
+        shape = resolve_cache(arch, options, dtype.itemsize, left)
+        return CudaDecoderSession(path, arch, chosen, shape, device, dtype)
+    except EngineError as error:
+        raise EngineUnavailableError(error.what, where=error.where, remedy=error.remedy) from error
+
+
+__all__ = ["TARGET", "open_cuda", "pick_precision", "probe"]
