@@ -27,12 +27,20 @@ def bytes_per_token(arch: ArchSpec, item_bytes: int = 4) -> int:
     return sum(2 * layer.kv_heads * layer.head_dim * item_bytes for layer in arch.layers)
 
 
-def resolve_cache(arch: ArchSpec, options: SessionOptions, item_bytes: int = 4) -> CacheShape:
+def resolve_cache(
+    arch: ArchSpec, options: SessionOptions, item_bytes: int = 4, available: int | None = None
+) -> CacheShape:
     """Rows and capacity for a decoder: what the caller asked for, checked, or defaults that fit.
 
     The default capacity is ``arch.max_positions``, at most 4,096 and at most what half of the available
     memory holds for all rows. The cache is committed page by page as it fills, so the default costs
     little until it is used; an explicit capacity must fit when full.
+
+    Args:
+        arch: The model.
+        options: What was asked for.
+        item_bytes: Of one number in the cache.
+        available: Bytes at hand; None: this machine's memory.
 
     Raises:
         InputError: A capacity or max_batch below 1, or no integer.
@@ -41,7 +49,7 @@ def resolve_cache(arch: ArchSpec, options: SessionOptions, item_bytes: int = 4) 
     rows = check_count("max_batch", options.max_batch) or DEFAULT_MAX_BATCH
     asked = check_count("capacity", options.capacity)
     row_bytes = max(1, rows * bytes_per_token(arch, item_bytes))
-    memory = available_memory()
+    memory = available_memory() if available is None else available
     if asked is not None:
         _check_asked(arch, asked, rows, row_bytes, memory)
         return CacheShape(rows, asked)
