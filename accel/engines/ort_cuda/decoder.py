@@ -85,8 +85,10 @@ class OrtCudaDecoderSession:
         self._batches = [size for size in batches if size <= shape.rows]
         most = min(MAX_TOKENS, shape.capacity)
         self._padder = StepPadder(shape.rows, shape.capacity, self._batches, (), most, self._most_logits)
+        self._opening = True
         if self._captures:
             self._capture_batches()
+        self._opening = False
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs one packed step; see ``DecoderSession.step``.
@@ -222,7 +224,7 @@ class OrtCudaDecoderSession:
             return binding
         except Exception as error:
             found = run_error(error, "decoder step")
-            if captured and not isinstance(found, OutOfMemoryError):
+            if captured and self._opening and not isinstance(found, OutOfMemoryError):
                 self._note_uncaptured(found)
                 self._kept.clear()
                 self._session = None  # its memory first

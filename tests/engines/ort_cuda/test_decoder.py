@@ -258,9 +258,11 @@ def test_a_cuda_error_breaks_the_session(bundle: Bundle) -> None:
             raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
 
     session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(fail))
+    step(session, [(0, 0, 3)], [2])
     broken.append(True)
     with pytest.raises(EngineBrokenError, match="illegal memory access"):
-        step(session, [(0, 0, 4)], [3])
+        step(session, [(0, 3, 4)], [0])  # a captured run: the model is not loaded again amid requests
+    assert session.notes == []
     broken.clear()
     for act in (lambda: step(session, [(0, 0, 4)], [3]), lambda: session.copy_row(0, 1, 2)):
         with pytest.raises(EngineBrokenError, match="illegal memory access"):
