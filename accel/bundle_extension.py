@@ -1,4 +1,4 @@
-"""Adds files to a bundle that stands: nothing that it holds is touched, and nothing half made is ever seen."""
+"""Adds files to a bundle that stands: no file is written over, and nothing half made is ever seen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -64,11 +65,12 @@ class BundleExtension:
             if translated is not None:
                 raise translated from error
 
-    def commit(self, manifest: Manifest) -> Bundle:
+    def commit(self, manifest: Manifest, outdated: Collection[str] = ()) -> Bundle:
         """Publishes what was written.
 
         Args:
             manifest: The bundle's with whatever is new; the new files are added here.
+            outdated: Files that nothing in it refers to any more: they go once it stands.
 
         Raises:
             BundleError: The manifest names a file that was not written.
@@ -80,13 +82,17 @@ class BundleExtension:
         if taken:
             what = f"The bundle has a file {taken[0]!r} already"
             raise StorageError(what, where=str(root), remedy="Export the model again to change what it holds")
-        files = {**self.bundle.manifest.files, **{path.name: file_entry(path) for path in new}}
+        kept = {name: entry for name, entry in self.bundle.manifest.files.items() if name not in outdated}
+        files = {**kept, **{path.name: file_entry(path) for path in new}}
         complete = dataclasses.replace(manifest, files=dict(sorted(files.items())))
         check_references(complete)
         text = json.dumps(to_dict(complete), indent=1, ensure_ascii=False, allow_nan=False)
         (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
         fsync_tree(self.path)
         self._move_in(new)
+        for name in outdated:
+            with suppress(OSError):  # they take room, no more
+                (root / name).unlink()
         if self._lock is not None:
             os.fsync(self._lock)
         return Bundle.open(root)

@@ -31,7 +31,11 @@ class PassReport:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """One graph file of a variant."""
+    """One graph file of a variant.
+
+    ``lowering`` is the version of the target's lowering that wrote it; None where the target has none, or the bundle
+    was written before versions were recorded. Such a TensorRT graph counts as outdated.
+    """
 
     file: str
     opset: int
@@ -39,6 +43,7 @@ class GraphEntry:
     outputs: tuple[TensorSpec, ...]
     attention_nodes: tuple[str, ...]  # node names, one per layer, in layer order
     passes: tuple[PassReport, ...] = ()
+    lowering: int | None = None
 
 
 @dataclass(frozen=True)

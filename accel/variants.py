@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError, InputError, ParityError
+from accel.errors import BundleError, InputError, ParityError, StorageError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Variant
 from accel.recipe import ParityRecipe
 from accel.schema import suggest
@@ -36,10 +37,12 @@ def add_variant(
 ) -> Bundle:
     """Adds a variant's TensorRT graph and weights to a bundle, unless they are there.
 
-    The graph is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine.
+    The graph is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine. A variant that
+    another version of the lowering wrote, or an accel that recorded no version, is lowered again: new files take the
+    place of the old ones, which go.
 
     Args:
-        bundle: A bundle or its directory; the files it holds stay as they are.
+        bundle: A bundle or its directory; its other files stay as they are.
         variant: ``fp32``, ``fp16`` or ``bf16``.
         check: Compare. Off only for graphs that are checked elsewhere.
         show_progress: Show stages on stderr; None: when it is a terminal.
@@ -50,27 +53,60 @@ def add_variant(
     Raises:
         InputError: An unknown variant.
         ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
-        BundleError: It is damaged, or its weight file has hard links.
+        BundleError: It is damaged, its weight file has hard links, or an outdated variant cannot be lowered again.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.
     """
-    from accel.exporter.progress import ExportProgress
-
     if variant not in LIMITS:
         raise InputError(f"unknown variant {variant!r}", where="variant", remedy=suggest(variant, list(LIMITS)))
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    if _has(opened.manifest, variant):
+    if is_current(opened, variant):
         return opened
-    with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
-        if _has(extension.bundle.manifest, variant):  # another process was faster
-            return extension.bundle
-        manifest = _Addition(extension.bundle, extension.path, variant, progress).make(check)
-        progress.stage("Hashing and syncing")
-        return extension.commit(manifest)
+    with _outdated_in_words(opened, variant):
+        from accel.exporter.progress import ExportProgress
+
+        with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
+            if is_current(extension.bundle, variant):  # another process was faster
+                return extension.bundle
+            addition = _Addition(extension.bundle, extension.path, variant, progress)
+            manifest = addition.make(check)
+            progress.stage("Hashing and syncing")
+            return extension.commit(manifest, addition.outdated())
 
 
-def _has(manifest: Manifest, variant: str) -> bool:
-    return variant in manifest.variants and TARGET in manifest.variants[variant].graphs
+def is_current(bundle: Bundle, variant: str) -> bool:
+    """Whether a bundle has a variant's TensorRT graph, as this version of the lowering writes it."""
+    from accel.graph.lowering.tensorrt import VERSION
+
+    entry = _entry(bundle, variant)
+    return entry is not None and entry.lowering == VERSION
+
+
+def canonical_graph(bundle: Bundle) -> Path | None:
+    """The graph that all variants are lowered from; None: the bundle does not hold it."""
+    base = bundle.manifest.variants.get(BASE)
+    return bundle.file(base.graphs[CANONICAL].file) if base is not None and CANONICAL in base.graphs else None
+
+
+def _entry(bundle: Bundle, variant: str) -> GraphEntry | None:
+    found = bundle.manifest.variants.get(variant)
+    return None if found is None else found.graphs.get(TARGET)
+
+
+@contextmanager
+def _outdated_in_words(bundle: Bundle, variant: str) -> Iterator[None]:
+    """Why an outdated variant stays so, with the command that makes it new where that can be done."""
+    try:
+        yield
+    except (BundleError, StorageError, ImportError) as error:
+        entry = _entry(bundle, variant)
+        if entry is None:
+            raise
+        by = "an older accel" if entry.lowering is None else f"version {entry.lowering} of the lowering"
+        what = f"The variant {variant} was made by {by}, and cannot be lowered again here: {error}"
+        command = f"accel quantize {bundle.path} --variant {variant}"
+        remedy = f"Run it where the bundle can be written and the export tools are installed: {command}"
+        raise BundleError(what, where=str(bundle.path), remedy=remedy) from error
 
 
 @dataclasses.dataclass
@@ -85,19 +121,39 @@ class _Addition:
         with _links_in_words():
             model, entry, weights = self._write()
         manifest = self.bundle.manifest
-        parity = dict(manifest.parity)
+        parity = {name: result for name, result in manifest.parity.items() if name != f"{self.variant}/{TARGET}"}
         if check:
             self.progress.stage("Checking parity")
             parity[f"{self.variant}/{TARGET}"] = self._check(model)
         dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[self.variant]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
-        new = Variant(dtype, (*old.weights, *weights), {**old.graphs, TARGET: entry})
+        kept = tuple(name for name in old.weights if name not in self.outdated())
+        new = Variant(dtype, (*kept, *weights), {**old.graphs, TARGET: entry})
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+
+    def outdated(self) -> tuple[str, ...]:
+        """The files of the graph that is lowered again; weights that other graphs may read are left."""
+        entry = _entry(self.bundle, self.variant)
+        if entry is None:
+            return ()
+        variant = self.bundle.variant(self.variant)
+        own = [name for name in variant.weights if len(variant.graphs) == 1 or name.startswith(self._stem())]
+        return (entry.file, *own)
+
+    def _stem(self) -> str:
+        """What the names of the variant's weights for TensorRT begin with."""
+        return f"{self.variant}.{TARGET}" if self.variant == BASE else self.variant
+
+    def _free(self, stem: str, ending: str) -> Path:
+        """A file whose name the bundle has not: readers of the old one go on with it until the manifest is new."""
+        numbers = (f".{number}" for number in itertools.count(2))
+        names = (f"{stem}{number}{ending}" for number in itertools.chain([""], numbers))
+        return self.folder / next(name for name in names if not self.bundle.has(name))
 
     def _write(self) -> tuple[ir.Model, GraphEntry, tuple[str, ...]]:
         from accel import __version__
         from accel.graph.external import write_external
-        from accel.graph.lowering.tensorrt import lower
+        from accel.graph.lowering.tensorrt import VERSION, lower
         from accel.graph.save import load_canonical, save_graph
 
         arch = self.bundle.manifest.arch
@@ -106,15 +162,14 @@ class _Addition:
         model = load_canonical(self.bundle.file(canonical.file))
         model, passes = lower(model, arch, arch.max_positions, _dtype(self.variant))
         self.progress.stage("Writing the weights")
-        path = self.folder / (f"{self.variant}.{TARGET}.weights" if self.variant == BASE else f"{self.variant}.weights")
+        path = self._free(self._stem(), ".weights")
         # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
         keep = self.bundle.path if self.variant == BASE else None
         written = write_external(model, path, keep=keep, advance=self.progress.advance)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
-        entry = save_graph(
-            model, self.folder / f"{self.variant}.{TARGET}.onnx", names, (*canonical.passes, *passes), __version__
-        )
-        return model, entry, (path.name,) if written else ()
+        graph = self._free(f"{self.variant}.{TARGET}", ".onnx")
+        entry = save_graph(model, graph, names, (*canonical.passes, *passes), __version__)
+        return model, dataclasses.replace(entry, lowering=VERSION), (path.name,) if written else ()
 
     def _check(self, model: ir.Model) -> ParityResult:
         from accel.engines import open_session
@@ -187,4 +242,4 @@ def _dtype(variant: str) -> ir.DataType:
     return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[variant]
 
 
-__all__ = ["LIMITS", "TARGET", "add_variant"]
+__all__ = ["LIMITS", "TARGET", "add_variant", "canonical_graph", "is_current"]

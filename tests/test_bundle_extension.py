@@ -72,6 +72,46 @@ def test_a_file_that_stands_there_is_not_replaced(bundle: Bundle) -> None:
     assert content(bundle.path) == before
 
 
+def replace(bundle: Bundle, old: str, new: str) -> Bundle:
+    """A variant takes the place of another, whose weights go."""
+    with BundleExtension(bundle) as extension:
+        (extension.path / f"{new}.weights").write_bytes(b"\3" * 8)
+        manifest = extension.bundle.manifest
+        left = {name: variant for name, variant in manifest.variants.items() if name != old}
+        changed = with_variant(dataclasses.replace(manifest, variants=left), new)
+        return extension.commit(changed, [f"{old}.weights"])
+
+
+def test_outdated_files_go_once_the_manifest_stands(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    extended = extend(bundle, "fp16")
+    before, real = content(bundle.path), os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if target.name == "manifest.json":
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(StorageError, match="disk reported an error"):
+            replace(extended, "fp16", "bf16")
+    assert content(bundle.path) == before
+    replaced = replace(extended, "fp16", "bf16")
+    assert set(content(bundle.path)) == (set(before) - {"fp16.weights"}) | {"bf16.weights"}
+    assert not replaced.has("fp16.weights") and Bundle.open(bundle.path, verify=True).has("bf16.weights")
+
+
+def test_a_file_that_is_read_is_not_outdated(bundle: Bundle) -> None:
+    extended = extend(bundle, "fp16")
+    before = content(bundle.path)
+    with (
+        pytest.raises(BundleError, match="uses 'fp16.weights' but does not list it"),
+        BundleExtension(extended) as made,
+    ):
+        made.commit(made.bundle.manifest, ["fp16.weights"])
+    assert content(bundle.path) == before
+
+
 def test_a_manifest_that_names_an_unwritten_file(bundle: Bundle) -> None:
     before = content(bundle.path)
     with pytest.raises(BundleError, match="uses 'fp16.weights' but does not list it"), BundleExtension(bundle) as made:

@@ -1,0 +1,96 @@
+"""Variants that another version of the lowering made: known as such, and lowered again where that can be done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.errors import BundleError, StorageError
+from accel.graph.lowering.tensorrt import VERSION
+from accel.variants import add_variant, is_current
+from tests.test_bundle_extension import content
+from tests.test_variants import is_complete, locations
+
+
+@pytest.fixture
+def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "decoder"))
+
+
+def say_lowering(bundle: Path, variant: str, version: int | None) -> None:
+    """The manifest says that another version of the lowering made the variant."""
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["variants"][variant]["graphs"]["tensorrt"]["lowering"] = version
+    (bundle / "manifest.json").write_text(json.dumps(data))
+
+
+def test_the_lowering_is_recorded(decoder: Path) -> None:
+    bundle = add_variant(decoder, "fp16", check=False)
+    assert bundle.graph("fp16", "tensorrt").lowering == VERSION and is_current(bundle, "fp16")
+    assert bundle.graph("fp32", "ort-cpu").lowering is None and not is_current(bundle, "fp32")
+    assert not is_current(bundle, "bf16")
+
+
+@pytest.mark.parametrize("version", [None, VERSION - 1, VERSION + 1])
+@pytest.mark.parametrize("variant", ["fp16", "fp32"])
+def test_an_outdated_variant_is_lowered_again(decoder: Path, variant: str, version: int | None) -> None:
+    before = content(decoder)
+    first = add_variant(decoder, variant)
+    old = content(decoder)
+    say_lowering(decoder, variant, version)
+    assert not is_current(Bundle.open(decoder), variant)
+    bundle = add_variant(decoder, variant)
+    assert is_current(bundle, variant) and is_complete(decoder, variant)
+    after, entry = content(decoder), bundle.graph(variant, "tensorrt")
+    assert entry.file == f"{variant}.tensorrt.2.onnx" and first.graph(variant, "tensorrt").file not in after
+    assert len(after) == len(old) and set(bundle.manifest.files) == set(after) - {"manifest.json"}
+    assert all(after[name] == data for name, data in before.items() if name != "manifest.json")
+    assert locations(bundle, variant) <= set(bundle.variant(variant).weights) <= set(after)
+    assert bundle.manifest.parity == first.manifest.parity
+    assert bundle.graph("fp32", "ort-cpu")
+    say_lowering(decoder, variant, version)
+    assert add_variant(decoder, variant, check=False).graph(variant, "tensorrt").file == f"{variant}.tensorrt.onnx"
+    unchecked = Bundle.open(decoder).manifest
+    assert f"{variant}/tensorrt" not in unchecked.parity  # that was measured on the old one
+    assert set(content(decoder)) == set(old)
+
+
+def test_a_newer_lowering_makes_variants_outdated(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = add_variant(decoder, "fp16", check=False)
+    monkeypatch.setattr("accel.graph.lowering.tensorrt.VERSION", VERSION + 1)
+    assert not is_current(bundle, "fp16")
+    assert main(["quantize", str(decoder), "--variant", "fp16", "--no-parity"]) == 0
+    assert Bundle.open(decoder).graph("fp16", "tensorrt").lowering == VERSION + 1
+
+
+def test_an_outdated_variant_that_cannot_be_made_new(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_variant(decoder, "fp16", check=False)
+    say_lowering(decoder, "fp16", VERSION - 1)
+    before, command = content(decoder), rf"accel quantize {decoder} --variant fp16"
+
+    def refuse(*_: object) -> None:
+        raise StorageError("read-only", where=str(decoder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("accel.bundle_extension.TemporarySibling.create", refuse)
+        with pytest.raises(BundleError, match=rf"version 0 of the lowering.*again here: read-only.*{command}"):
+            add_variant(decoder, "fp16")
+        with pytest.raises(StorageError, match="read-only"):  # one that is not there yet
+            add_variant(decoder, "bf16")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "accel.exporter.progress", None)  # as where the export tools are not installed
+        with pytest.raises(BundleError, match=rf"cannot be lowered again here: .*{command}"):
+            add_variant(decoder, "fp16")
+    data = json.loads((decoder / "manifest.json").read_text())
+    del data["variants"]["fp32"]["graphs"]["canonical"]
+    data["variants"]["fp16"]["graphs"]["tensorrt"]["lowering"] = None
+    (decoder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=rf"an older accel.*no graph for target 'canonical'.*{command}"):
+        add_variant(decoder, "fp16")
+    assert {**content(decoder), "manifest.json": b""} == {**before, "manifest.json": b""}
