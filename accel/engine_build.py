@@ -73,8 +73,9 @@ def build(
 ) -> list[EngineReport]:
     """Builds a bundle's TensorRT engines, one per SM, unless the store has them.
 
-    A precision that the bundle lacks is added to it first (see ``add_variant``). What is built for the GPU of this
-    machine is also loaded, warmed up and timed; an engine that does not run stays in the store, and the report says so.
+    A precision that the bundle lacks, or that another version of the lowering made, is added to it first (see
+    ``add_variant``). What is built for the GPU of this machine is also loaded, warmed up and timed; an engine that does
+    not run stays in the store, and the report says so.
 
     Args:
         bundle: A bundle or its directory.
@@ -97,7 +98,7 @@ def build(
 
     Raises:
         InputError, DependencyError, EngineBuildError, EngineProofError: see ``accel.builder.build.build_plan``.
-        BundleError: A damaged bundle.
+        BundleError: A damaged bundle, or an outdated precision that cannot be lowered again here.
         StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, or holds a bad engine.
         KeyboardInterrupt: Ctrl-C; nothing half made is left.
     """
@@ -172,17 +173,22 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     from accel.builder.build import build_plan
     from accel.builder.files import History, TimingCaches
     from accel.builder.progress import BuildMonitor, ProgressBars
+    from accel.variants import canonical_graph
 
     settings, bundle = request.settings, request.bundle
     folder = cache_folder() / "builds"
     timings, history = TimingCaches(folder), History(folder / "history.json")
     like = _like(bundle, flavour)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
+    canonical, weights = canonical_graph(bundle), bundle.weights(request.variant, TARGET)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
     with ProgressBars(title, show_progress) as bars:
         monitor = BuildMonitor(bars, history.seconds(like))
-        built = build_plan(graph, bundle.manifest.arch, settings, timing_cache=cache, monitor=monitor)
+        built = build_plan(
+            graph, bundle.manifest.arch, settings, canonical=canonical, weights=weights, timing_cache=cache,
+            monitor=monitor,
+        )  # fmt: skip
     with suppress(StorageError):  # they make the next build faster; this one is done
         timings.save(flavour, settings.sm, built.timing_cache)
         history.record(like, built.facts.phases)
@@ -210,6 +216,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
         "model": request.bundle.manifest.source,
         "max_batch": request.max_batch,
         "hardware_compatibility": request.settings.hardware_compatibility,
+        "sources": request.sources,
         "profile_order": [profile.name for profile in request.settings.profiles],
         "cache_bytes": _cache_bytes(request),
         "buffer_bytes": _buffer_bytes(request),

@@ -13,7 +13,7 @@ import numpy as np
 from accel.engine_request import BuildRequest
 from accel.engines.session import SessionOptions, StepInputs
 from accel.engines.tensorrt.adapter import Flavour
-from accel.engines.tensorrt.lookup import facts_of, hash_sources
+from accel.engines.tensorrt.lookup import facts_of
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import DependencyError, EngineUnavailableError
 from accel.store import StoredEngine, cache_folder
@@ -47,7 +47,7 @@ def measure_engine(request: BuildRequest, engine: StoredEngine, flavour: Flavour
     if sm not in key.sm:
         remedy = "Run it on such a machine with the same store: accel warmup does"
         raise EngineUnavailableError(f"no GPU {'+'.join(key.sm)} here", where=engine.path.name, remedy=remedy)
-    facts = facts_of(engine.manifest, hash_sources(request.bundle, request.variant))
+    facts = facts_of(engine.manifest)
     kernels = cache_folder() / "kernels" / f"{key.digest}-{sm}.cache"  # where a session of accel.load looks for them
     options = SessionOptions(capacity=key.capacity, max_batch=request.max_batch)
     session = open_tensorrt(

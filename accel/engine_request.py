@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accel.bundle import Bundle
 from accel.engines.kv_cache import DEFAULT_MAX_BATCH, check_count
 from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
-from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, pick_precision
+from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, passes_of, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_gpu, current_sm
 from accel.errors import DependencyError, InputError
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("accel")
 DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
 DEFAULT_PRECISION = "fp16"
-PASSES = "1"  # of parsing and repair: raise it when the same graph makes another network
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BFLOAT16_SM = 80  # the first that computes in bf16
 
@@ -42,6 +41,7 @@ class BuildRequest:
         settings: For the builder.
         max_batch: Most rows.
         key: What it is stored under.
+        sources: Files of the bundle that it is made from -> their sha256.
     """
 
     bundle: Bundle
@@ -49,6 +49,7 @@ class BuildRequest:
     settings: BuildSettings
     max_batch: int
     key: EngineKey
+    sources: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def prepare(
     show_progress: bool | None = None,
     **asked: Any,
 ) -> list[BuildRequest]:
-    """Settles what is asked, adds the variant where it is missing, and computes the keys; builds nothing.
+    """Settles what is asked, adds the variant where it is missing or outdated, and computes the keys; builds nothing.
 
     Args:
         asked: As ``settle``.
@@ -148,9 +149,8 @@ def prepare(
     bundle = _ensure_variant(bundle, variant, show_progress)
     sources = hash_sources(bundle, variant)
     settings = replace(settled.settings, dtype=bundle.variant(variant).dtype)
-    inputs = bundle.graph(variant, TARGET).inputs
     return [
-        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, variant, one, inputs))
+        BuildRequest(bundle, variant, one, rows, _key(flavour, sources, bundle, variant, one), sources.files)
         for one in per_sm(settings)
     ]
 
@@ -216,20 +216,18 @@ def _check_alignment(arch: ArchSpec, settings: BuildSettings, rows: int) -> None
 
 
 def _ensure_variant(bundle: Bundle, variant: str, show_progress: bool | None) -> Bundle:
-    from accel.variants import add_variant
+    from accel.variants import add_variant, is_current
 
-    before = bundle.manifest.variants
+    known = is_current(bundle, variant)
     bundle = add_variant(bundle, variant, show_progress=show_progress)
-    if variant not in before:
-        _log.info("%s: the variant %s was added to the bundle", bundle.path, variant)
+    if not known:
+        _log.info("%s: the variant %s was lowered for TensorRT and added to the bundle", bundle.path, variant)
     return bundle
 
 
-def _key(
-    flavour: Flavour, sources: Sources, variant: str, settings: BuildSettings, inputs: tuple[TensorSpec, ...]
-) -> EngineKey:
-    from accel.graph.lowering.tensorrt import VERSION
-
+def _key(flavour: Flavour, sources: Sources, bundle: Bundle, variant: str, settings: BuildSettings) -> EngineKey:
+    inputs, passes = bundle.graph(variant, TARGET).inputs, passes_of(bundle, variant)
+    assert passes is not None, "the variant is current"
     return EngineKey(
         graph=sources.graph,
         weights=sources.weights,
@@ -237,7 +235,7 @@ def _key(
         library_version=flavour.version,
         sm=settings.sm,
         variant=variant,
-        passes=f"{VERSION}.{PASSES}",
+        passes=passes,
         optimization_level=settings.optimization_level,
         capacity=settings.capacity,
         profiles={profile.name: _shapes(profile, inputs, settings.capacity) for profile in settings.profiles},

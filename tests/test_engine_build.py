@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from accel.errors import (
     InputError,
     RefusedEngineError,
 )
+from accel.graph.lowering.tensorrt import VERSION
 from accel.store import EngineStore
 from accel.variants import add_variant
 
@@ -118,6 +120,23 @@ def test_several_sms(bundle: Path, tmp_path: Path, sm: str | list[str]) -> None:
     first, second = build(bundle, store=tmp_path / "store", **asked)
     assert (first.sm, second.sm) == (("sm86",), ("sm120",)) and first.built and second.built
     assert len(EngineStore(tmp_path / "store").entries()) == 2
+
+
+def test_an_outdated_variant_is_lowered_before_it_is_built(bundle: Path, tmp_path: Path) -> None:
+    """A bundle that an older accel wrote: its graph is not the one that this version makes."""
+    (first,) = build(bundle, store=tmp_path / "store", **SMALL)
+    assert sorted(first.facts["sources"]) == ["fp16.tensorrt.onnx", "fp16.weights"]
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["variants"]["fp16"]["graphs"]["tensorrt"]["lowering"]
+    path.write_text(json.dumps(data))
+    (again,) = build(bundle, store=tmp_path / "store", **SMALL)
+    manifest = Bundle.open(bundle, verify=True).manifest
+    assert manifest.variants["fp16"].graphs["tensorrt"].lowering == VERSION
+    files = {name: entry.sha256 for name, entry in manifest.files.items() if name.startswith("fp16.")}
+    assert again.built and again.facts["sources"] == files
+    (found,) = build(bundle, store=tmp_path / "store", **SMALL)
+    assert not found.built and found.digest == again.digest
 
 
 def test_a_bundle_without_the_variant_gets_it(tiny_decoder_bundle: Path, tmp_path: Path) -> None:

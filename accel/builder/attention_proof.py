@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 
 from accel.builder.network import NetworkView
+from accel.builder.number_proof import capped_rows, number_row, scale_of
 from accel.builder.proof_table import ProofRow, row
 from accel.builder.repair import attention_name
 from accel.builder.source import GraphSource
 from accel.spec import AttentionSpec
-
-# What a constant loses when it is stored: half a unit in the last place, relative.
-_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def attention_rows(
@@ -27,12 +25,16 @@ def attention_rows(
     if layer.softcap is not None:
         products = sum(item.type.name == "MATRIX_MULTIPLY" for item in view.of_node(name))
         yield row(index, name, "attention", "written out (softcap)", _written_out(len(found), products))
+        yield from capped_rows(source, index, layer)
         return
     ends = sum(item.type.name == "ATTENTION_OUTPUT" for item in view.of_node(name))
     yield row(index, name, "attention", "1 fused", f"{len(found)} fused" if ends == len(found) else "a torn pair")
     yield row(index, name, "attention node", "Attention, scale = 1.0", _asked(node))
     if node is None or len(found) != 1:
         return
+    heads = [view.shape(found[0].get_input(place))[1::2] for place in range(3)]  # of [B, H, S, D]
+    sizes = [(count, layer.head_dim) for count in (layer.heads, layer.kv_heads, layer.kv_heads)]
+    yield row(index, name, "heads and their size", sizes, heads)
     yield from _kernel_rows(view, index, name, node, found[0])
     yield from _scale_rows(view, source, index, layer, found[0], dtype)
 
@@ -82,21 +84,15 @@ def _scale_rows(
     view: NetworkView, source: GraphSource, index: int, layer: AttentionSpec, inlet: Any, dtype: str | None
 ) -> Iterator[ProofRow]:
     """The query is a product with the constant of the graph's scale node, which is the model's scale in its type."""
-    name = f"layers.{index}.scale"
-    node = source.nodes.get(name)
-    constants = [item for item in (node.input if node is not None else ()) if source.constant(item) is not None]
-    if node is None or node.op_type != "Mul" or len(constants) != 1:
-        yield row(index, name, "scale node", "Mul by a constant", None if node is None else node.op_type)
+    name, scale = f"layers.{index}.scale", scale_of(source, index)
+    if scale is None:
+        yield row(index, name, "scale node", "Mul by a constant", "none")
         return
-    stored = source.constant(constants[0])
-    assert stored is not None
-    kind = dtype or stored.dtype.name
     found = [view.dtype(inlet.get_input(place)) for place in range(3)]
-    yield row(index, f"layers.{index}.attention", "query, key, value dtype", [kind] * 3, found)
-    value = float(stored.astype(np.float32).ravel()[0])
-    close = stored.size == 1 and abs(value - layer.scale) <= _ROUNDING.get(kind, 0.0) * abs(layer.scale)
-    yield ProofRow(index, name, "scale of the model", f"{layer.scale:.6g}", f"{value:.6g}", close)
-    yield row(index, name, "scale", f"{value:.6g} ({constants[0]})", _product_by(view, inlet, constants[0], value))
+    yield row(index, f"layers.{index}.attention", "query, key, value dtype", [dtype or scale.dtype] * 3, found)
+    yield number_row(index, name, "scale of the model", layer.scale, scale)
+    product = _product_by(view, inlet, scale.name, scale.value)
+    yield row(index, name, "scale", f"{scale.value:.6g} ({scale.name})", product)
 
 
 def _product_by(view: NetworkView, inlet: Any, constant: str, value: float) -> str:

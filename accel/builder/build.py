@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import tempfile
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,6 +110,8 @@ def build_plan(
     arch: ArchSpec,
     settings: BuildSettings,
     *,
+    canonical: Path | None = None,
+    weights: Collection[str] | None = None,
     timing_cache: bytes | None = None,
     monitor: BuildMonitor | None = None,
     scratch: Path | None = None,
@@ -118,6 +121,8 @@ def build_plan(
     Args:
         graph: A graph lowered for TensorRT; its weights lie beside it.
         arch: Its model.
+        canonical: The graph that it was lowered from, for the proof; None: the proof does without.
+        weights: Names of the only files beside it that it may read; None: any there.
         timing_cache: From an earlier build; ignored where the flavour times nothing.
         monitor: Hears of the progress and can stop the build. Ctrl-C stops it too.
         scratch: Folder for the plan until it is stored, on a disk with room; None: the system's.
@@ -137,11 +142,11 @@ def build_plan(
     started, peak = time.monotonic(), _PeakMemory()
     with monitor.interruptible():
         with monitor.phase("Reading the graph"):
-            source = GraphSource(graph, settings.capacity)
+            source = GraphSource(graph, settings.capacity, weights)
             check_profiles(settings.profiles, source, arch)
             parsed = parse(flavour, source)
         with monitor.phase("Proving the network"):
-            view, table = _prove(parsed, arch, settings)
+            view, table = _prove(parsed, arch, settings, canonical)
         config = _configure(parsed, settings, timing_cache)
         with _Scratch(flavour, scratch) as file:
             _run(parsed, config, monitor, file)
@@ -183,10 +188,12 @@ def check_settings(settings: BuildSettings, flavour: Flavour) -> None:
         raise EngineBuildError(reason, where="refittable", remedy=remedy)
 
 
-def _prove(parsed: ParsedNetwork, arch: ArchSpec, settings: BuildSettings) -> tuple[NetworkView, ProofTable]:
+def _prove(
+    parsed: ParsedNetwork, arch: ArchSpec, settings: BuildSettings, canonical: Path | None
+) -> tuple[NetworkView, ProofTable]:
     view = NetworkView(parsed.flavour, parsed.network)
     repairs = repair(view)
-    table = prove(Proof(view, parsed.source, arch, settings.dtype), repairs)
+    table = prove(Proof(view, parsed.source, arch, settings.dtype, canonical), repairs)
     check(table)
     return view, table
 

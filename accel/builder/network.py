@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from accel.engines.tensorrt.adapter import Flavour
+from accel.errors import EngineProofError
 
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-_PASSES_ON = ("CAST", "IDENTITY", "SHUFFLE", "SQUEEZE", "UNSQUEEZE")  # one input's values, in another type or shape
+PASSES_ON = ("CAST", "IDENTITY", "SHUFFLE", "SQUEEZE", "UNSQUEEZE")  # one input's values, in another type or shape
 
 
 class NetworkView:
@@ -29,11 +30,13 @@ class NetworkView:
         self.inputs = {t.name: t for t in map(network.get_input, range(network.num_inputs))}
         self.outputs = {t.name: t for t in map(network.get_output, range(network.num_outputs))}
         self._producers: dict[str, Any] = {}
+        self._tensors: dict[str, Any] = dict(self.inputs)
         self._of_node: dict[str, list[Any]] = defaultdict(list)
         self._reads: dict[str, set[str]] = {}
         for layer in self.layers:
             for index in range(layer.num_outputs):
-                self._producers[layer.get_output(index).name] = layer
+                tensor = layer.get_output(index)
+                self._producers[tensor.name], self._tensors[tensor.name] = layer, tensor
             for name in _NODE.findall(layer.metadata):
                 self._of_node[name].append(layer)
 
@@ -53,10 +56,14 @@ class NetworkView:
         """Whether a tensor of that name exists."""
         return name in self._producers or name in self.inputs
 
+    def tensor(self, name: str) -> Any:
+        """The tensor of that name; None: there is none."""
+        return self._tensors.get(name)
+
     def origin(self, tensor: Any) -> Any:
         """The tensor whose values this one holds, before casts and changes of shape."""
         layer = self.producer(tensor)
-        while layer is not None and layer.type.name in _PASSES_ON:
+        while layer is not None and layer.type.name in PASSES_ON:
             tensor = layer.get_input(0)
             layer = self.producer(tensor)
         return tensor
@@ -101,9 +108,21 @@ class NetworkView:
         """Layers by type, in lower case, most frequent first."""
         return dict(Counter(layer.type.name.lower() for layer in self.layers).most_common())
 
+    def shape(self, tensor: Any) -> tuple[int, ...]:
+        """A tensor's shape, -1 where it varies.
+
+        Raises:
+            EngineProofError: The network gives it none.
+        """
+        try:
+            return tuple(tensor.shape)
+        except RuntimeError as error:
+            what = f"The network is not the graph: the shapes before {tensor.name} do not fit together"
+            raise EngineProofError(what, remedy="Lower the graph so that the parser keeps its shapes") from error
+
     def dtype(self, tensor: Any) -> str:
         """NumPy-style name of a tensor's type."""
         return self.flavour.dtype_name(tensor.dtype)
 
 
-__all__ = ["NetworkView"]
+__all__ = ["PASSES_ON", "NetworkView"]

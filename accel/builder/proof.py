@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accel.builder.attention_proof import attention_rows, cache_rows
+from accel.builder.lowering_proof import lowering_rows
+from accel.builder.mask_proof import mask_rows
 from accel.builder.network import NetworkView
+from accel.builder.node_proof import operation_rows
 from accel.builder.proof_table import ProofRow, ProofTable, row
 from accel.builder.source import GraphSource
 from accel.errors import EngineProofError
@@ -32,12 +36,14 @@ class Proof:
         source: The graph it was parsed from.
         arch: The model's architecture: what each layer must be.
         dtype: The type of attention and caches, e.g. ``float16``; None: what the graph's scale constants have.
+        canonical: The graph that it was lowered from, the witness of what ``arch`` does not hold; None: unknown.
     """
 
     view: NetworkView
     source: GraphSource
     arch: ArchSpec
     dtype: str | None = None
+    canonical: Path | None = None
 
 
 def prove(proof: Proof, repairs: list[str]) -> ProofTable:
@@ -45,16 +51,24 @@ def prove(proof: Proof, repairs: list[str]) -> ProofTable:
 
     Returns:
         All rows, also the failed ones: see ``check``.
+
+    Raises:
+        EngineProofError: The network's shapes do not fit together, or a value is not in it.
+        EngineBuildError: The canonical graph cannot be read.
     """
     rows: list[ProofRow] = []
     for index, layer in enumerate(proof.arch.layers):
         rows += attention_rows(proof.view, proof.source, index, layer, proof.dtype)
         if proof.arch.kind == "decoder":
             rows += cache_rows(proof.view, proof.source, index)
+    rows += mask_rows(proof.source, proof.arch)
     rows += _count_rows(proof)
     rows += _tensor_rows(proof)
     rows += _node_rows(proof)
+    rows += operation_rows(proof.view, proof.source)
     rows += _island_rows(proof)
+    if proof.canonical is not None:
+        rows += lowering_rows(proof.source, proof.canonical, proof.arch)
     return ProofTable(tuple(rows), tuple(repairs))
 
 
@@ -95,7 +109,7 @@ def _tensor_rows(proof: Proof) -> Iterator[ProofRow]:
         yield row(None, "", f"{kind} added", "none", ", ".join(sorted(set(tensors) - named)) or "none")
         for spec in specs:
             if (tensor := tensors.get(spec.name)) is not None:
-                yield row(None, spec.name, "tensor", _said(spec), f"{view.dtype(tensor)} {_dims(tensor.shape)}")
+                yield row(None, spec.name, "tensor", _said(spec), f"{view.dtype(tensor)} {_dims(view.shape(tensor))}")
     for spec in proof.source.inputs:
         yield row(None, spec.name, "input consumed", "yes", "yes" if spec.name in consumed else "no")
     for spec in proof.source.outputs:
@@ -133,8 +147,7 @@ def _island_rows(proof: Proof) -> Iterator[ProofRow]:
             layers = proof.view.of_node(node.name)
             operands = [tensor for layer in layers for tensor in proof.view.operands(layer)]
             found = sorted({name for tensor in operands if (name := proof.view.dtype(tensor)) in _FLOATS})
-            words = proof.source.layer_of(node.name).split()
-            yield row(int(words[1]) if words[0] == "layer" else None, node.name, "dtype", "float32", "+".join(found))
+            yield row(proof.source.layer_index(node.name), node.name, "dtype", "float32", "+".join(found))
 
 
 __all__ = ["ISLANDS", "Proof", "check", "prove"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,19 +30,20 @@ class GraphSource:
         weight_bytes: Bytes of all weights.
     """
 
-    def __init__(self, path: Path, capacity: int | None = None) -> None:
+    def __init__(self, path: Path, capacity: int | None = None, weights: Collection[str] | None = None) -> None:
         """Reads the file.
 
         Args:
             path: An ONNX file; its external data lie beside it.
             capacity: The number that stands for ``C``.
+            weights: Names of the only files that its weights may lie in; None: any file in its folder.
 
         Raises:
             InputError: A capacity is missing, or given to a graph without caches.
             EngineBuildError: The file, or one with its weights, is missing or damaged.
         """
-        self.path, self.capacity = path, capacity
-        self.proto: Any = _read(path)
+        self.path, self.capacity, self._weights = path, capacity, weights
+        self.proto: Any = read_graph(path)
         self._write_capacity()
         graph = self.proto.graph
         self._maps: dict[str, mmap.mmap] = {}
@@ -52,12 +53,14 @@ class GraphSource:
         self.inputs = tuple(_spec(value) for value in graph.input if value.name not in self._initializers)
         self.outputs = tuple(_spec(value) for value in graph.output)
         self.nodes: dict[str, Any] = {node.name: node for node in graph.node}
+        self._makers = {name: node for node in graph.node for name in node.output}
+        self._made = {name: node for name, node in self._makers.items() if node.op_type == "Constant"}
 
     def external(self) -> Iterator[tuple[str, int, int]]:
         """Name, address and bytes of every weight outside the graph file. The address is good while this lives.
 
         Raises:
-            EngineBuildError: A file is missing or shorter than the graph says.
+            EngineBuildError: A file is missing, shorter than the graph says, or none of the graph's weights.
         """
         for tensor in self._initializers.values():
             if tensor.data_location == tensor.EXTERNAL:
@@ -70,7 +73,7 @@ class GraphSource:
 
         tensor = self._initializers.get(name)
         if tensor is None:
-            made = next((n for n in self.proto.graph.node if n.op_type == "Constant" and name in n.output), None)
+            made = self._made.get(name)
             tensor = next((a.t for a in made.attribute if a.name == "value"), None) if made is not None else None
         if tensor is None:
             return None
@@ -78,6 +81,13 @@ class GraphSource:
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             return np.asarray(self._view(tensor).view(dtype).reshape(tuple(tensor.dims)))
         return np.asarray(numpy_helper.to_array(tensor))
+
+    def maker(self, name: str) -> Any:
+        """The node that makes a value, casts left out; None for inputs and initializers."""
+        node = self._makers.get(name)
+        while node is not None and node.op_type == "Cast":
+            node = self._makers.get(node.input[0])
+        return node
 
     def layer_of(self, name: str) -> str:
         """In words, which layer a node belongs to: the next one that has a named node, in the graph's order."""
@@ -87,6 +97,19 @@ class GraphSource:
                 return f"layer {found[1]}"
         return "after the last layer"
 
+    def layer_index(self, name: str) -> int | None:
+        """The index of the layer that a node belongs to; None: it stands after the last one."""
+        words = self.layer_of(name).split()
+        return int(words[1]) if words[0] == "layer" else None
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a name is an initializer's or a Constant node's."""
+        return name in self._initializers or name in self._made
+
+    def is_initializer(self, name: str) -> bool:
+        """Whether a name is an initializer's."""
+        return name in self._initializers
+
     def folded(self) -> set[str]:
         """Values computed from constants and shapes alone, which the parser folds or turns into shape arithmetic."""
         known = set(self._initializers)
@@ -95,9 +118,9 @@ class GraphSource:
                 known.update(node.output)
         return known
 
-    def needed(self) -> list[Any]:
-        """The nodes that the outputs depend on, in the graph's order."""
-        wanted = {value.name for value in self.proto.graph.output}
+    def needed(self, *names: str) -> list[Any]:
+        """The nodes that some values depend on, in the graph's order. No names: the graph's outputs."""
+        wanted = set(names) or {value.name for value in self.proto.graph.output}
         kept = []
         for node in reversed(self.proto.graph.node):
             if wanted.intersection(node.output):
@@ -141,7 +164,7 @@ class GraphSource:
 
     def _map(self, location: str) -> np.ndarray:
         if location not in self._bytes:
-            path = self.path.parent / location
+            path = self._allowed(location)
             try:
                 with path.open("rb") as file:
                     self._maps[location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -150,6 +173,19 @@ class GraphSource:
                 raise EngineBuildError(what, where=str(path), remedy="Export the bundle again") from error
             self._bytes[location] = np.frombuffer(self._maps[location], np.uint8)
         return self._bytes[location]
+
+    def _allowed(self, location: str) -> Path:
+        """A graph may read its own weights alone: what else lies on the machine would end up in an engine."""
+        folder = self.path.parent
+        if self._weights is None:
+            fine = bool(location) and (folder / location).resolve().parent == folder.resolve()
+        else:
+            fine = location in self._weights
+        if not fine:
+            what = f"The graph reads {location!r}, which is no weight file of its own"
+            remedy = "Do not use this bundle; export it again, or get it from a source that you trust"
+            raise EngineBuildError(what, where=str(self.path), remedy=remedy)
+        return folder / location
 
     def _write_capacity(self) -> None:
         graph, found = self.proto.graph, False
@@ -168,7 +204,12 @@ class GraphSource:
             )
 
 
-def _read(path: Path) -> Any:
+def read_graph(path: Path) -> Any:
+    """``onnx.ModelProto`` of a file, without its external data.
+
+    Raises:
+        EngineBuildError: It is missing or damaged.
+    """
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -200,4 +241,4 @@ def _spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
 
 
-__all__ = ["CAPACITY", "GraphSource"]
+__all__ = ["CAPACITY", "GraphSource", "read_graph"]

@@ -15,13 +15,14 @@ from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, InputError, RefusedEngineError
 from accel.schema import suggest
 from accel.store import EngineManifest, EngineStore
-from accel.variants import LIMITS
+from accel.variants import LIMITS, is_current
 from accel.warmup_jobs.jobs import Wanted
 
 MEMORY_PER_WEIGHT = 2.5  # peak of a build by the bytes of its weights
 BUILD_BASE = 512 << 20  # the library itself: a build without weights
 VARIANT_BASE = 1 << 30  # PyTorch, which checks a new variant
 VARIANT_MISSING = "variant missing"
+VARIANT_OUTDATED = "variant outdated"  # another version of the lowering made it
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class PlannedEngine:
         wanted: What was asked for.
         state: ``hit``: the store has it. ``miss``: to be built. ``failed``: it cannot be.
         reason: Why it is no hit.
-        missing: Precision that must be added to the bundle first; None: it is there.
+        missing: Precision that must be added to the bundle, or lowered again, first; None: it is there.
         variant: Precision that it has or will have.
         digest: Its name in the store; None as long as it is not known.
         bytes: Size of a hit's plan.
@@ -88,9 +89,10 @@ class Planner:
                 "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu,
                 "seconds": past_seconds(bundle, flavour), "note": note,
             }  # fmt: skip
-            if not has_variant(bundle, variant):
+            if not is_current(bundle, variant):
                 settle(bundle, flavour, wanted.sm, **wanted.asked())
-                return PlannedEngine(wanted, "miss", VARIANT_MISSING, missing=variant, **common)
+                why = VARIANT_OUTDATED if has_variant(bundle, variant) else VARIANT_MISSING
+                return PlannedEngine(wanted, "miss", why, missing=variant, **common)
             (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
             manifest, reason = self._look_up(request)
         except AccelError as error:
@@ -159,7 +161,7 @@ def _resolve_variant(bundle: Bundle, precision: str) -> str:
 def _build_memory(bundle: Bundle, variant: str) -> int:
     manifest = bundle.manifest
     if has_variant(bundle, variant):
-        weights = sum(manifest.files[name].size for name in manifest.variants[variant].weights)
+        weights = sum(manifest.files[name].size for name in bundle.weights(variant, TARGET))
     else:
         weights = manifest.arch.parameters * (4 if variant == "fp32" else 2)
     return BUILD_BASE + int(MEMORY_PER_WEIGHT * weights)

@@ -66,6 +66,7 @@ def decoder(
     hidden: int = HIDDEN,
     vocab: int = VOCAB,
     causal: bool = False,
+    softcap: float | None = None,
 ) -> Any:
     """A decoder with one layer for each entry of ``windows``.
 
@@ -75,6 +76,7 @@ def decoder(
         scale: Of every layer's scores.
         hidden: Hidden size; ``vocab``: rows of the embedding and of the head.
         causal: Spoils the graph: ``is_causal`` in place of the mask.
+        softcap: Of every layer's scores; with it attention is written out.
     """
     g = GraphWriter(dtype)
     g.constant("slots", np.arange(POSITIONS).reshape(1, 1, 1, POSITIONS))
@@ -85,7 +87,7 @@ def decoder(
     masks = {window: _mask(g, window) for window in dict.fromkeys(windows)}
     stream = g.node("Gather", [g.weight("embedding", vocab, hidden), "input_ids"], "embedded", axis=0)
     for layer, window in enumerate(windows):
-        stream = _decoder_layer(g, layer, stream, masks[window], scale, hidden, causal)
+        stream = _decoder_layer(g, layer, stream, masks[window], scale, hidden, causal, softcap)
     flat = g.node("Reshape", [g.rms_norm(stream, "final", hidden), g.constant("flat", np.array([-1, hidden]))], "rows")
     picked = g.node("Gather", [flat, "logits_positions"], "picked", axis=0)
     g.cast(g.node("MatMul", [picked, g.weight("head", hidden, vocab)], "narrow"), "logits", "float32")
@@ -107,7 +109,9 @@ def _mask(g: GraphWriter, window: int | None) -> str:
     return g.node("And", ["seen", g.node("Greater", ["slots.used", edge], f"near.{window}")], f"mask.{window}")
 
 
-def _decoder_layer(g: GraphWriter, i: int, stream: str, mask: str, scale: float, hidden: int, causal: bool) -> str:
+def _decoder_layer(
+    g: GraphWriter, i: int, stream: str, mask: str, scale: float, hidden: int, causal: bool, softcap: float | None
+) -> str:
     at = f"layers.{i}"
     normed = g.rms_norm(stream, f"{at}.input_norm", hidden)
     q, k, v = (g.heads(normed, f"{at}.{n}", c, hidden) for n, c in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)))
@@ -118,11 +122,38 @@ def _decoder_layer(g: GraphWriter, i: int, stream: str, mask: str, scale: float,
         g.node("TensorScatter", inputs, f"present.{i}.{kind}", f"{at}.{kind}_update", **options)
     scaled = g.node("Mul", [q, g.constant(f"{at}.scale.value", scale, g.dtype)], f"{at}.scaled", f"{at}.scale")
     inputs = [scaled, f"present.{i}.key", f"present.{i}.value"]
-    if causal:
+    if softcap is not None:
+        attended = _capped(g, at, inputs, mask, softcap)
+    elif causal:
         attended = g.node("Attention", inputs, f"{at}.attended", f"{at}.attention", scale=1.0, is_causal=1)
     else:
         attended = g.node("Attention", [*inputs, mask], f"{at}.attended", f"{at}.attention", scale=1.0)
     return _after_attention(g, at, stream, attended, hidden)
+
+
+def _capped(g: GraphWriter, at: str, inputs: list[str], mask: str, softcap: float) -> str:
+    """Attention written out, on [B, KV, H / KV, S, D]."""
+    query, key, value = inputs
+    shapes = {
+        "grouped": [0, KV_HEADS, HEADS // KV_HEADS, -1, HEAD_DIM],
+        "joined": [0, HEADS, -1, HEAD_DIM],
+        "axis": [2],
+    }
+    for name, shape in shapes.items():
+        g.constant(f"{at}.{name}.shape", np.array(shape, np.int64))
+    grouped = g.node("Reshape", [query, f"{at}.grouped.shape"], f"{at}.grouped")
+    keys, values = (g.node("Unsqueeze", [x, f"{at}.axis.shape"], f"{x}.grouped") for x in (key, value))
+    keys = g.node("Transpose", [keys], f"{at}.keys", perm=[0, 1, 2, 4, 3])
+    cap = g.constant(f"{at}.softcap.value", softcap, "float32")
+    scores = g.cast(g.node("MatMul", [grouped, keys], f"{at}.narrow_scores"), f"{at}.scores", "float32")
+    bounded = g.node("Tanh", [g.node("Div", [scores, cap], f"{at}.divided")], f"{at}.tanh")
+    capped = g.node("Mul", [bounded, cap], f"{at}.capped")
+    shown = g.node("Unsqueeze", [mask, f"{at}.axis.shape"], f"{at}.mask")
+    hidden = g.constant(f"{at}.hidden", -30000.0, "float32")
+    masked = g.node("Where", [shown, capped, hidden], f"{at}.masked")
+    weights = g.cast(g.node("Softmax", [masked], f"{at}.softmax", axis=-1), f"{at}.weights", g.dtype)
+    mixed = g.node("MatMul", [weights, values], f"{at}.heads", f"{at}.attention")
+    return g.node("Reshape", [mixed, f"{at}.joined.shape"], f"{at}.attended")
 
 
 def _after_attention(g: GraphWriter, at: str, stream: str, attended: str, hidden: int) -> str:

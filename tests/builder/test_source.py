@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 
 from accel.builder.parse import parse
@@ -62,6 +64,31 @@ def test_damaged_weights_are_named(tmp_path: Path, damage: str) -> None:
         os.truncate(weights, weights.stat().st_size - 64 if damage == "truncated" else 0)
     with pytest.raises(EngineBuildError, match=r"weights\.bin.*[Ee]xport the bundle again"):
         parse(load_flavour("rtx"), GraphSource(path, 64))
+
+
+@pytest.mark.parametrize("place", ["absolute", "parent", "link", "unlisted", "nowhere"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_weights_elsewhere_are_refused(tmp_path: Path, place: str, listed: bool) -> None:
+    """The file is there and fits; it is none of the graph's."""
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    path = graphs.save(graphs.decoder(), folder)
+    outside = Path(shutil.copy(folder / "weights.bin", tmp_path / "secret.bin"))
+    (folder / "link.bin").symlink_to(outside)
+    shutil.copy(outside, folder / "other.bin")
+    locations = {"absolute": str(outside), "parent": "../secret.bin", "link": "link.bin", "unlisted": "other.bin"}
+    proto = onnx.load(path, load_external_data=False)
+    for tensor in proto.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = locations.get(place, "")
+    path.write_bytes(proto.SerializeToString())
+    source = GraphSource(path, 64, ["weights.bin"] if listed else None)
+    if place == "unlisted" and not listed:
+        assert list(source.external())
+        return
+    with pytest.raises(EngineBuildError, match=r"no weight file of its own.*model\.onnx"):
+        list(source.external())
 
 
 @pytest.mark.parametrize("content", [None, b"no graph at all \xff\xff"])

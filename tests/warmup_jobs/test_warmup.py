@@ -74,6 +74,25 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return InProcess.requests
 
 
+def test_an_outdated_variant_is_planned_and_lowered_again(
+    bundles: Path, in_process: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = bundles / "llama" / "manifest.json"
+    data = json.loads(manifest.read_text())
+    data["variants"]["fp16"]["graphs"]["tensorrt"]["lowering"] = None  # by an accel that did not record it
+    manifest.write_text(json.dumps(data))
+    path = write(bundles, {**LLAMA, "sm": ["sm86"]})
+    before = manifest.read_bytes()
+    assert main(["warmup", str(path), "--dry-run"]) == 0
+    assert "miss    llama rtx sm86 fp16 capacity 32: variant outdated" in capsys.readouterr().out
+    assert manifest.read_bytes() == before and in_process == []
+    report = accel.warmup(path)
+    assert states(report) == [("llama", "sm86", "built")]
+    assert [request["do"] for request in in_process] == ["variant", "build"]
+    entry = Bundle.open(bundles / "llama", verify=True).graph("fp16", "tensorrt")
+    assert entry.lowering is not None and entry.file == "fp16.tensorrt.2.onnx"
+
+
 def test_two_sms_from_plan_to_hits(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [{**LLAMA, "sm": ["sm86", "sm89"]}, {**BERT, "sm": ["sm86", "sm120"], "precision": "bf16"}]
     path = write(bundles, *jobs, summary="out.json", logs="logs")

@@ -7,12 +7,11 @@ import threading
 from types import ModuleType
 from typing import Any
 
-from accel.capabilities import clash_of, version_of
+from accel.capabilities import CUDA_PROVIDER, MINIMUM_ONNXRUNTIME_GPU, clash_of, version_of
 from accel.engines.ort.common import parse_version
 from accel.errors import DependencyError
 
-MINIMUM_VERSION = (1, 31)  # RMSNormalization and RotaryEmbedding of opset 23 have CUDA kernels; measured with 1.31.1
-CUDA = "CUDAExecutionProvider"
+CUDA = CUDA_PROVIDER
 INSTALL = 'pip install "accelrt[cuda]"'
 _CUDA_RUNTIMES = ("libcudart.so.13", "libcudart.so.12")
 _loaded = threading.Event()
@@ -47,7 +46,7 @@ def import_onnxruntime_gpu() -> ModuleType:
     if CUDA not in onnxruntime.get_available_providers():
         why = f": {clash}" if clash else ""
         raise DependencyError(f"the onnxruntime {version} that Python imports has no CUDA provider{why}", remedy=mend)
-    if parse_version(version) < MINIMUM_VERSION:
+    if parse_version(version) < MINIMUM_ONNXRUNTIME_GPU:
         what = f"onnxruntime-gpu {version} is too old: 1.31 or newer is needed"
         raise DependencyError(what, remedy=f"Run: {INSTALL} --upgrade")
     _preload(onnxruntime)
@@ -74,4 +73,4 @@ def free_memory() -> int | None:
     return None
 
 
-__all__ = ["CUDA", "INSTALL", "MINIMUM_VERSION", "free_memory", "import_onnxruntime_gpu", "is_installed"]
+__all__ = ["CUDA", "INSTALL", "free_memory", "import_onnxruntime_gpu", "is_installed"]

@@ -144,18 +144,37 @@ class Flavour(ABC):
             "ATTENTION_INPUT": "IAttentionInputLayer",
             "ATTENTION_OUTPUT": "IAttentionOutputLayer",
             "CAST": "ICastLayer",
+            "CONCATENATION": "IConcatenationLayer",
             "CONSTANT": "IConstantLayer",
             "ELEMENTWISE": "IElementWiseLayer",
+            "FILL": "IFillLayer",
+            "GATHER": "IGatherLayer",
             "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
+            "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
             "NORMALIZATION": "INormalizationLayer",
             "REDUCE": "IReduceLayer",
             "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
             "SHUFFLE": "IShuffleLayer",
+            "SLICE": "ISliceLayer",
+            "SOFTMAX": "ISoftMaxLayer",
+            "UNARY": "IUnaryLayer",
         }
         name = names.get(layer.type.name)
         if name is not None:
             layer.__class__ = getattr(self.trt, name)
         return layer
+
+    def activation_of(self, layer: Any) -> str:
+        """``ActivationType`` of an activation layer, e.g. ``SIGMOID``.
+
+        ``typed`` leaves such layers as they are: ``IActivationLayer.type`` hides the layer's own type.
+        """
+        bare = layer.__class__
+        layer.__class__ = self.trt.IActivationLayer
+        try:
+            return str(layer.type.name)
+        finally:
+            layer.__class__ = bare
 
     def causal_kind(self, attention: Any) -> CausalKind:
         """Which causal mask an ``IAttention`` lays over its own mask."""

@@ -68,9 +68,9 @@ def check_facts(facts: EngineFacts, plan: memoryview, flavour: Flavour, sm: str,
         raise EngineUnavailableError(what, remedy=rebuild)
     if facts.sha256 is not None and hashlib.sha256(plan).hexdigest() != facts.sha256:
         raise EngineUnavailableError("the plan was altered: its sha256 is another", remedy=rebuild)
-    files = bundle.manifest.files
+    digests = {entry.sha256 for entry in bundle.manifest.files.values()}
     for name, digest in facts.sources.items():
-        if name not in files or files[name].sha256 != digest:
+        if digest not in digests:
             what = f"the engine was built from another bundle: {name} differs"
             raise EngineUnavailableError(what, where=str(bundle.path), remedy=rebuild)
 

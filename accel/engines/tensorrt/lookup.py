@@ -30,6 +30,7 @@ from accel.store.key import ShapeRange
 _log = logging.getLogger("accel")
 MAX_BYTES = "ACCEL_STORE_MAX_BYTES"
 TARGET = "tensorrt"  # of the graph that both flavours are built from
+PASSES = "1"  # of parsing and repair: raise it when the same graph makes another network
 PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers, where the bundle does not say
 
 
@@ -55,7 +56,7 @@ def hash_sources(bundle: Bundle, variant: str, hashes: HashCache | None = None) 
     """
     hashes = hashes or HashCache()
     graph = bundle.graph(variant, TARGET).file
-    names = bundle.variant(variant).weights
+    names = bundle.weights(variant, TARGET)
     found = {name: hashes.sha256(bundle.file(name)) for name in (graph, *names)}
     listed = {name: bundle.manifest.files[name].sha256 for name in found}
     for name, digest in found.items():
@@ -71,6 +72,16 @@ def pick_precision(bundle: Bundle, variant: str) -> str | None:
         return variant if TARGET in bundle.variant(variant).graphs else None
     variants = bundle.manifest.variants
     return next((name for name in PRECISIONS if name in variants and TARGET in variants[name].graphs), None)
+
+
+def passes_of(bundle: Bundle, variant: str) -> str | None:
+    """What made a variant's graph and makes its network, as engines' keys say it; None: the bundle does not know.
+
+    Raises:
+        BundleError: The variant has no TensorRT graph.
+    """
+    lowering = bundle.graph(variant, TARGET).lowering
+    return None if lowering is None else f"{lowering}.{PASSES}"
 
 
 def open_store(url: str | Path | None = None, **options: Any) -> EngineStore:
@@ -110,15 +121,18 @@ def find_engine(
     """The stored engine that fits best: the smallest that holds what is asked; where nothing is asked, the largest.
 
     Among equals, one that was timed on a GPU of this name (``gpu``): another of its SM runs it too, but perhaps not as
-    fast. One that is damaged, altered or not signed by the store's key is logged and passed over.
+    fast. One that is damaged, altered or not signed by the store's key is logged and passed over. One that other passes
+    made, or that was built from other files, does not fit.
 
     Raises:
         EngineUnavailableError: The store has none; names the command that builds it.
     """
     sources = hash_sources(bundle, variant)
     identity = engine_identity(sources.graph, sources.weights, flavour.target, flavour.version, variant)
-    found = store.find(identity)
-    fitting = [manifest for manifest in found if _fits(manifest, sm, options) and _takes(manifest, options)]
+    passes = passes_of(bundle, variant)
+    found = [manifest for manifest in store.find(identity) if _is_from(manifest, sources)]
+    current = [manifest for manifest in found if manifest.key.passes == passes]
+    fitting = [manifest for manifest in current if _fits(manifest, sm, options) and _takes(manifest, options)]
     for manifest in sorted(fitting, key=lambda manifest: _rank(manifest, options, gpu)):
         try:
             engine = store.get(manifest.key)
@@ -126,13 +140,30 @@ def find_engine(
             _log.warning("a stored engine is passed over: %s", error)
             continue
         if engine is not None:
-            return engine, facts_of(engine.manifest, sources)
+            return engine, facts_of(engine.manifest)
     command = f"accel build {bundle.path} --target {flavour.target} --sm {sm} --precision {variant}{_asked(options)}"
     remedy = f"Build it beforehand: {command}; or load with build='allow'"
-    raise EngineUnavailableError(_reason(found, flavour, sm, options), where=store.url, remedy=remedy)
+    if found and not current:
+        made = ", ".join(sorted({manifest.key.passes for manifest in found}))
+        what = f"the store's engines of this bundle were made by passes {made}; its variant {variant} has {passes}"
+        raise EngineUnavailableError(what, where=store.url, remedy=remedy)
+    raise EngineUnavailableError(_reason(current, flavour, sm, options), where=store.url, remedy=remedy)
 
 
-def facts_of(manifest: EngineManifest, sources: Sources) -> EngineFacts:
+def _is_from(manifest: EngineManifest, sources: Sources) -> bool:
+    """Whether an engine was built from these files, by its key and by what was noted when it was built."""
+    key, noted = manifest.key, _sources(manifest)
+    same = (key.graph, key.weights) == (sources.graph, sources.weights)
+    return same and sorted(noted.values()) == sorted(sources.files.values())  # names differ between copies
+
+
+def _sources(manifest: EngineManifest) -> dict[str, str]:
+    """Files of the bundle that an engine was built from -> their sha256 then."""
+    noted = manifest.facts.get("sources")
+    return {str(name): str(digest) for name, digest in noted.items()} if isinstance(noted, dict) else {}
+
+
+def facts_of(manifest: EngineManifest) -> EngineFacts:
     """What a session wants to know of a stored engine."""
     key, facts = manifest.key, manifest.facts
     return EngineFacts(
@@ -142,7 +173,7 @@ def facts_of(manifest: EngineManifest, sources: Sources) -> EngineFacts:
         size=manifest.size,
         profiles=tuple(facts.get("profile_order", sorted(key.profiles))),
         compatibility=facts.get("hardware_compatibility", "none"),
-        sources=sources.files,
+        sources=_sources(manifest),
     )
 
 
@@ -201,4 +232,15 @@ def _asked(options: SessionOptions) -> str:
     return capacity + ("" if options.max_batch is None else f" --max-batch {options.max_batch}")
 
 
-__all__ = ["PRECISIONS", "Sources", "TARGET", "facts_of", "find_engine", "hash_sources", "open_store", "pick_precision"]
+__all__ = [
+    "PASSES",
+    "PRECISIONS",
+    "TARGET",
+    "Sources",
+    "facts_of",
+    "find_engine",
+    "hash_sources",
+    "open_store",
+    "passes_of",
+    "pick_precision",
+]

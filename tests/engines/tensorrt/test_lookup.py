@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from accel.bundle import Bundle
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt import registry
 from accel.engines.tensorrt.adapter import Flavour, load_flavour
-from accel.engines.tensorrt.lookup import find_engine, hash_sources, open_store, pick_precision
+from accel.engines.tensorrt.lookup import find_engine, hash_sources, open_store, passes_of, pick_precision
 from accel.errors import BundleError, EngineBrokenError, EngineUnavailableError, RefusedEngineError
 from accel.store import EngineKey, EngineStore, HashCache
 from accel.variants import add_variant
@@ -56,16 +57,19 @@ def of_rows(low: int, high: int) -> dict[str, Any]:
 @pytest.fixture
 def keep(bundle: Bundle, flavour: Flavour, store: EngineStore) -> Callable[..., EngineKey]:
     """Puts an engine of the bundle; its plan says which one it is."""
-    sources = hash_sources(bundle, "fp16")
+    sources, passes = hash_sources(bundle, "fp16"), passes_of(bundle, "fp16")
 
-    def put(sm: str = "sm86", capacity: int | None = 256, rows: int = 4, level: str = "none", **changes: Any) -> Any:
-        changes = {"profiles": of_rows(1, rows), **changes}
+    def put(
+        sm: str = "sm86", capacity: int | None = 256, rows: int = 4, level: str = "none",
+        files: dict[str, str] | None = sources.files, **changes: Any,
+    ) -> Any:  # fmt: skip
+        of_bundle = {"graph": sources.graph, "weights": sources.weights, "passes": passes}
+        settled = {**of_bundle, "profiles": of_rows(1, rows), **changes}
         made = key(
-            graph=sources.graph, weights=sources.weights, library_version=flavour.version, sm=tuple(sm.split("+")),
-            capacity=capacity, flags={"rows": rows}, **changes,
-        )  # fmt: skip
+            library_version=flavour.version, sm=tuple(sm.split("+")), capacity=capacity, flags={"rows": rows}, **settled
+        )
         facts = {"max_batch": rows, "hardware_compatibility": level, "profile_order": ["prefill", "decode"]}
-        store.put(made, f"{sm} {capacity} {rows} {level}".encode(), facts)
+        store.put(made, f"{sm} {capacity} {rows} {level}".encode(), {**facts, **({"sources": files} if files else {})})
         return made
 
     return put
@@ -114,12 +118,13 @@ def test_profiles_must_take_the_rows(
     assert found(max_batch=2) == "sm86 256 16 none"
     assert found(max_batch=4) == found(max_batch=8) == "sm86 256 8 none"
     only = EngineStore(store.url + "-other")
-    only.put(keep("sm86", 256, 8, profiles=of_rows(4, 8)), b"plan", {"max_batch": 8})
+    facts = {"max_batch": 8, "sources": hash_sources(bundle, "fp16").files}
+    only.put(keep("sm86", 256, 8, profiles=of_rows(4, 8)), b"plan", facts)
     with pytest.raises(EngineUnavailableError, match="do not fit sm86 --max-batch 2: it has .*batch 4 to 8"):
         find_engine(only, bundle, "fp16", flavour, "sm86", SessionOptions(max_batch=2))
     never = EngineStore(store.url + "-never")
     wide = {"all": {"input_ids": ((1, 2), (1, 64), (8, 128))}}
-    never.put(keep("sm86", 256, 8, profiles=wide), b"plan", {"max_batch": 8})
+    never.put(keep("sm86", 256, 8, profiles=wide), b"plan", facts)
     with pytest.raises(EngineUnavailableError, match="do not fit sm86"):  # no steps of single tokens
         find_engine(never, bundle, "fp16", flavour, "sm86", SessionOptions())
 
@@ -170,6 +175,43 @@ def test_engines_of_something_else_are_not_seen(
     own.put(made, b"plan", {"max_batch": 4})
     with pytest.raises(EngineUnavailableError, match=f"the store has no TensorRT-RTX {flavour.version} engine"):
         find_engine(own, bundle, "fp16", flavour, "sm86", SessionOptions())
+
+
+def test_engines_of_other_passes_do_not_fit(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    """The graph's file is the same, and yet an engine of another repair computes something else."""
+    made = passes_of(bundle, "fp16")
+    assert made is not None
+    keep(passes=f"{made}1")
+    with pytest.raises(EngineUnavailableError, match=rf"by passes {made}1; its variant fp16 has {made}.*accel build"):
+        find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions())
+    keep(capacity=512)
+    engine, _ = find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions(capacity=64))
+    with engine:  # the other one would be the smaller
+        assert bytes(engine.plan()).decode() == "sm86 512 4 none"
+
+
+def test_a_variant_of_an_unknown_lowering_has_no_engine(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey]
+) -> None:
+    keep()
+    path = bundle.path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["variants"]["fp16"]["graphs"]["tensorrt"]["lowering"] = None  # written before it was recorded
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(EngineUnavailableError, match="variant fp16 has None.*accel build"):
+        find_engine(store, Bundle.open(bundle.path), "fp16", flavour, "sm86", SessionOptions())
+
+
+@pytest.mark.parametrize("files", [None, {"fp16.tensorrt.onnx": "1" * 64, "fp16.weights": "2" * 64}])
+def test_engines_built_from_other_files_do_not_fit(
+    bundle: Bundle, flavour: Flavour, store: EngineStore, keep: Callable[..., EngineKey], files: dict[str, str] | None
+) -> None:
+    """What was noted at the build counts, not what lies in the bundle now."""
+    keep(files=files)
+    with pytest.raises(EngineUnavailableError, match="the store has no TensorRT-RTX"):
+        find_engine(store, bundle, "fp16", flavour, "sm86", SessionOptions())
 
 
 def test_a_damaged_engine_is_passed_over(
