@@ -14,6 +14,8 @@ from typing import Any
 from accel.machine import Cpu, Gpu, Memory, hidden_gpu, probe_cpu, probe_gpus, probe_memory
 
 MINIMUM_ONNXRUNTIME = (1, 32)
+MINIMUM_ONNXRUNTIME_GPU = (1, 31)  # the first with CUDA kernels for all that lowered graphs hold
+CUDA_PROVIDER = "CUDAExecutionProvider"
 CUDA_13_DRIVER = (580,)  # the first that runs CUDA 13
 # Distributions that install into the one folder onnxruntime/.
 ONNXRUNTIME_FLAVOURS = (
@@ -107,7 +109,12 @@ def probe() -> Capabilities:
         gpus=gpus,
         onnxruntime=onnxruntime,
         packages=_packages(gpus),
-        engines=(*_tensorrt_engines(gpus, hidden_gpu()), _onnxruntime_engine(onnxruntime), _torch_engine()),
+        engines=(
+            *_tensorrt_engines(gpus, hidden_gpu()),
+            _onnxruntime_cuda_engine(onnxruntime, gpus, hidden_gpu()),
+            _onnxruntime_engine(onnxruntime),
+            _torch_engine(),
+        ),
         warnings=tuple(warnings),
     )
 
@@ -196,7 +203,32 @@ def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
         install = f'pip uninstall -y {" ".join(names)} && pip install "accelrt[cpu]"'
     if usable and found.problem is None:
         return EngineStatus("ort-cpu", True, f"onnxruntime {found.version}, ragged attention proven", None)
+    if names == ["onnxruntime-gpu"] and CUDA_PROVIDER in found.providers:  # swapping it would cost the faster engine
+        return EngineStatus("ort-cpu", usable, f"{found.problem}; this one is for ort-cuda", None)
     return EngineStatus("ort-cpu", usable, found.problem or "", install)
+
+
+def _onnxruntime_cuda_engine(found: OnnxRuntime, gpus: tuple[Gpu, ...], hidden: str | None) -> EngineStatus:
+    """What can be said without opening a session; a session proves that CUDA's libraries load."""
+    names = [entry.split()[0] for entry in found.distributions]
+    has_cuda = CUDA_PROVIDER in found.providers
+    old = found.version is not None and _release(found.version) < MINIMUM_ONNXRUNTIME_GPU
+    swap = f"pip uninstall -y {' '.join(names)} && " if names else ""
+    install = f'{swap}pip install "accelrt[cuda]"' if gpus else None
+    if "onnxruntime-gpu" not in names:
+        there = f"; {' and '.join(found.distributions)} has no CUDA" if names else ""
+        return EngineStatus("ort-cuda", False, f"onnxruntime-gpu is not installed{there}", install)
+    if not has_cuda or found.version is None:
+        shadow = f": {found.problem}" if found.problem else ""
+        why = f"the onnxruntime that Python imports has no CUDA provider{shadow}"
+        return EngineStatus("ort-cuda", False, why, install)
+    if old:
+        why = f"onnxruntime-gpu {found.version} is too old: 1.31 or newer is needed"
+        return EngineStatus("ort-cuda", False, why, 'pip install --upgrade "accelrt[cuda]"' if gpus else None)
+    if hidden is not None or not gpus:
+        reason = f"onnxruntime-gpu {found.version}, but {hidden or 'no NVIDIA GPU or driver'}"
+        return EngineStatus("ort-cuda", False, reason, None)
+    return EngineStatus("ort-cuda", True, f"onnxruntime-gpu {found.version} with its CUDA provider", None)
 
 
 def _install_tensorrt(name: str, gpus: tuple[Gpu, ...]) -> str:

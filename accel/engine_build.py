@@ -180,7 +180,7 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     timings, history = TimingCaches(folder), History(folder / "history.json")
     like = _like(bundle, flavour)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
-    canonical, weights = canonical_graph(bundle), bundle.variant(request.variant).weights
+    canonical, weights = canonical_graph(bundle), bundle.weights(request.variant, TARGET)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
     with ProgressBars(title, show_progress) as bars:

@@ -135,7 +135,7 @@ def prepare(
     show_progress: bool | None = None,
     **asked: Any,
 ) -> list[BuildRequest]:
-    """Settles what is asked, adds the variant where it is missing, and computes the keys; builds nothing.
+    """Settles what is asked, adds the variant where it is missing or outdated, and computes the keys; builds nothing.
 
     Args:
         asked: As ``settle``.

@@ -59,7 +59,7 @@ def test_quantize(bundle: Path, capsys: Output) -> None:
     assert "fp32, fp16;" in text and "MB added" in text and "fp16/tensorrt: error" in text and "limit 2e-02" in text
     report = answer(capsys, "quantize", bundle, "--variant", "bf16", "--variant", "fp16", "--no-parity")
     assert report["variants"] == ["fp32", "fp16", "bf16"]
-    assert set(report["added"]) == {"bf16.weights", "bf16.tensorrt.onnx"}
+    assert set(report["added"]) == {"bf16.weights", "bf16.tensorrt.onnx", "bf16.ort-cuda.onnx"}
     assert report["added"]["bf16.weights"] == (bundle / "bf16.weights").stat().st_size
     assert set(report["parity"]) == {"fp16/tensorrt"}  # bf16 was not compared
     again = answer(capsys, "quantize", bundle, "--variant", "fp16")

@@ -168,3 +168,40 @@ def test_rtx_and_the_gpu(
     monkeypatch.setattr(capabilities, "version_of", lambda name: None if name.startswith("tensorrt-cu") else "1.7.1")
     _, rtx = capabilities._tensorrt_engines((GPU,) if gpu else (), hidden)
     assert rtx.available is runs and reason in rtx.reason
+
+
+BOTH = ("CUDAExecutionProvider", "CPUExecutionProvider")
+FLAVOUR = OnnxRuntime(
+    ("onnxruntime-gpu 1.31.1",), "1.31.1", BOTH, False, "onnxruntime 1.31.1 is too old: 1.32 is needed"
+)
+CLASH = replace(GOOD, distributions=("onnxruntime 1.32.0", "onnxruntime-gpu 1.31.1"), problem="both are installed")
+SWAP = 'pip uninstall -y onnxruntime && pip install "accelrt[cuda]"'
+ORT_CUDA = {
+    "ready": (FLAVOUR, (GPU,), None, True, "onnxruntime-gpu 1.31.1 with its CUDA provider", None),
+    "no GPU": (FLAVOUR, (), None, False, "but no NVIDIA GPU or driver", None),
+    "a hidden GPU": (FLAVOUR, (GPU,), "CUDA_VISIBLE_DEVICES='' hides", False, "but CUDA_VISIBLE_DEVICES", None),
+    "the CPU flavour": (GOOD, (GPU,), None, False, "not installed; onnxruntime 1.32.0 has no CUDA", SWAP),
+    "the CPU flavour, no GPU": (GOOD, (), None, False, "onnxruntime-gpu is not installed", None),
+    "shadowed": (
+        *(CLASH, (GPU,), None, False, "no CUDA provider: both are installed"),
+        'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "accelrt[cuda]"',
+    ),
+    "too old": (
+        *(replace(FLAVOUR, version="1.29.0"), (GPU,), None, False, "1.29.0 is too old: 1.31"),
+        'pip install --upgrade "accelrt[cuda]"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ORT_CUDA)
+def test_ort_cuda(case: str) -> None:
+    onnxruntime, gpus, hidden, runs, reason, install = ORT_CUDA[case]
+    row = capabilities._onnxruntime_cuda_engine(onnxruntime, gpus, hidden)
+    assert (row.name, row.available, row.install) == ("ort-cuda", runs, install) and reason in row.reason
+
+
+def test_the_gpu_flavour_is_not_to_be_swapped_for_the_cpus(found: Capabilities) -> None:
+    row = engine_of(FLAVOUR)
+    assert not row.available and row.install is None and "this one is for ort-cuda" in row.reason
+    names = [engine.name for engine in found.engines]
+    assert names == ["tensorrt", "rtx", "ort-cuda", "ort-cpu", "torch"]

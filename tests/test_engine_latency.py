@@ -79,7 +79,8 @@ def stored(
     (request,) = prepare(bundle, load_flavour("rtx"), "sm86", precision="fp32", profiles={"encode": ranges})
     engine, store = built_engine("bert"), EngineStore(tmp_path / "store")
     world.engines[engine.plan] = engine
-    store.put(request.key, engine.plan, {"profile_order": ["encode"], "max_batch": 4})
+    facts = {"profile_order": ["encode"], "max_batch": 4, "sources": request.sources}
+    store.put(request.key, engine.plan, facts)
     return request, store
 
 

@@ -204,10 +204,35 @@ def _open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> Encoder
     return open_cuda(bundle, variant, options)
 
 
+def _has_triton() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("triton") is not None
+
+
+def _probe_ort_cuda(bundle: Bundle, variant: str) -> str | None:
+    from accel.engines.ort_cuda.registry import probe
+
+    return probe(bundle, variant)
+
+
+def _open_ort_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
+    from accel.engines.ort_cuda.registry import open_engine
+
+    return open_engine(bundle, variant, options)
+
+
+def _has_ort_cuda() -> bool:
+    from accel.engines.ort_cuda.package import is_installed
+
+    return is_installed()
+
+
 ENGINES: tuple[Engine, ...] = (
     _tensorrt("tensorrt"),
     _tensorrt("rtx"),
-    Engine("cuda", "cuda", _probe_cuda, _open_cuda),
+    Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton),
+    Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda),
     Engine("ort-cpu", "cpu", _probe_ort, _open_ort),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )

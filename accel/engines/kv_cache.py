@@ -28,7 +28,7 @@ def bytes_per_token(arch: ArchSpec, item_bytes: int = 4) -> int:
 
 
 def resolve_cache(
-    arch: ArchSpec, options: SessionOptions, item_bytes: int = 4, memory: int | None = None
+    arch: ArchSpec, options: SessionOptions, item_bytes: int = 4, available: int | None = None
 ) -> CacheShape:
     """Rows and capacity for a decoder: what the caller asked for, checked, or defaults that fit.
 
@@ -37,8 +37,10 @@ def resolve_cache(
     little until it is used; an explicit capacity must fit when full.
 
     Args:
+        arch: The model.
+        options: What was asked for.
         item_bytes: Of one number in the cache.
-        memory: Bytes that the cache may take; None: what this machine has available.
+        available: Bytes at hand; None: this machine's memory.
 
     Raises:
         InputError: A capacity or max_batch below 1, or no integer.
@@ -47,7 +49,7 @@ def resolve_cache(
     rows = check_count("max_batch", options.max_batch) or DEFAULT_MAX_BATCH
     asked = check_count("capacity", options.capacity)
     row_bytes = max(1, rows * bytes_per_token(arch, item_bytes))
-    memory = available_memory() if memory is None else memory
+    memory = available_memory() if available is None else available
     if asked is not None:
         _check_asked(arch, asked, rows, row_bytes, memory)
         return CacheShape(rows, asked)

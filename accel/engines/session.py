@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What runs: engine name (``ort-cpu``, ``torch``), version, device, variant, threads."""
+    """What runs: engine name (``ort-cpu``, ``ort-cuda``, ``torch``), version, device, variant, threads."""
 
     name: str
     version: str

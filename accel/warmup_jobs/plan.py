@@ -161,7 +161,7 @@ def _resolve_variant(bundle: Bundle, precision: str) -> str:
 def _build_memory(bundle: Bundle, variant: str) -> int:
     manifest = bundle.manifest
     if has_variant(bundle, variant):
-        weights = sum(manifest.files[name].size for name in manifest.variants[variant].weights)
+        weights = sum(manifest.files[name].size for name in bundle.weights(variant, TARGET))
     else:
         weights = manifest.arch.parameters * (4 if variant == "fp32" else 2)
     return BUILD_BASE + int(MEMORY_PER_WEIGHT * weights)

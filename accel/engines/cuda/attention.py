@@ -104,7 +104,7 @@ class CachedAttention:
 
 
 def _block(few: bool, dim: int) -> int:
-    """Positions of a turn: what few programs ask for at once hides the memory's latency; larger heads leave less room."""
+    """Positions of a turn: asking for many at once hides the memory's latency, but larger heads leave less room."""
     if dim > 128:
         return 64
     return 256 if few and dim <= 64 else 128

@@ -127,10 +127,11 @@ class Products:
         out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
         for start in range(0, len(x), 2 * FEW):
             rows = slice(start, start + 2 * FEW)
+            tile = self._fit(narrow_tile(matrix, len(x)), x[rows], matrix)
             narrow_gemm(
                 x[rows], matrix.weight, out[rows], bias=matrix.bias, gated=matrix.stripe is not None,
                 stripe=matrix.stripe, residual=None if residual is None else residual[rows],
-                activation=-1 if kind is None else KINDS[kind], tile=self._fit(narrow_tile(matrix, len(x)), x[rows], matrix),
+                activation=-1 if kind is None else KINDS[kind], tile=tile,
             )  # fmt: skip
         return out
 

@@ -1,0 +1,275 @@
+"""Decoder session on ONNX Runtime's CUDA provider: caches on the device, bound as past and as present."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accel.engines.kv_cache import CacheShape
+from accel.engines.lifetime import Lifetime
+from accel.engines.ort_cuda.feeds import step_feeds
+from accel.engines.ort_cuda.provider import NAME, OutOfMemoryError, Provider, run_error
+from accel.engines.ort_cuda.rows import RowCopier
+from accel.engines.ort_cuda.steps import Caches, StepBinding
+from accel.engines.padded import PaddedStep, StepPadder
+from accel.engines.session import EngineInfo, StepInputs
+from accel.errors import AccelError, BundleError, EngineBrokenError
+from accel.manifest import Manifest
+
+MAX_TOKENS = 2048  # of one run; a longer prompt runs in chunks
+LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
+MAX_LOGITS = 32  # rows of logits of one run
+UNCAPTURED = "-1"  # ONNX Runtime's id of runs that are not
+WARM_RUNS = 3  # before a graph is replayed: one that warms up, one that captures, one that proves it
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What the session holds on the device beside the graph's weights."""
+
+    caches: Caches
+    copier: RowCopier
+    logits: Any  # OrtValue float32 [most rows of logits, V]
+    token: Any  # OrtValue int64 [most rows of logits]
+
+
+class OrtCudaDecoderSession:
+    """Implements ``accel.engines.session.DecoderSession`` on the lowered ``ort-cuda`` graph.
+
+    One-token rows run together, in batches of powers of two; a row with more tokens runs alone, on its own slice of
+    the cache, in chunks. One-token runs from row 0 on are captured as CUDA graphs when the session is opened.
+    """
+
+    mixed_steps = True
+
+    def __init__(
+        self, graph: Path, manifest: Manifest, variant: str, provider: Provider, shape: CacheShape, capture: bool = True
+    ) -> None:
+        """Opens the graph, reserves the caches and captures the decode batches.
+
+        Args:
+            graph: The file; its weights lie beside it.
+            manifest: The bundle's.
+            variant: Its name in it.
+            provider: Where it runs.
+            shape: Of the caches.
+            capture: Whether one-token runs become CUDA graphs, where the provider has them.
+
+        Raises:
+            OutOfMemoryError: The weights or the caches do not fit.
+            EngineUnavailableError: See ``Provider.open``.
+            BundleError: The graph's inputs are not those of a lowered decoder.
+        """
+        arch, self._provider, self._graph = manifest.arch, provider, graph
+        self.info = EngineInfo(NAME, provider.ort.__version__, f"{provider.device}:{provider.index}", variant, 1)
+        self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
+        self.notes: list[str] = []
+        self._lifetime = Lifetime("decoder")
+        self._broken: EngineBrokenError | None = None
+        self._kept: dict[tuple[int, int], StepBinding] = {}
+        self._session: Any = None
+        self._captures = capture and provider.is_cuda and shape.capacity > 1
+        self._names = [f"{index}.{part}" for index in range(len(arch.layers)) for part in ("key", "value")]
+        self._session = self._open()
+        self._check_names()
+        self._most_logits = max(MAX_LOGITS, shape.rows)
+        self._memory = self._allocate(manifest, variant)
+        batches = sorted({*(1 << power for power in range(shape.rows.bit_length())), shape.rows})
+        self._batches = [size for size in batches if size <= shape.rows]
+        most = min(MAX_TOKENS, shape.capacity)
+        self._padder = StepPadder(shape.rows, shape.capacity, self._batches, (), most, self._most_logits)
+        self._opening = True
+        if self._captures:
+            self._capture_batches()
+        self._opening = False
+
+    def step(self, inputs: StepInputs) -> NDArray[np.float32]:
+        """Runs one packed step; see ``DecoderSession.step``.
+
+        Raises:
+            EngineError: Closed, used after a fork, or out of memory for one row's chunk.
+            EngineBrokenError: CUDA failed; nothing runs on this session again.
+        """
+        logits = np.empty((len(inputs.logits_positions), self.vocab_size), np.float32)
+        for run, binding in self._runs(inputs):
+            taken = run.wanted >= 0
+            if taken.any():
+                logits[run.wanted[taken]] = binding.logits()[taken]
+        return logits
+
+    def step_tokens(self, inputs: StepInputs) -> NDArray[np.int64]:
+        """The same step, but the first largest logit of each row instead of all: int64 [R]; no logits leave the GPU."""
+        tokens = np.empty(len(inputs.logits_positions), np.int64)
+        for run, binding in self._runs(inputs):
+            taken = run.wanted >= 0
+            if taken.any():
+                tokens[run.wanted[taken]] = binding.tokens()[taken]
+        return tokens
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """See ``DecoderSession.copy_row``; copies the whole row. Raises as ``step`` does."""
+        self._check()
+        caches = self._memory.caches
+        try:
+            for name in self._names:
+                here, there = caches.address(name, source), caches.address(name, target)
+                self._memory.copier.copy(here, there, caches.row_size(name))
+        except EngineBrokenError as error:
+            self._broken = error
+            raise
+        self._padder.copied(source, target, length)
+
+    def cache_pointers(self) -> dict[str, int]:
+        """Device address of each layer's key and value buffer, by name; they never change."""
+        return {name: self._memory.caches.address(name, 0) for name in self._names}
+
+    def close(self) -> None:
+        """Frees the caches and the session. Safe to call twice."""
+        if self._lifetime.close() and not self._lifetime.forked:
+            self._kept.clear()
+            self._session = None
+            del self._memory
+
+    # Opening
+
+    def _open(self) -> Any:
+        if self._captures:
+            try:
+                return self._provider.open(self._graph, capture=True)
+            except OutOfMemoryError:
+                raise
+            except AccelError as error:
+                self._note_uncaptured(error)
+        return self._provider.open(self._graph)
+
+    def _check_names(self) -> None:
+        inputs, outputs = ({node.name for node in nodes} for nodes in self._ends())
+        missing = [f"past.{name}" for name in self._names if f"past.{name}" not in inputs]
+        missing += [f"present.{name}" for name in self._names if f"present.{name}" not in outputs]
+        needed = {"input_ids", "step_shape", "seqlens_k", "total_length", "logits_positions"}
+        missing += sorted((needed - inputs) | ({"logits", "token"} - outputs))
+        if missing:
+            what = f"The decoder graph lacks {', '.join(missing[:4])}"
+            raise BundleError(what, where=self._graph.name, remedy="Add the variant again: accel quantize")
+
+    def _ends(self) -> tuple[list[Any], list[Any]]:
+        return self._session.get_inputs(), self._session.get_outputs()
+
+    def _allocate(self, manifest: Manifest, variant: str) -> _Memory:
+        dtype, provider = manifest.variants[variant].dtype, self._provider
+        values = {}
+        for name, layer in zip(self._names, (layer for layer in manifest.arch.layers for _ in range(2)), strict=True):
+            shape = self.max_batch, layer.kv_heads, self.capacity, layer.head_dim
+            values[name] = provider.allocate(shape, dtype)
+        logits = provider.allocate((self._most_logits, self.vocab_size), "float32")
+        token = provider.upload(np.zeros(self._most_logits, np.int64))
+        return _Memory(Caches(values, dtype), RowCopier(provider, dtype), logits, token)
+
+    def _capture_batches(self) -> None:
+        """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""
+        empty = np.zeros(self.max_batch, np.int32)
+        for count in self._batches:
+            taking = empty.copy()
+            taking[:count] = 1
+            ids = np.zeros(count, np.int64)
+            for _ in range(WARM_RUNS):
+                for _run in self._runs(StepInputs(ids, ids, taking, empty, np.arange(count))):
+                    pass
+            if not self._captures:
+                return
+
+    # Running
+
+    def _check(self) -> None:
+        self._lifetime.check()
+        if self._broken is not None:
+            raise self._broken
+
+    def _runs(self, inputs: StepInputs) -> Iterator[tuple[PaddedStep, StepBinding]]:
+        """Runs a step's parts; yields each with the binding that holds its outputs until the next one."""
+        self._check()
+        for run in self._padder.split(inputs):
+            yield from self._run(run)
+
+    def _run(self, run: PaddedStep) -> Iterator[tuple[PaddedStep, StepBinding]]:
+        """Runs a part; one that does not fit in memory in halves, a chunk after the other."""
+        try:
+            binding = self._run_whole(run)
+        except OutOfMemoryError:
+            if run.input_ids.shape[1] < 2 * LEAST_TOKENS:
+                raise
+            for half in halves(run):
+                yield from self._run(half)
+            return
+        except EngineBrokenError as error:
+            self._broken = error
+            raise
+        yield run, binding
+
+    def _run_whole(self, run: PaddedStep) -> StepBinding:
+        feeds = step_feeds(run)
+        captured = self._captures and run.input_ids.shape[1] == 1 and run.first == 0
+        if captured:  # an upper bound serves all later steps: a graph keeps what lay on the host
+            feeds["total_length"] = np.array(self.capacity, np.int32)
+        try:
+            binding = self._bind(run, feeds)
+            binding.run(self._options(len(run.input_ids) if captured else None))
+            return binding
+        except Exception as error:
+            found = run_error(error, "decoder step")
+            if captured and self._opening and not isinstance(found, OutOfMemoryError):
+                self._note_uncaptured(found)
+                self._kept.clear()
+                self._session = None  # its memory first
+                self._session = self._open()
+                return self._run_whole(run)
+            raise found from error
+
+    def _bind(self, run: PaddedStep, feeds: dict[str, NDArray]) -> StepBinding:
+        rows, width = run.input_ids.shape
+        kept = self._kept.get((run.first, rows)) if width == 1 else None
+        if kept is not None:
+            kept.fill(feeds)
+            return kept
+        memory = self._memory
+        outputs = {"logits": int(memory.logits.data_ptr()), "token": int(memory.token.data_ptr())}
+        made = StepBinding(self._provider, self._session, memory.caches, run.first, feeds, outputs, self.vocab_size)
+        if width == 1:
+            self._kept[run.first, rows] = made
+        return made
+
+    def _options(self, graph: int | None) -> Any:
+        """Of a run that belongs to a graph, or to none."""
+        if not self._captures:
+            return None
+        options = self._provider.ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", UNCAPTURED if graph is None else str(graph))
+        return options
+
+    def _note_uncaptured(self, error: AccelError) -> None:
+        """From here on runs are not captured."""
+        self._captures = False
+        self.notes.append(f"CUDA graphs are off: {error}")
+        _log.warning("%s: %s", NAME, self.notes[-1])
+
+
+def halves(run: PaddedStep) -> Iterator[PaddedStep]:
+    """A row's run as two, one after the other; both give logits, though nobody may ask for the first's."""
+    (_, width), middle = run.input_ids.shape, run.input_ids.shape[1] // 2
+    for start, stop in ((0, middle), (middle, width)):
+        inside = (run.logits_positions >= start) & (run.logits_positions < stop)
+        positions, wanted = run.logits_positions[inside] - start, run.wanted[inside]
+        if not positions.size:
+            positions, wanted = np.zeros(1, np.int64), np.full(1, -1, np.int64)
+        ids, own = run.input_ids[:, start:stop], run.position_ids[:, start:stop]
+        yield PaddedStep(run.first, ids, own, run.write_index + start, positions, wanted)
+
+
+__all__ = ["OrtCudaDecoderSession", "halves"]

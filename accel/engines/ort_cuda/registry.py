@@ -1,0 +1,126 @@
+"""Probing and opening for the engine registry."""
+
+from __future__ import annotations
+
+from accel.bundle import Bundle
+from accel.engines.kv_cache import CacheShape, bytes_per_token, resolve_cache
+from accel.engines.ort_cuda.package import free_memory, import_onnxruntime_gpu
+from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, OutOfMemoryError, Provider
+from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
+from accel.errors import CapacityError, DependencyError, EngineUnavailableError
+from accel.machine import has_nvidia_device, hidden_gpu
+
+PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers
+RESERVE = 512 << 20  # bytes beside weights and caches: activations, logits, the libraries' own
+Session = EncoderSession | DecoderSession
+
+
+def probe(bundle: Bundle, variant: str) -> str | None:
+    """Why this engine cannot run the bundle here, or None."""
+    try:
+        import_onnxruntime_gpu()
+    except DependencyError as error:
+        return str(error)
+    if not has_nvidia_device():
+        return hidden_gpu() or "there is no NVIDIA GPU or driver here"
+    if pick_precision(bundle, variant) is None:
+        return _no_graph(bundle, variant)
+    return None
+
+
+def pick_precision(bundle: Bundle, variant: str) -> str | None:
+    """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a graph that runs on the GPU.
+
+    A decoder in fp32 is none: CUDA's attention over a cache takes fp16 and bf16, in fp32 it would run on the CPU.
+    """
+    names = PRECISIONS if variant == "auto" else (variant,)
+    for name in names:
+        known = bundle.manifest.variants.get(name)
+        runs = known is not None and (known.dtype != "float32" or bundle.manifest.arch.kind == "encoder")
+        if known is not None and runs and NAME in known.graphs:
+            return name
+    return None
+
+
+def _no_graph(bundle: Bundle, variant: str) -> str:
+    asked = "fp16" if variant == "auto" else variant
+    if asked == "fp32" and bundle.manifest.arch.kind == "decoder":
+        return "ONNX Runtime's CUDA attention over a cache takes fp16 and bf16, not fp32"
+    command = f"accel quantize {bundle.path} --variant {asked} --target {NAME}"
+    return f"the bundle has no graph for ONNX Runtime CUDA in variant {variant!r}: {command} adds one"
+
+
+def open_engine(bundle: Bundle, variant: str, options: SessionOptions) -> Session:
+    """A session on the GPU.
+
+    Raises:
+        CapacityError: The capacity or ``max_batch`` asked for does not fit; says what does.
+        EngineUnavailableError: The GPU has no room for the weights, or the provider cannot be used.
+        DependencyError: See ``import_onnxruntime_gpu``.
+    """
+    name = pick_precision(bundle, variant)
+    assert name is not None, "probe comes first"
+    return open_on(Provider(import_onnxruntime_gpu()), bundle, name, options, free_memory())
+
+
+def open_on(provider: Provider, bundle: Bundle, variant: str, options: SessionOptions, memory: int | None) -> Session:
+    """A session on a provider.
+
+    Args:
+        provider: Where.
+        bundle: The bundle.
+        variant: One that it has a graph for.
+        options: Of the session.
+        memory: Bytes that are free on the device; None: unknown, the machine's own memory is the measure.
+    """
+    from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession
+    from accel.engines.ort_cuda.encoder import OrtCudaEncoderSession
+
+    graph, arch = bundle.file(bundle.graph(variant, NAME).file), bundle.manifest.arch
+    room = None if memory is None else memory - _weight_bytes(bundle, variant) - RESERVE
+    if room is not None and room <= 0:
+        what = f"the GPU has {memory:,} bytes free, and the weights take {_weight_bytes(bundle, variant):,}"
+        remedy = "Close other programs on this GPU, or use a smaller model"
+        raise EngineUnavailableError(what, where="GPU memory", remedy=remedy)
+    try:
+        if arch.kind == "encoder":
+            return OrtCudaEncoderSession(graph, arch, variant, provider)
+        return OrtCudaDecoderSession(graph, bundle.manifest, variant, provider, _shape(bundle, variant, options, room))
+    except OutOfMemoryError as error:
+        raise _does_not_fit(bundle, variant, options, error) from error
+
+
+def _weight_bytes(bundle: Bundle, variant: str) -> int:
+    return sum(bundle.manifest.files[name].size for name in bundle.weights(variant, NAME))
+
+
+def _shape(bundle: Bundle, variant: str, options: SessionOptions, room: int | None) -> CacheShape:
+    """The caches' shape: what was asked for must fit; where nothing was, a GPU that is full is passed over."""
+    item = ITEM_BYTES[bundle.variant(variant).dtype]
+    try:
+        return resolve_cache(bundle.manifest.arch, options, item, room)
+    except CapacityError as error:
+        if _asked(options):
+            raise
+        raise EngineUnavailableError(error.what, where="GPU memory", remedy=error.remedy) from error
+
+
+def _does_not_fit(
+    bundle: Bundle, variant: str, options: SessionOptions, error: OutOfMemoryError
+) -> CapacityError | EngineUnavailableError:
+    """What was found out only by trying."""
+    if bundle.manifest.arch.kind == "encoder" or not _asked(options):
+        remedy = "Close other programs on this GPU"
+        return EngineUnavailableError(error.what, where="GPU memory", remedy=remedy)
+    size = bytes_per_token(bundle.manifest.arch, ITEM_BYTES[bundle.variant(variant).dtype])
+    free = free_memory()
+    fits = f"{max(0, free - RESERVE) // size:,} positions in all rows together" if free is not None else "fewer"
+    remedy = f"A position of a row takes {size:,} bytes, which leaves room for {fits}: lower capacity or max_batch"
+    return CapacityError(error.what, where="capacity, max_batch", remedy=remedy)
+
+
+def _asked(options: SessionOptions) -> bool:
+    return options.capacity is not None or options.max_batch is not None
+
+
+__all__ = ["PRECISIONS", "open_engine", "open_on", "pick_precision", "probe"]

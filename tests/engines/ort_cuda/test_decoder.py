@@ -1,0 +1,298 @@
+"""The decoder session's own logic on the CPU provider: bindings, padding, ragged rows, copies, graphs, faults."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from accel.bundle import Bundle
+from accel.engines import open_session
+from accel.engines.ort_cuda import decoder as module
+from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
+from accel.engines.ort_cuda.provider import OutOfMemoryError
+from accel.engines.padded import PaddedStep
+from accel.engines.session import SessionOptions, StepInputs
+from accel.errors import BundleError, EngineBrokenError, EngineError
+from accel.variants import add_variant
+from tests.engines.ort_cuda.stand_in import CPU, fake_gpu, open_decoder
+
+ROWS, CAPACITY, LIMIT = 3, 64, 5e-5
+IDS = np.random.default_rng(1).integers(0, 250, 48)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_decoder_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = shutil.copytree(tiny_decoder_bundle, tmp_path_factory.mktemp("ort_cuda") / "bundle")
+    return add_variant(folder, "fp32", target="ort-cuda", check=False)
+
+
+@pytest.fixture(scope="module")
+def logits(bundle: Bundle) -> NDArray[np.float32]:
+    """Of IDS, from the fp32 engine."""
+    session: Any = open_session(bundle, engine="ort-cpu", options=SessionOptions(1, CAPACITY, 1)).session
+    one = np.array([len(IDS)], np.int32)
+    found = session.step(StepInputs(IDS, np.arange(len(IDS)), one, 0 * one, np.arange(len(IDS)))).copy()
+    session.close()
+    return found  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=["plain", "captured"])
+def session(bundle: Bundle, request: pytest.FixtureRequest) -> Iterator[OrtCudaDecoderSession]:
+    opened = open_decoder(bundle, ROWS, CAPACITY, CPU if request.param == "plain" else fake_gpu())
+    yield opened
+    opened.close()
+
+
+def inputs(rows: list[tuple[int, int, int]], wanted: list[int], count: int = ROWS) -> StepInputs:
+    """IDS[start:stop] in each given row (row, start, stop), with ``start`` tokens in its cache."""
+    query, past = np.zeros(count, np.int32), np.zeros(count, np.int32)
+    positions: list[int] = []
+    for row, start, stop in rows:
+        query[row], past[row] = stop - start, start
+        positions += range(start, stop)
+    return StepInputs(IDS[positions], np.array(positions), query, past, np.array(wanted, np.int64))
+
+
+def step(session: OrtCudaDecoderSession, rows: list[tuple[int, int, int]], wanted: list[int]) -> NDArray[np.float32]:
+    return session.step(inputs(rows, wanted, session.max_batch))
+
+
+def test_info(session: OrtCudaDecoderSession) -> None:
+    assert session.info.name == "ort-cuda" and session.info.variant == "fp32" and session.info.device == "cpu:0"
+    assert (session.max_batch, session.capacity, session.mixed_steps) == (ROWS, CAPACITY, True)
+
+
+def test_a_whole_prompt(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    """More logits than one run gives."""
+    found = step(session, [(1, 0, 48)], list(range(48)))
+    assert found.dtype == np.float32 and np.abs(found - logits).max() < LIMIT
+
+
+def test_rows_at_different_phases_share_a_step(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    assert step(session, [(1, 0, 5)], []).shape == (0, session.vocab_size)
+    mixed = step(session, [(0, 0, 3), (1, 5, 12), (2, 0, 9)], [2, 9, 18])
+    assert np.abs(mixed - logits[[2, 11, 8]]).max() < LIMIT
+    gaps = step(session, [(0, 3, 4), (2, 9, 10)], [0, 1])  # row 1 sits out
+    assert np.abs(gaps - logits[[3, 9]]).max() < LIMIT
+    assert np.abs(step(session, [(1, 12, 13)], [0]) - logits[[12]]).max() < LIMIT
+    every = step(session, [(0, 4, 5), (1, 13, 14), (2, 10, 11)], [2, 0, 1])  # wanted in another order
+    assert np.abs(every - logits[[10, 4, 13]]).max() < LIMIT
+    assert np.abs(step(session, [(2, 11, 12)], [0]) - logits[[11]]).max() < LIMIT  # a run from row 2 on
+
+
+def test_tokens_without_logits(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    tokens = session.step_tokens(inputs([(0, 0, 7), (2, 0, 1)], [6, 7]))
+    assert tokens.dtype == np.int64 and tokens.tolist() == logits[[6, 0]].argmax(-1).tolist()
+
+
+def test_a_row_is_used_again_and_a_step_repeated(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    step(session, [(0, 0, 20)], [])
+    assert np.abs(step(session, [(0, 0, 6)], [5]) - logits[[5]]).max() < LIMIT
+    for _ in range(2):
+        assert np.abs(step(session, [(0, 6, 8)], [1]) - logits[[7]]).max() < LIMIT
+
+
+def test_copied_rows_go_their_own_way(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    step(session, [(2, 0, 16)], [])
+    session.copy_row(2, 0, 10)
+    found = step(session, [(0, 10, 14), (2, 16, 17)], [3, 4])
+    assert np.abs(found - logits[[13, 16]]).max() < LIMIT
+    assert np.abs(step(session, [(0, 14, 15), (2, 17, 18)], [0, 1]) - logits[[14, 17]]).max() < LIMIT
+
+
+def test_decoding_goes_through_the_same_bindings_and_memory(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    pointers = session.cache_pointers()
+    step(session, [(0, 0, 4)], [])
+    step(session, [(0, 4, 5)], [0])
+    kept = dict(session._kept)
+    for place in range(5, 48):
+        assert np.abs(step(session, [(0, place, place + 1)], [0]) - logits[[place]]).max() < LIMIT
+    assert session._kept == kept and session.cache_pointers() == pointers
+
+
+def test_long_prompts_run_in_chunks(bundle: Bundle, logits: NDArray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TOKENS", 10)
+    session = open_decoder(bundle, ROWS, CAPACITY)
+    assert np.abs(step(session, [(0, 0, 48)], [3, 47]) - logits[[3, 47]]).max() < LIMIT
+    session.close()
+
+
+def test_a_closed_session_refuses(session: OrtCudaDecoderSession) -> None:
+    session.close()
+    session.close()
+    with pytest.raises(EngineError, match="closed"):
+        step(session, [(0, 0, 2)], [1])
+    with pytest.raises(EngineError, match="closed"):
+        session.copy_row(0, 1, 1)
+
+
+def test_a_graph_of_another_target(bundle: Bundle) -> None:
+    from accel.engines.kv_cache import CacheShape
+
+    graph = bundle.file(bundle.graph("fp32", "ort-cpu").file)
+    with pytest.raises(BundleError, match=r"lacks input_ids, step_shape.*accel quantize|lacks step_shape"):
+        OrtCudaDecoderSession(graph, bundle.manifest, "fp32", CPU, CacheShape(1, 8))
+
+
+# CUDA graphs
+
+
+def graph_id(options: Any) -> str | None:
+    return options.get_run_config_entry("gpu_graph_id") if options is not None else None
+
+
+def test_decode_batches_are_captured_at_opening(bundle: Bundle, logits: NDArray) -> None:
+    runs: list[str | None] = []
+    gpu = fake_gpu(lambda io, options: runs.append(graph_id(options)))
+    session = open_decoder(bundle, ROWS, CAPACITY, gpu)
+    assert gpu.opened == [True] and runs == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
+    runs.clear()
+    found = step(session, [(0, 0, 5), (1, 0, 4)], [4])
+    assert np.abs(found - logits[[4]]).max() < LIMIT and runs == ["-1", "-1"], "prompts are not"
+    step(session, [(0, 5, 6), (1, 4, 5)], [0, 1])
+    assert runs[2:] == ["2"] and session.notes == []
+    session.close()
+
+
+def test_a_failed_capture_is_noted_and_runs_go_on(
+    bundle: Bundle, logits: NDArray, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(io: Any, options: Any) -> None:
+        if graph_id(options) == "2":
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+
+    gpu = fake_gpu(fail)
+    session = open_decoder(bundle, ROWS, CAPACITY, gpu)
+    assert gpu.opened == [True, False]
+    assert len(session.notes) == 1 and "CUDA graphs are off: CUDA failed: CUDA failure 900" in session.notes[0]
+    assert session.notes[0] in caplog.text
+    step(session, [(0, 0, 5), (1, 0, 4)], [])
+    assert np.abs(step(session, [(0, 5, 6), (1, 4, 5)], [0, 1]) - logits[[5, 4]]).max() < LIMIT
+    session.close()
+
+
+def test_a_session_that_refuses_capture_is_opened_without(bundle: Bundle) -> None:
+    gpu = fake_gpu()
+    plain = type(gpu).open
+
+    def refuse(self: Any, graph: Any, capture: bool = False) -> Any:
+        if capture:
+            raise EngineError("nodes are not all on CUDA")
+        return plain(self, graph, capture)
+
+    type(gpu).open = refuse  # type: ignore[method-assign]
+    try:
+        session = open_decoder(bundle, ROWS, CAPACITY, gpu)
+    finally:
+        type(gpu).open = plain  # type: ignore[method-assign]
+    assert session.notes == ["CUDA graphs are off: nodes are not all on CUDA"]
+    session.close()
+
+
+# Faults
+
+
+class Limited:
+    """Fails runs of more tokens than fit."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.runs = tokens, list[int]()
+
+    def __call__(self, io: Any, options: Any) -> None:
+        if not hasattr(self, "session"):
+            return
+        width = self.session.width
+        self.runs.append(width)
+        if width > self.tokens:
+            raise RuntimeError("BFCArena: Failed to allocate memory for requested buffer of size 12345")
+
+
+def watch(session: OrtCudaDecoderSession, limited: Limited) -> None:
+    """Tells ``limited`` how many tokens each run has."""
+    bind = session._bind
+
+    def note(run: PaddedStep, feeds: Any) -> Any:
+        limited.session = type("Run", (), {"width": run.input_ids.shape[1]})  # type: ignore[attr-defined]
+        return bind(run, feeds)
+
+    session._bind = note  # type: ignore[method-assign]
+
+
+def test_a_prompt_that_does_not_fit_runs_in_smaller_chunks(
+    bundle: Bundle, logits: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAST_TOKENS", 4)
+    limited = Limited(12)
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(limited))
+    watch(session, limited)
+    assert np.abs(step(session, [(1, 0, 48)], [0, 30, 47]) - logits[[0, 30, 47]]).max() < LIMIT
+    assert limited.runs == [48, 24, 12, 12, 24, 12, 12]
+    assert np.abs(step(session, [(1, 20, 21)], [0]) - logits[[20]]).max() < LIMIT
+    session.close()
+
+
+def test_a_prompt_that_does_not_fit_at_all_fails_alone(
+    bundle: Bundle, logits: NDArray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAST_TOKENS", 4)
+    limited = Limited(3)
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(limited))
+    watch(session, limited)
+    with pytest.raises(OutOfMemoryError, match="ran out of device memory.*smaller batch"):
+        step(session, [(0, 0, 48)], [47])
+    assert np.abs(step(session, [(1, 0, 3)], [2]) - logits[[2]]).max() < LIMIT, "others go on"
+    session.close()
+
+
+def test_a_cuda_error_breaks_the_session(bundle: Bundle) -> None:
+    broken: list[bool] = []
+
+    def fail(io: Any, options: Any) -> None:
+        if broken:
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(fail))
+    step(session, [(0, 0, 3)], [2])
+    broken.append(True)
+    with pytest.raises(EngineBrokenError, match="illegal memory access"):
+        step(session, [(0, 3, 4)], [0])  # a captured run: the model is not loaded again amid requests
+    assert session.notes == []
+    broken.clear()
+    for act in (lambda: step(session, [(0, 0, 4)], [3]), lambda: session.copy_row(0, 1, 2)):
+        with pytest.raises(EngineBrokenError, match="illegal memory access"):
+            act()  # type: ignore[no-untyped-call]
+    session.close()
+
+
+def test_another_error_is_this_steps_alone(bundle: Bundle) -> None:
+    failing: list[bool] = []
+
+    def fail(io: Any, options: Any) -> None:
+        if failing:
+            raise RuntimeError("Non-zero status code returned")
+
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(fail))
+    failing.append(True)
+    with pytest.raises(EngineError, match="Non-zero status code") as caught:
+        step(session, [(0, 0, 4)], [3])
+    assert not isinstance(caught.value, EngineBrokenError)
+    failing.clear()
+    step(session, [(0, 0, 4)], [3])
+    session.close()
+
+
+def test_halves() -> None:
+    run = PaddedStep(2, np.arange(5)[None], np.arange(5)[None] + 7, np.array([7]), np.array([0, 3]), np.array([1, 0]))
+    first, second = halves(run)
+    assert first.input_ids.tolist() == [[0, 1]] and second.input_ids.tolist() == [[2, 3, 4]]
+    assert second.position_ids.tolist() == [[9, 10, 11]] and (first.write_index[0], second.write_index[0]) == (7, 9)
+    assert (first.logits_positions.tolist(), first.wanted.tolist()) == ([0], [1])
+    assert (second.logits_positions.tolist(), second.wanted.tolist()) == ([1], [0])
+    empty, _ = halves(PaddedStep(0, run.input_ids, run.position_ids, run.write_index, np.array([4]), np.array([0])))
+    assert (empty.logits_positions.tolist(), empty.wanted.tolist()) == ([0], [-1])

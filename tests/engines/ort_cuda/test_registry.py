@@ -1,0 +1,170 @@
+"""When the engine is taken, with what variant, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import accel
+from accel.bundle import Bundle
+from accel.engines import ENGINES, open_session
+from accel.engines.ort_cuda import registry
+from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession
+from accel.engines.ort_cuda.provider import OutOfMemoryError
+from accel.engines.session import SessionOptions
+from accel.errors import CapacityError, EngineUnavailableError
+from accel.variants import add_variant
+from tests.engines.ort_cuda.stand_in import CPU, fake_gpu
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_decoder_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    bundle = Bundle.open(shutil.copytree(tiny_decoder_bundle, tmp_path_factory.mktemp("registry") / "decoder"))
+    for variant in ("bf16", "fp32", "fp16"):
+        bundle = add_variant(bundle, variant, target="ort-cuda", check=False)
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def encoder(minilm_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = shutil.copytree(minilm_bundle, tmp_path_factory.mktemp("registry") / "encoder")
+    return add_variant(folder, "fp32", target="ort-cuda", check=False)
+
+
+def without(bundle: Bundle, *variants: str) -> Bundle:
+    kept = {name: variant for name, variant in bundle.manifest.variants.items() if name not in variants}
+    return Bundle(bundle.path, dataclasses.replace(bundle.manifest, variants=kept))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which everything is there, but whose provider is the CPU's; fp32 decoders count."""
+    monkeypatch.setattr(registry, "import_onnxruntime_gpu", lambda: onnxruntime)
+    monkeypatch.setattr(registry, "has_nvidia_device", lambda: True)
+    monkeypatch.setattr(registry, "Provider", lambda ort: fake_gpu())
+    monkeypatch.setattr(registry, "free_memory", lambda: 8 * GIB)
+    monkeypatch.setattr(registry, "pick_precision", lambda bundle, variant: "fp32")
+
+
+def test_its_place_in_the_order() -> None:
+    names = [engine.name for engine in ENGINES]
+    assert names.index("rtx") + 1 == names.index("ort-cuda") == names.index("ort-cpu") - 1
+    assert next(engine for engine in ENGINES if engine.name == "ort-cuda").device == "cuda"
+
+
+def test_the_variant(decoder: Bundle, encoder: Bundle) -> None:
+    pick = registry.pick_precision
+    assert pick(decoder, "auto") == "fp16" and pick(without(decoder, "fp16"), "auto") == "bf16"
+    assert pick(decoder, "bf16") == "bf16" and pick(encoder, "auto") == "fp32" and pick(encoder, "fp16") is None
+    assert pick(decoder, "fp32") is None, "its attention would run on the CPU"
+    assert pick(without(decoder, "fp16", "bf16"), "auto") is None
+
+
+def test_reasons(decoder: Bundle, encoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "onnxruntime-gpu is not installed; onnxruntime" in (registry.probe(decoder, "auto") or "")
+    monkeypatch.setattr(registry, "import_onnxruntime_gpu", lambda: onnxruntime)
+    monkeypatch.setattr(registry, "has_nvidia_device", lambda: False)
+    assert "no NVIDIA GPU" in (registry.probe(decoder, "auto") or "")
+    monkeypatch.setattr(registry, "has_nvidia_device", lambda: True)
+    assert registry.probe(decoder, "auto") is None
+    command = f"accel quantize {encoder.path} --variant fp16 --target ort-cuda adds one"
+    assert command in (registry.probe(encoder, "fp16") or "")
+    assert "takes fp16 and bf16, not fp32" in (registry.probe(decoder, "fp32") or "")
+
+
+def test_it_is_passed_over_here_with_its_reason(decoder: Bundle) -> None:
+    opened = open_session(decoder, device="auto", options=SessionOptions(1, 32, 2))
+    assert opened.session.info.name == "ort-cpu" and opened.session.info.variant == "fp32", "never fp16 on a CPU"
+    opened.session.close()
+    with pytest.raises(EngineUnavailableError, match="ort-cuda: onnxruntime-gpu is not installed"):
+        open_session(decoder, engine="ort-cuda")
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_decoder_through_the_public_door(decoder: Bundle) -> None:
+    with accel.load(decoder.path, engine="ort-cpu", threads=1, capacity=64, max_batch=2) as model:
+        expected = [result.ids for result in model.generate(["hello", "you"], max_new_tokens=8, do_sample=False)]
+    with accel.load(decoder.path, engine="ort-cuda", capacity=64, max_batch=2) as model:
+        assert model.engine.name == "ort-cuda"
+        found = [result.ids for result in model.generate(["hello", "you"], max_new_tokens=8, do_sample=False)]
+    assert found == expected
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_encoder_through_the_public_door(encoder: Bundle) -> None:
+    texts = ["a sentence", "another one, longer than that"]
+    with accel.load(encoder.path, engine="ort-cpu", threads=1) as model:
+        expected = model.embed(texts)
+    with accel.load(encoder.path, engine="ort-cuda") as model:
+        assert model.engine.name == "ort-cuda"
+        assert np.abs(model.embed(texts) - expected).max() < 1e-4
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_sequence_goes_on_elsewhere_when_cuda_fails(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def fail(io: Any, options: Any) -> None:
+        if steps and len(steps) > 3:
+            raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+
+    plain = OrtCudaDecoderSession.step
+    monkeypatch.setattr(registry, "Provider", lambda ort: fake_gpu(fail))
+    monkeypatch.setattr(
+        OrtCudaDecoderSession, "step", lambda self, inputs: plain(self, inputs) if not steps.append(1) else None
+    )
+    monkeypatch.setattr("accel.engines.has_nvidia_device", lambda: True)
+    monkeypatch.setattr("accel.engines.hidden_gpu", lambda: None)
+    with accel.load(decoder.path, engine="ort-cpu", threads=1, capacity=64, max_batch=1) as model:
+        expected = model.generate("hello", max_new_tokens=10, do_sample=False).ids
+    with accel.load(decoder.path, threads=1, capacity=64, max_batch=1) as model:
+        assert model.engine.name == "ort-cuda"
+        assert model.generate("hello", max_new_tokens=10, do_sample=False).ids == expected
+        assert model.engine.name == "ort-cpu"
+        assert any("illegal memory access" in fallback.reason for fallback in model.fallbacks)
+
+
+def test_capacity_comes_from_the_gpus_memory(decoder: Bundle) -> None:
+    room = registry.RESERVE + registry._weight_bytes(decoder, "fp32")
+    options = SessionOptions(max_batch=2)
+    session: Any = registry.open_on(CPU, decoder, "fp32", options, 8 * GIB)
+    assert session.capacity == decoder.manifest.arch.max_positions
+    session.close()
+    row = 2 * registry.bytes_per_token(decoder.manifest.arch, 4)  # of both rows
+    small: Any = registry.open_on(CPU, decoder, "fp32", options, room + 200 * row)
+    assert small.capacity == 100, "half of what is free"
+    small.close()
+
+
+def test_what_does_not_fit(decoder: Bundle, encoder: Bundle) -> None:
+    room = registry.RESERVE + registry._weight_bytes(decoder, "fp32")
+    row = 2 * registry.bytes_per_token(decoder.manifest.arch, 4)
+    with pytest.raises(CapacityError, match="2 rows of 64 positions.*at most 50 positions, or load with a smaller"):
+        registry.open_on(CPU, decoder, "fp32", SessionOptions(capacity=64, max_batch=2), room + 50 * row)
+    with pytest.raises(EngineUnavailableError, match="not one cache position fits"):
+        registry.open_on(CPU, decoder, "fp32", SessionOptions(), room + 1)
+    for bundle in (decoder, encoder):
+        with pytest.raises(EngineUnavailableError, match="the GPU has 1,000 bytes free, and the weights take"):
+            registry.open_on(CPU, bundle, "fp32", SessionOptions(), 1000)
+
+
+def test_what_turns_out_not_to_fit(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OutOfMemoryError("ONNX Runtime ran out of device memory", where="allocating device memory")
+
+    monkeypatch.setattr("accel.engines.ort_cuda.provider.Provider.allocate", full)
+    monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + (1 << 20))
+    size = registry.bytes_per_token(decoder.manifest.arch, 4)
+    match = f"takes {size:,} bytes.*room for {(1 << 20) // size:,} positions in all rows together"
+    with pytest.raises(CapacityError, match=match):
+        registry.open_on(CPU, decoder, "fp32", SessionOptions(capacity=64), 8 * GIB)
+    with pytest.raises(EngineUnavailableError, match="ran out of device memory"):
+        registry.open_on(CPU, decoder, "fp32", SessionOptions(), 8 * GIB)
