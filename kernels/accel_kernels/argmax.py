@@ -6,8 +6,41 @@ import torch
 import triton
 import triton.language as tl
 
-from accel_kernels.device import has_dependent_launch
+from accel_kernels.bodies import HEADER
+from accel_kernels.checks import INDICES, Expect
+from accel_kernels.device import launch_options
 from accel_kernels.tiles import let_successor_start, wait_for_predecessor
+
+BODY = (
+    HEADER
+    + """
+Argmax (logits) => (ids, values)
+{
+    last = Constant <value_ints = [-1]> ()
+    below_all = Constant <value_float = -inf> ()
+    is_nan = IsNaN (logits)
+    nans = Cast <to = 1> (is_nan)
+    first_nan = ArgMax <axis = -1, keepdims = 1> (nans)
+    numbers = Where (is_nan, below_all, logits)
+    best_number = ArgMax <axis = -1, keepdims = 1> (numbers)
+    most = ReduceMax (nans, last)
+    has_nan = Cast <to = 9> (most)
+    best = Where (has_nan, first_nan, best_number)
+    found = GatherElements <axis = -1> (logits, best)
+    ids = Squeeze (best, last)
+    values = Squeeze (found, last)
+}
+"""
+)
+TOLERANCES = {torch.float32: 0.0}  # it chooses, it does not compute
+
+
+def reference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``argmax`` finds: ids int64 [R] and values float32 [R]."""
+    nan = logits.isnan()
+    best = logits.masked_fill(nan, float("-inf")).argmax(1)
+    ids = torch.where(nan.any(1), nan.int().argmax(1), best)
+    return ids, logits.gather(1, ids[:, None])[:, 0]
 
 
 @triton.jit
@@ -48,18 +81,33 @@ def argmax(
     warps: int = 4,
     dependent: bool | None = None,
 ) -> torch.Tensor:
-    """logits: float32 [R, V]; out: int64 [R] and value: float32 [R], written; NaN counts as the largest."""
-    dependent = has_dependent_launch(logits.device) if dependent is None else dependent
+    """The first index of each row's largest logit; NaN counts as the largest, and -0.0 as less than 0.0.
+
+    Args:
+        logits: float32 [R, V].
+        out: int64 [R], written.
+        value: float32 [R], written: that logit.
+        space: From ``argmax_workspace`` with at least R rows.
+        span: Logits per program.
+        dependent: Start before the predecessor ends; None: where the device can.
+
+    Raises:
+        TypeError, ValueError: A tensor has another type, shape or place.
+    """
+    expect = Expect("argmax", logits.device)
+    expect.tensor("logits", logits, -1, -1, dtypes=(torch.float32,))
     rows, count = logits.shape
+    expect.that(count > 0, "there are no logits")
+    expect.tensor("out", out, rows, dtypes=INDICES)
+    expect.tensor("value", value, rows, dtypes=(torch.float32,))
+    best, counters = space
+    expect.tensor("best keys", best, -1, dtypes=(torch.int64,))
+    expect.tensor("counters", counters, -1, dtypes=(torch.int32,))
+    expect.that(min(best.numel(), counters.numel()) >= rows, f"the workspace is for fewer than {rows} rows")
     argmax_kernel[(rows, triton.cdiv(count, span))](
-        logits,
-        *space,
-        out,
-        value,
-        count,
-        SPAN=span,
-        DEPENDENT=dependent,
-        num_warps=warps,
-        **({"launch_pdl": True} if dependent else {}),
-    )
+        logits, best, counters, out, value, count, SPAN=span, **launch_options(logits.device, dependent, warps)
+    )  # fmt: skip
     return out
+
+
+__all__ = ["BODY", "TOLERANCES", "argmax", "argmax_workspace", "reference"]

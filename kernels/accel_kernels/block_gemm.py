@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 
-from accel_kernels.device import has_dependent_launch
-from accel_kernels.tiles import activate, let_successor_start, wait_for_predecessor
+from accel_kernels.bodies import HEADER
+from accel_kernels.checks import Expect
+from accel_kernels.device import fitting_stages, launch_options
+from accel_kernels.plain import product
+from accel_kernels.tiles import (
+    ACTIVATIONS,
+    NO_ACTIVATION,
+    finish,
+    let_successor_start,
+    operand,
+    wait_for_predecessor,
+)
+
+BODY = (
+    HEADER
+    + """
+BlockGemm <stripe, activation: int = -1> (x, weight, bias, residual) => (out)
+{
+    out = accel.kernels.Linear <stripe: int = @stripe, activation: int = @activation> (x, weight, bias, residual)
+}
+"""
+)
+# The tensor cores round float32 to TF32, which has float16's precision.
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: int = NO_ACTIVATION,
+) -> torch.Tensor:
+    """What ``block_gemm`` computes of the same arguments: float64 [M, N]."""
+    return product(x, weight, bias, residual, False, None, activation)
 
 
 @dataclass(frozen=True)
@@ -22,29 +56,30 @@ class BlockTile:
     warps: int = 4
     stages: int = 4
 
+    def fitting(self, x: torch.Tensor) -> BlockTile:
+        """The tile, with fewer turns in flight (and shorter ones) where shared memory has no room for them.
+
+        Args:
+            x: [M, K], the rows.
+        """
+        turn = (self.block_m + self.block_n) * self.block_k * x.element_size()
+        stages = fitting_stages(x.device, self.stages, turn, 0)
+        if stages < 2 <= self.stages and self.block_k > 32:
+            return replace(self, block_k=self.block_k // 2).fitting(x)
+        return replace(self, stages=stages)
+
 
 @triton.jit
 def block_gemm_kernel(
-    x,
-    weight,
-    out,
-    bias,
-    residual,
-    M,
-    N,
-    K,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    x, weight, out, bias, residual, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """out[m, n] = act(x[m] . weight[n] + bias[n]) + residual[m, n]."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    # Rows behind the end wrap around: loads need no mask for them, and they are not stored.
     lines = x + (m % M).to(tl.int64)[:, None] * K + k[None]
     columns = weight + (n % N).to(tl.int64)[None] * K + k[:, None]
     let_successor_start(DEPENDENT)
@@ -52,12 +87,11 @@ def block_gemm_kernel(
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for at in range(0, K, BLOCK_K):
         inside = at + k < K
-        tile = tl.load(lines + at, mask=inside[None], other=0.0)
-        total = tl.dot(tile, tl.load(columns + at, mask=inside[:, None], other=0.0), total)
+        tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
+        total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-    if ACTIVATION >= 0:
-        total = activate(total, ACTIVATION)
+    total = finish(total, total, ACTIVATION, False)
     cells = m.to(tl.int64)[:, None] * N + n[None]
     mask = (m < M)[:, None] & (n < N)[None]
     if HAS_RESIDUAL:
@@ -72,32 +106,41 @@ def block_gemm(
     *,
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
-    activation: int = -1,
+    activation: int = NO_ACTIVATION,
     tile: BlockTile = BlockTile(),
     dependent: bool | None = None,
 ) -> torch.Tensor:
-    """x: [M, K]; weight: [N, K]; out, residual: [M, N]."""
-    rows, size = x.shape
-    count = out.shape[1]
-    dependent = has_dependent_launch(x.device) if dependent is None else dependent
+    """act(x W^T + bias) + residual. Every tensor on one device, contiguous.
+
+    Args:
+        x: [M, K] in the weights' type.
+        weight: [N, K].
+        out: [M, N], written.
+        bias: [N].
+        residual: [M, N], added last; may be ``out``.
+        activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION.
+        tile: Shrinks where shared memory is short.
+        dependent: Start before the predecessor ends; None: where the device can.
+
+    Raises:
+        TypeError, ValueError: A tensor has another type, shape or place.
+    """
+    expect = Expect("block_gemm", x.device)
+    expect.tensor("x", x, -1, -1)
+    (rows, size), count = x.shape[-2:], out.shape[-1]
+    expect.tensor("weight", weight, count, size, dtypes=(x.dtype,))
+    expect.tensor("out", out, rows, count)
+    expect.tensor("bias", bias, count)
+    expect.tensor("residual", residual, rows, count)
+    expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
+    tile = tile.fitting(x)
     block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.block_n))](
-        x,
-        weight,
-        out,
-        bias,
-        residual,
-        rows,
-        count,
-        size,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        ACTIVATION=activation,
-        DEPENDENT=dependent,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **({"launch_pdl": True} if dependent else {}),
-    )
+        x, weight, out, bias, residual, rows, count, size,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
+        **launch_options(x.device, dependent, tile.warps, tile.stages),
+    )  # fmt: skip
     return out
+
+
+__all__ = ["BODY", "TOLERANCES", "BlockTile", "block_gemm", "reference"]

@@ -6,27 +6,51 @@ import torch
 import triton
 import triton.language as tl
 
-from accel_kernels.device import has_dependent_launch, next_power_of_2
-from accel_kernels.tiles import RMS_NORM, let_successor_start, wait_for_predecessor
+from accel_kernels.bodies import HEADER
+from accel_kernels.checks import Expect
+from accel_kernels.device import launch_options, next_power_of_2
+from accel_kernels.plain import normed
+from accel_kernels.tiles import LAYER_NORM, RMS_NORM, let_successor_start, wait_for_predecessor
+
+BODY = (
+    HEADER
+    + """
+Norm <kind: int = 1, eps> (x, residual, weight, bias) => (out, stream)
+{
+    rows = Cast <to = 1> (x)
+    parts = Cast <to = 1> (residual)
+    first = Constant <value_ints = [0]> ()
+    added = ReduceSum <keepdims = 0> (parts, first)
+    stream = Add (rows, added)
+    out = accel.kernels.Normalize <norm: int = @kind, eps: float = @eps> (stream, weight, bias)
+}
+"""
+)
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    eps: float,
+    kind: int = RMS_NORM,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``norm`` computes of the same arguments: norm and sum, float64 [T, K] each."""
+    stream = x.double()
+    if residual is not None:
+        stream = stream + residual.double().reshape(-1, *x.shape).sum(0)
+    return normed(stream, kind, weight, bias, eps), stream
 
 
 @triton.jit
 def norm_kernel(
-    x,
-    residual,
-    stream,
-    out,
-    weight,
-    bias,
-    K,
-    eps,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_STREAM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    x, residual, stream, out, weight, bias, K, eps,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, HAS_STREAM: tl.constexpr, HAS_BIAS: tl.constexpr,
     DEPENDENT: tl.constexpr,
-):
+):  # fmt: skip
     """stream = x + residual, which may come in parts; out = norm(stream); one program per row."""
     line = tl.program_id(0).to(tl.int64) * K
     k = tl.arange(0, BLOCK)
@@ -64,31 +88,50 @@ def norm(
     warps: int = 4,
     dependent: bool | None = None,
 ) -> torch.Tensor:
-    """out = norm(x + residual), the sum also into ``stream`` if it is given.
+    """out = norm(x + residual), the sum also into ``stream``. Every tensor on one device, contiguous.
 
     Args:
-        x, stream, out: [T, K]; stream may be x.
+        x: [T, K].
         weight, bias: [K].
+        out: [T, K], written.
+        kind: RMS_NORM or LAYER_NORM.
         residual: [T, K], or [P, T, K]: parts to be added up.
+        stream: [T, K], written; may be ``x``; only with a residual.
+        dependent: Start before the predecessor ends; None: where the device can.
+
+    Raises:
+        TypeError, ValueError: A tensor has another type, shape or place; a stream without a residual.
     """
+    _check(x, weight, out, kind, bias, residual, stream)
     rows, size = x.shape
-    dependent = has_dependent_launch(x.device) if dependent is None else dependent
     norm_kernel[(rows,)](
-        x,
-        residual,
-        stream,
-        out,
-        weight,
-        bias,
-        size,
-        eps,
-        BLOCK=next_power_of_2(size),
-        NORM=kind,
-        PARTS=0 if residual is None else residual.numel() // x.numel(),
-        HAS_STREAM=stream is not None,
-        HAS_BIAS=bias is not None,
-        DEPENDENT=dependent,
-        num_warps=warps,
-        **({"launch_pdl": True} if dependent else {}),
-    )
+        x, residual, stream, out, weight, bias, size, eps,
+        BLOCK=next_power_of_2(size), NORM=kind, PARTS=0 if residual is None else residual.numel() // x.numel(),
+        HAS_STREAM=stream is not None, HAS_BIAS=bias is not None, **launch_options(x.device, dependent, warps),
+    )  # fmt: skip
     return out
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    kind: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stream: torch.Tensor | None,
+) -> None:
+    expect = Expect("norm", x.device)
+    expect.tensor("x", x, -1, -1)
+    rows, size = x.shape
+    expect.tensor("weight", weight, size)
+    expect.tensor("bias", bias, size)
+    expect.tensor("out", out, rows, size)
+    parts = (-1,) * (residual is not None and residual.ndim == 3)
+    expect.tensor("residual", residual, *parts, rows, size)
+    expect.tensor("stream", stream, rows, size)
+    expect.that(stream is None or residual is not None, "a stream without a residual would stay unwritten")
+    expect.that(kind in (RMS_NORM, LAYER_NORM), f"unknown norm {kind}")
+
+
+__all__ = ["BODY", "TOLERANCES", "norm", "reference"]

@@ -1,9 +1,7 @@
 """One row times int4 or int8 weights in groups: dequantised in registers, nothing but the packed bytes is read.
 
-A word of 32 bits holds 8 (4) neighbouring weights of one output as unsigned numbers with 8 (128) for zero. Of int4,
-field i and field i + 4 are neighbours, so that one mask leaves a pair for the GPU's two-at-a-time float16 arithmetic:
-together with the bits of 1024 such a field is the float16 1024 + w. Products of one word are summed in float16 (four
-at a time), all others in float32.
+``packing`` says how words hold the weights. Together with the bits of 1024 a field of int4 is the float16 1024 + w.
+Products of one word are summed in float16 (four at a time), all others in float32.
 """
 
 from __future__ import annotations
@@ -12,11 +10,72 @@ import torch
 import triton
 import triton.language as tl
 
-from accel_kernels.device import INTERPRETED, has_dependent_launch, next_power_of_2
+from accel_kernels.bodies import HEADER
+from accel_kernels.checks import FLOATS, Expect
+from accel_kernels.device import INTERPRETED, launch_options, next_power_of_2
 from accel_kernels.gemv import GemvTile
-from accel_kernels.tiles import activate, let_successor_start, wait_for_predecessor
+from accel_kernels.packing import pack, unpack
+from accel_kernels.plain import product
+from accel_kernels.tiles import (
+    ACTIVATIONS,
+    NO_ACTIVATION,
+    let_successor_start,
+    matrix_line,
+    store_line,
+    wait_for_predecessor,
+)
 
-INTERPRETED_HERE = tl.constexpr(INTERPRETED)  # inline PTX does not run in the interpreter
+# weight int32 [N, K * bits / 32]: fields of a word by their places, less half of their range, times their group's scale
+BODY = (
+    HEADER
+    + """
+QuantizedGemv <bits, gated: int = 0, stripe, activation: int = -1> (x, weight, scales, bias, residual) => (out)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    two = Constant <value_int = 2> ()
+    four = Constant <value_int = 4> ()
+    word_bits = Constant <value_int = 32> ()
+    word_range = Constant <value_int = 4294967296> ()
+    last = Constant <value_ints = [-1]> ()
+    bits = Constant <value_int: int = @bits> ()
+    count = Div (word_bits, bits)
+    order = Range (zero, count, one)
+    pair = Div (order, two)
+    which = Mod (order, two)
+    half = Mul (which, four)
+    paired = Add (pair, half)
+    is_int4 = Equal (bits, four)
+    field = Where (is_int4, paired, order)
+    place = Mul (field, bits)
+    divisor = Pow (two, place)
+    range = Pow (two, bits)
+    signed = Cast <to = 7> (weight)
+    wrapped = Add (signed, word_range)
+    words = Mod (wrapped, word_range)
+    column = Unsqueeze (words, last)
+    shifted = Div (column, divisor)
+    fields = Mod (shifted, range)
+    middle = Div (range, two)
+    whole = Sub (fields, middle)
+    scale_shape = Shape (scales)
+    grouped_shape = Concat <axis = 0> (scale_shape, last)
+    grouped = Reshape (whole, grouped_shape)
+    float_grouped = Cast <to = 1> (grouped)
+    float_scales = Cast <to = 1> (scales)
+    factor = Unsqueeze (float_scales, last)
+    exact = Mul (float_grouped, factor)
+    flat = Constant <value_ints = [0, -1]> ()
+    matrix = Reshape (exact, flat)
+    out = accel.kernels.Linear <gated: int = @gated, stripe: int = @stripe, activation: int = @activation>
+        (x, matrix, bias, residual)
+}
+"""
+)
+# Of int4, four products of a word are summed in float16.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 8e-3}
+_TILE = GemvTile()
+_INTERPRETED = tl.constexpr(INTERPRETED)  # inline PTX does not run in the interpreter
 # $1: word; $2 .. $5: its elements of the row, in pairs. 0xE408: -1032; 0xD480: -72 = -(1024 + 128) / 16; 0x2C00: 1/16.
 _INT4 = tl.constexpr("""
 {
@@ -47,8 +106,27 @@ _INT4 = tl.constexpr("""
 """)
 
 
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    bits: int,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    stripe: int | None = None,
+    activation: int = NO_ACTIVATION,
+) -> torch.Tensor:
+    """What ``quantized_gemv`` computes of the same arguments: float64 [N]."""
+    added = None if residual is None else residual.reshape(1, -1)
+    matrix = unpack(weight, scales, bits)
+    return product(x.reshape(1, -1), matrix, bias, added, gated, stripe, activation)[0]
+
+
 @triton.jit
 def _field(words, place, BITS: tl.constexpr):
+    """One weight of each word, float32."""
     return ((words >> place) & ((1 << BITS) - 1)).to(tl.float32) - (1 << (BITS - 1))
 
 
@@ -66,7 +144,7 @@ def _row_words(x, w, width):
 @triton.jit
 def _product(words, factor, x, w, width, p0, p1, p2, p3, BITS: tl.constexpr):
     """Sums [N] of the words' weights times their elements of the row."""
-    if BITS == 4 and not INTERPRETED_HERE:
+    if BITS == 4 and not _INTERPRETED:
         part = tl.inline_asm_elementwise(
             _INT4,
             "=f,r,r,r,r,r",
@@ -86,51 +164,42 @@ def _product(words, factor, x, w, width, p0, p1, p2, p3, BITS: tl.constexpr):
 
 
 @triton.jit
+def _pairs(x, w, width, BITS: tl.constexpr):
+    """The row's elements of each word where the product takes them in pairs; else nothing that anybody reads."""
+    if BITS == 4 and not _INTERPRETED:
+        return _row_words(x, w, width)
+    else:
+        return w, w, w, w
+
+
+@triton.jit
+def _load(rows, factors, w, mask, SHARE: tl.constexpr):
+    """Words [N, W] and the scales that they share."""
+    words = tl.load(rows + w[None], mask=mask, other=0)
+    return words, tl.load(factors + (w // SHARE)[None], mask=mask, other=0.0)
+
+
+@triton.jit
 def quantized_gemv_kernel(
-    x,
-    weight,
-    scales,
-    out,
-    bias,
-    residual,
-    N,
-    K,
-    STRIPE,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    x, weight, scales, out, bias, residual, N, K, STRIPE,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """As ``gemv_kernel`` without a norm, with weight int32 [N, K * BITS / 32] and scales [N, K / GROUP]."""
-    FIELDS: tl.constexpr = 32 // BITS
-    SHARE: tl.constexpr = GROUP // FIELDS  # words of one scale
+    SHARE: tl.constexpr = GROUP // (32 // BITS)  # words of one scale
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w = tl.arange(0, BLOCK_W)
-    width = K // FIELDS
-    line = n // STRIPE * (2 * STRIPE) + n % STRIPE if GATED else n
+    width = K // (32 // BITS)
+    line = matrix_line(n, STRIPE, GATED)
     rows = weight + line.to(tl.int64)[:, None] * width
     factors = scales + line.to(tl.int64)[:, None] * (width // SHARE)
     mask = (n < N)[:, None] & (w < width)[None]
-    words = tl.load(rows + w[None], mask=mask, other=0)
-    factor = tl.load(factors + (w // SHARE)[None], mask=mask, other=0.0)
-    up_words = words
-    up_factor = factor
+    words, factor = _load(rows, factors, w, mask, SHARE)
     if GATED:
-        up_words = tl.load(rows + STRIPE * width + w[None], mask=mask, other=0)
-        up_factor = tl.load(factors + STRIPE * (width // SHARE) + (w // SHARE)[None], mask=mask, other=0.0)
+        up_words, up_factor = _load(rows + STRIPE * width, factors + STRIPE * (width // SHARE), w, mask, SHARE)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    p0 = w
-    p1 = w
-    p2 = w
-    p3 = w
-    if BITS == 4 and not INTERPRETED_HERE:
-        p0, p1, p2, p3 = _row_words(x, w, width)
+    p0, p1, p2, p3 = _pairs(x, w, width, BITS)
     total = _product(words, factor, x, w, width, p0, p1, p2, p3, BITS)
     total_up = total
     if GATED:
@@ -138,48 +207,13 @@ def quantized_gemv_kernel(
     for start in range(BLOCK_W, width, BLOCK_W):
         at = start + w
         mask = (n < N)[:, None] & (at < width)[None]
-        words = tl.load(rows + at[None], mask=mask, other=0)
-        factor = tl.load(factors + (at // SHARE)[None], mask=mask, other=0.0)
-        if BITS == 4 and not INTERPRETED_HERE:
-            p0, p1, p2, p3 = _row_words(x, at, width)
+        words, factor = _load(rows, factors, at, mask, SHARE)
+        p0, p1, p2, p3 = _pairs(x, at, width, BITS)
         total += _product(words, factor, x, at, width, p0, p1, p2, p3, BITS)
         if GATED:
-            words = tl.load(rows + STRIPE * width + at[None], mask=mask, other=0)
-            factor = tl.load(factors + STRIPE * (width // SHARE) + (at // SHARE)[None], mask=mask, other=0.0)
+            words, factor = _load(rows + STRIPE * width, factors + STRIPE * (width // SHARE), at, mask, SHARE)
             total_up += _product(words, factor, x, at, width, p0, p1, p2, p3, BITS)
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-        if GATED:
-            total_up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-    if ACTIVATION >= 0:
-        total = activate(total, ACTIVATION)
-    if GATED:
-        total = total * total_up
-    if HAS_RESIDUAL:
-        total += tl.load(residual + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
-
-
-def pack(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rounds to nearest, symmetric per group.
-
-    Args:
-        weight: [N, K], K a multiple of ``group``.
-        bits: 4 or 8.
-
-    Returns:
-        int32 [N, K * bits / 32] and scales float16 [N, K / group].
-    """
-    count, size = weight.shape
-    grouped = weight.float().reshape(count, size // group, group)
-    top = (1 << (bits - 1)) - 1
-    scales = (grouped.abs().amax(-1) / top).clamp(min=torch.finfo(torch.float16).tiny).half()
-    whole = (grouped / scales.float()[..., None]).round().clamp(-top - 1, top).to(torch.int64) + top + 1
-    order = torch.arange(32 // bits, device=weight.device)
-    if bits == 4:
-        order = order // 2 + order % 2 * 4
-    words = (whole.reshape(count, -1, 32 // bits) << (order * bits)).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32), scales
+    store_line(total, total_up, bias, residual, out, n, N, HAS_BIAS, HAS_RESIDUAL, GATED, ACTIVATION)
 
 
 def quantized_gemv(
@@ -193,35 +227,57 @@ def quantized_gemv(
     residual: torch.Tensor | None = None,
     gated: bool = False,
     stripe: int | None = None,
-    activation: int = -1,
-    tile: GemvTile = GemvTile(),
+    activation: int = NO_ACTIVATION,
+    tile: GemvTile = _TILE,
     dependent: bool | None = None,
 ) -> torch.Tensor:
-    """As ``gemv`` without a norm; x float16 [K]; tile.block_k counts words. weight, scales: as ``pack`` returns them."""
+    """act(x . weight + bias) + residual of one row, as ``gemv`` without a norm. Every tensor contiguous.
+
+    Args:
+        x: [K]; with 4 bits float16.
+        weight, scales: As ``pack`` returns them for [N, K]; gated: [2N, K] in stripes.
+        out: [N], written; may be ``residual``.
+        bits: 4 or 8.
+        bias: [N]; gated: [2N], the gate's first.
+        residual: [N], added last.
+        stripe: Divides N; None: N.
+        activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION; gated: of the gate.
+        tile: Its ``block_k`` counts words.
+        dependent: Start before the predecessor ends; None: where the device can.
+
+    Raises:
+        TypeError, ValueError: A tensor has another type, shape or place; another number of bits.
+    """
+    _check(x, weight, scales, out, bits, bias, residual, gated, stripe, activation)
     size, count = x.numel(), out.numel()
-    width = weight.shape[1]
-    assert x.dtype == torch.float16 or bits == 8
-    dependent = has_dependent_launch(x.device) if dependent is None else dependent
     quantized_gemv_kernel[(triton.cdiv(count, tile.block_n),)](
-        x,
-        weight,
-        scales,
-        out,
-        bias,
-        residual,
-        count,
-        size,
-        stripe or count,
-        BITS=bits,
-        GROUP=size // scales.shape[1],
-        BLOCK_N=tile.block_n,
-        BLOCK_W=min(tile.block_k, next_power_of_2(width)),
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        GATED=gated,
-        ACTIVATION=activation,
-        DEPENDENT=dependent,
-        num_warps=tile.warps,
-        **({"launch_pdl": True} if dependent else {}),
-    )
+        x, weight, scales, out, bias, residual, count, size, stripe or count,
+        BITS=bits, GROUP=size // scales.shape[1], BLOCK_N=tile.block_n,
+        BLOCK_W=min(tile.block_k, next_power_of_2(weight.shape[1])), HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, GATED=gated, ACTIVATION=activation,
+        **launch_options(x.device, dependent, tile.warps),
+    )  # fmt: skip
     return out
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, bits: int,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, stripe: int | None, activation: int,
+) -> None:  # fmt: skip
+    expect = Expect("quantized_gemv", x.device)
+    size, count = x.numel(), out.numel()
+    expect.that(bits in (4, 8), f"weights of {bits} bits; there are 4 and 8")
+    expect.tensor("x", x, size, dtypes=(torch.float16,) if bits == 4 else FLOATS)
+    expect.tensor("out", out, count)
+    expect.tensor("weight", weight, (1 + gated) * count, size * bits // 32, dtypes=(torch.int32,))
+    expect.tensor("scales", scales, (1 + gated) * count, -1)
+    groups = scales.shape[1]
+    whole = groups > 0 and size % groups == 0 and size // groups % (32 // bits) == 0
+    expect.that(whole, f"{groups} scales do not divide a row of {size} into whole words")
+    expect.tensor("bias", bias, (1 + gated) * count)
+    expect.tensor("residual", residual, count)
+    expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
+    expect.stripe(stripe, count)
+
+
+__all__ = ["BODY", "TOLERANCES", "pack", "quantized_gemv", "reference"]

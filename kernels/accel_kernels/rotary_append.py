@@ -6,29 +6,103 @@ import torch
 import triton
 import triton.language as tl
 
-from accel_kernels.device import has_dependent_launch, next_power_of_2
-from accel_kernels.tiles import let_successor_start, wait_for_predecessor
+from accel_kernels.bodies import HEADER
+from accel_kernels.checks import Expect
+from accel_kernels.device import launch_options, next_power_of_2
+from accel_kernels.plain import rotated
+from accel_kernels.tiles import let_successor_start, rotate, wait_for_predecessor
+
+# Tokens of negative rows are padding: dropped from the cache's updates, and left as they are.
+BODY = (
+    HEADER
+    + """
+RotaryAppend <heads> (qkv, key_cache, value_cache, rows, slots, cos, sin) => (new_qkv, new_keys, new_values)
+{
+    axis1 = Constant <value_ints = [1]> ()
+    pair = Constant <value_ints = [1, 2]> ()
+    zero = Constant <value_int = 0> ()
+    old_queries, old_keys, values = accel.kernels.Heads <heads: int = @heads> (qkv, key_cache)
+    row = Cast <to = 7> (rows)
+    slot = Cast <to = 7> (slots)
+    is_padding = Less (row, zero)
+    position = Where (is_padding, zero, slot)
+    cos_lines = Gather <axis = 0> (cos, position)
+    sin_lines = Gather <axis = 0> (sin, position)
+    turned_queries = accel.kernels.Rotate (old_queries, cos_lines, sin_lines)
+    keys = accel.kernels.Rotate (old_keys, cos_lines, sin_lines)
+    typed_queries = CastLike (turned_queries, qkv)
+    everywhere = Unsqueeze (is_padding, pair)
+    queries = Where (everywhere, old_queries, typed_queries)
+    joined = Concat <axis = 1> (queries, old_keys, values)
+    shape = Shape (qkv)
+    new_qkv = Reshape (joined, shape)
+    is_real = Not (is_padding)
+    kept_rows = Compress <axis = 0> (row, is_real)
+    kept_slots = Compress <axis = 0> (slot, is_real)
+    kept_keys = Compress <axis = 0> (keys, is_real)
+    kept_values = Compress <axis = 0> (values, is_real)
+    row_column = Unsqueeze (kept_rows, axis1)
+    slot_column = Unsqueeze (kept_slots, axis1)
+    cells = Concat <axis = 1> (row_column, slot_column)
+    typed_keys = CastLike (kept_keys, key_cache)
+    typed_values = CastLike (kept_values, value_cache)
+    keys_by_slot = Transpose <perm = [0, 2, 1, 3]> (key_cache)
+    values_by_slot = Transpose <perm = [0, 2, 1, 3]> (value_cache)
+    keys_written = ScatterND (keys_by_slot, cells, typed_keys)
+    values_written = ScatterND (values_by_slot, cells, typed_values)
+    new_keys = Transpose <perm = [0, 2, 1, 3]> (keys_written)
+    new_values = Transpose <perm = [0, 2, 1, 3]> (values_written)
+}
+"""
+)
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def reference(
+    qkv: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    heads: int,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``rotary_append`` leaves in qkv and in the caches: float64."""
+    tokens, (_, kv_heads, _, dim) = len(qkv), key_cache.shape
+    keys, values = key_cache.double(), value_cache.double()
+    result = qkv.double().reshape(tokens, -1, dim)
+    real = rows >= 0
+    row, slot = rows[real].long(), slots[real].long()
+    lines = (None, None) if cos is None or sin is None else (cos[slot], sin[slot])
+    turned = rotated(result[real, : heads + kv_heads], *lines)
+    keys[row, :, slot] = turned[:, heads:]
+    values[row, :, slot] = result[real, heads + kv_heads :]
+    result[real, :heads] = turned[:, :heads]
+    return result.reshape(tokens, -1), keys, values
+
+
+@triton.jit
+def _rotate_queries(line, cos, sin, d, HEADS: tl.constexpr, PADDED: tl.constexpr, HALF_DIM: tl.constexpr):
+    """One token's queries, in place."""
+    g = tl.arange(0, PADDED)
+    real = (g < HEADS)[:, None] & (d < HALF_DIM)[None]
+    q = line + g[:, None] * (2 * HALF_DIM) + d[None]
+    q1 = tl.load(q, mask=real, other=0.0).to(tl.float32)
+    q2 = tl.load(q + HALF_DIM, mask=real, other=0.0).to(tl.float32)
+    element = line.dtype.element_ty
+    q1, q2 = rotate(q1, q2, cos, sin)
+    tl.store(q, q1.to(element), mask=real)
+    tl.store(q + HALF_DIM, q2.to(element), mask=real)
 
 
 @triton.jit
 def rotary_append_kernel(
-    qkv,
-    key_cache,
-    value_cache,
-    rows,
-    slots,
-    cos_table,
-    sin_table,
-    CAPACITY,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    PADDED: tl.constexpr,
-    KV_PADDED: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_DIM: tl.constexpr,
-    ROTARY: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
+    qkv, key_cache, value_cache, rows, slots, cos_table, sin_table, CAPACITY,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr,
+    HALF: tl.constexpr, HALF_DIM: tl.constexpr, ROTARY: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
     """One program per token: its queries in place, its keys and values to (row, head, slot)."""
     token = tl.program_id(0)
     let_successor_start(DEPENDENT)
@@ -50,18 +124,10 @@ def rotary_append_kernel(
     if ROTARY:
         cos = tl.load(cos_table + slot * HALF_DIM + d, mask=d < HALF_DIM, other=0.0).to(tl.float32)[None]
         sin = tl.load(sin_table + slot * HALF_DIM + d, mask=d < HALF_DIM, other=0.0).to(tl.float32)[None]
-        g = tl.arange(0, PADDED)
-        real = (g < HEADS)[:, None] & (d < HALF_DIM)[None]
-        q = line + g[:, None] * DIM + d[None]
-        q1 = tl.load(q, mask=real, other=0.0).to(tl.float32)
-        q2 = tl.load(q + HALF_DIM, mask=real, other=0.0).to(tl.float32)
-        element = qkv.dtype.element_ty
-        tl.store(q, (q1 * cos - q2 * sin).to(element), mask=real)
-        tl.store(q + HALF_DIM, (q2 * cos + q1 * sin).to(element), mask=real)
-        f1 = k1.to(tl.float32)
-        f2 = k2.to(tl.float32)
-        k1 = (f1 * cos - f2 * sin).to(element)
-        k2 = (f2 * cos + f1 * sin).to(element)
+        _rotate_queries(line, cos, sin, d, HEADS, PADDED, HALF_DIM)
+        f1, f2 = rotate(k1.to(tl.float32), k2.to(tl.float32), cos, sin)
+        k1 = f1.to(qkv.dtype.element_ty)
+        k2 = f2.to(qkv.dtype.element_ty)
     cell = ((row * KV_HEADS + h)[:, None] * CAPACITY + slot) * DIM + d[None]
     tl.store(key_cache + cell, k1, mask=mask)
     tl.store(key_cache + cell + HALF_DIM, k2, mask=mask)
@@ -84,32 +150,32 @@ def rotary_append(
 ) -> None:
     """Writes packed tokens' keys and values into the cache; with tables, rotates queries (in place) and keys first.
 
+    Every tensor on one device, contiguous.
+
     Args:
-        qkv: [T, (H + 2 KV) * D]; its queries are rotated in place.
-        key_cache, value_cache: [B, KV, C, D].
+        qkv: [T, (H + 2 KV) * D] in the caches' type; its queries are rotated in place.
+        key_cache, value_cache: [B, KV, C, D]; the tokens' slots are written.
         rows: int32 [T], the cache row of each token; negative: padding.
-        slots: int32 [T], its position there.
-        cos, sin: [positions, D / 2] of half-rotation.
+        slots: int32 [T], its position there, below C and the tables' length; nothing checks that on the device.
+        cos, sin: [positions, D / 2] of half-rotation; None: queries and keys are as they should be.
+        dependent: Start before the predecessor ends; None: where the device can.
+
+    Raises:
+        TypeError, ValueError: A tensor has another type, shape or place.
     """
+    expect = Expect("rotary_append", qkv.device)
+    expect.cache(key_cache, value_cache)
     _, kv_heads, capacity, dim = key_cache.shape
-    dependent = has_dependent_launch(qkv.device) if dependent is None else dependent
-    rotary_append_kernel[(qkv.shape[0],)](
-        qkv,
-        key_cache,
-        value_cache,
-        rows,
-        slots,
-        cos,
-        sin,
-        capacity,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        PADDED=next_power_of_2(heads),
-        KV_PADDED=next_power_of_2(kv_heads),
-        HALF=next_power_of_2(dim // 2),
-        HALF_DIM=dim // 2,
-        ROTARY=cos is not None,
-        DEPENDENT=dependent,
-        num_warps=warps,
-        **({"launch_pdl": True} if dependent else {}),
-    )
+    expect.tensor("qkv", qkv, -1, (heads + 2 * kv_heads) * dim, dtypes=(key_cache.dtype,))
+    expect.tensor("rows", rows, len(qkv), dtypes=(torch.int32,))
+    expect.tensor("slots", slots, len(qkv), dtypes=(torch.int32,))
+    expect.tables(cos, sin, dim)
+    rotary_append_kernel[(len(qkv),)](
+        qkv, key_cache, value_cache, rows, slots, cos, sin, capacity,
+        HEADS=heads, KV_HEADS=kv_heads, PADDED=next_power_of_2(heads), KV_PADDED=next_power_of_2(kv_heads),
+        HALF=next_power_of_2(dim // 2), HALF_DIM=dim // 2, ROTARY=cos is not None,
+        **launch_options(qkv.device, dependent, warps),
+    )  # fmt: skip
+
+
+__all__ = ["BODY", "TOLERANCES", "reference", "rotary_append"]

@@ -6,8 +6,14 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from accel_kernels.device import INTERPRETED
+
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
-SILU, GELU_ERF, GELU_TANH = 0, 1, 2
+NO_ACTIVATION, SILU, GELU_ERF, GELU_TANH = -1, 0, 1, 2
+NORMS = (NO_NORM, RMS_NORM, LAYER_NORM)
+ACTIVATIONS = (NO_ACTIVATION, SILU, GELU_ERF, GELU_TANH)
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -22,6 +28,38 @@ def let_successor_start(DEPENDENT: tl.constexpr):
     """From here on the next kernel may take what room is left, up to its own wait."""
     if DEPENDENT:
         cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def operand(tile):
+    """A tile as ``tl.dot`` takes it. The interpreter multiplies the bits of bfloat16 as if they were integers."""
+    if _INTERPRETED:
+        return tile.to(tl.float32)
+    else:
+        return tile
+
+
+@triton.jit
+def matrix_line(n, STRIPE, GATED: tl.constexpr):
+    """The weights' line of output n: gated ones alternate STRIPE lines of the gate and as many of the other matrix."""
+    if GATED:
+        return n // STRIPE * (2 * STRIPE) + n % STRIPE
+    else:
+        return n
+
+
+@triton.jit
+def rotate(first, second, cos, sin):
+    """The halves of heads, turned; float32."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def cap_scores(scores, softcap, HAS_SOFTCAP: tl.constexpr):
+    """softcap * tanh(scores / softcap)."""
+    if HAS_SOFTCAP:
+        scores = softcap * (2.0 / (1.0 + tl.exp(-2.0 * scores / softcap)) - 1.0)
+    return scores
 
 
 @triton.jit
@@ -47,6 +85,33 @@ def activate(x, KIND: tl.constexpr):
     else:
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         return x * (1.0 - 1.0 / (1.0 + tl.exp(2.0 * inner)))
+
+
+@triton.jit
+def finish(total, up, KIND: tl.constexpr, GATED: tl.constexpr):
+    """act(total), times ``up`` if gated; float32."""
+    if KIND >= 0:
+        total = activate(total, KIND)
+    if GATED:
+        total = total * up
+    return total
+
+
+@triton.jit
+def store_line(
+    total, up, bias, residual, out, n, N,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Writes one row's outputs n: act(total + bias) (* (up + the other bias), gated) + residual."""
+    inside = n < N
+    if HAS_BIAS:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+        if GATED:
+            up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
+    total = finish(total, up, ACTIVATION, GATED)
+    if HAS_RESIDUAL:
+        total += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

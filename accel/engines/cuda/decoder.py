@@ -70,7 +70,7 @@ class CudaDecoderSession:
                 )
                 for layer in arch.layers
             ]
-            products = Products(dtype, device.tensor_memory, device.shared_memory)
+            products = Products(dtype, device.tensor_memory)
             attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)  # type: ignore[arg-type]
             self._executor = Executor(program, products, attention)
         self._decodes: dict[tuple[int, bool], DecodePlace] = {}

@@ -44,13 +44,6 @@ class Device:
         """Whether tiles can come through the tensor memory accelerator."""
         return self.is_gpu and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
-    @property
-    def shared_memory(self) -> int:
-        """Bytes that one program may take."""
-        if not self.is_gpu:
-            return 98304
-        return int(torch.cuda.get_device_properties(self.torch).shared_memory_per_block_optin)
-
     def free_memory(self) -> int | None:
         """Bytes that can be had; None: unknown."""
         return torch.cuda.mem_get_info(self.torch)[0] if self.is_gpu else None

@@ -54,7 +54,7 @@ class CudaEncoderSession:
             if set(self._inputs) - set(INPUTS):
                 what = f"The graph takes {', '.join(self._inputs)}"
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
-            self._executor = Executor(program, Products(dtype, device.tensor_memory, device.shared_memory))
+            self._executor = Executor(program, Products(dtype, device.tensor_memory))
         self._places: OrderedDict[tuple[int, int], _Place] = OrderedDict()
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
 

@@ -7,7 +7,6 @@ our own where an activation follows.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,11 +35,10 @@ class Products:
     Args:
         dtype: Of the weights, and of results that other kernels read.
         tensor_memory: Whether the GPU has the tensor memory accelerator (SM 90 and later).
-        shared_memory: Bytes that one program may take.
     """
 
-    def __init__(self, dtype: torch.dtype, tensor_memory: bool, shared_memory: int = 98304) -> None:
-        self.dtype, self._tensor_memory, self._shared_memory = dtype, tensor_memory, shared_memory
+    def __init__(self, dtype: torch.dtype, tensor_memory: bool) -> None:
+        self.dtype, self._tensor_memory = dtype, tensor_memory
 
     def low(self, value: object) -> torch.Tensor:
         """A value as a [T, K] tensor of the engine's type."""
@@ -103,7 +101,7 @@ class Products:
         out = torch.empty(splits, rows, matrix.outputs, dtype=torch.float32, device=x.device)
         depth = x.shape[1] // splits
         tile = NarrowTile(64, 256, splits, 4, 3) if depth <= 1024 else NarrowTile(64, 128, splits, 4, 4)
-        narrow_gemm(x, matrix.weight, out, tile=self._fit(tile, x, matrix))
+        narrow_gemm(x, matrix.weight, out, tile=tile)
         return Parts(out)
 
     def _one(
@@ -127,22 +125,12 @@ class Products:
         out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
         for start in range(0, len(x), 2 * FEW):
             rows = slice(start, start + 2 * FEW)
-            tile = self._fit(narrow_tile(matrix, len(x)), x[rows], matrix)
             narrow_gemm(
                 x[rows], matrix.weight, out[rows], bias=matrix.bias, gated=matrix.stripe is not None,
                 stripe=matrix.stripe, residual=None if residual is None else residual[rows],
-                activation=-1 if kind is None else KINDS[kind], tile=tile,
+                activation=-1 if kind is None else KINDS[kind], tile=narrow_tile(matrix, len(x)),
             )  # fmt: skip
         return out
-
-    def _fit(self, tile: NarrowTile, x: torch.Tensor, matrix: Matrix) -> NarrowTile:
-        """The tile with as many turns in flight, and then as many terms, as shared memory has room for."""
-        rows = max(16, 1 << (len(x) - 1).bit_length())
-        width = (tile.block_n * (1 if matrix.stripe is None else 2) + rows) * x.element_size()
-        while (tile.stages + 1) * width * tile.block_k > self._shared_memory:
-            fewer = tile.stages > 2
-            tile = replace(tile, stages=tile.stages - 1) if fewer else replace(tile, block_k=tile.block_k // 2)
-        return tile
 
     def _many(self, x: torch.Tensor, matrix: Matrix, kind: str | None) -> torch.Tensor:
         out = torch.empty(len(x), matrix.outputs, dtype=self.dtype, device=x.device)
