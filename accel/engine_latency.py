@@ -13,10 +13,11 @@ import numpy as np
 from accel.engine_request import BuildRequest
 from accel.engines.session import SessionOptions, StepInputs
 from accel.engines.tensorrt.adapter import Flavour
+from accel.engines.tensorrt.kernel_cache import kernels_path
 from accel.engines.tensorrt.lookup import facts_of
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import DependencyError, EngineUnavailableError
-from accel.store import StoredEngine, cache_folder
+from accel.store import StoredEngine
 
 if TYPE_CHECKING:
     from accel.builder.profiles import Profile
@@ -44,15 +45,13 @@ def measure_engine(request: BuildRequest, engine: StoredEngine, flavour: Flavour
     key, sm = request.key, current_sm()
     if find_spec("cuda") is None:
         raise DependencyError("cuda-python is not installed", remedy='Run: pip install "cuda-python>=12.8"')
-    if sm not in key.sm:
+    if sm is None or sm not in key.sm:
         remedy = "Run it on such a machine with the same store: accel warmup does"
         raise EngineUnavailableError(f"no GPU {'+'.join(key.sm)} here", where=engine.path.name, remedy=remedy)
     facts = facts_of(engine.manifest)
-    kernels = cache_folder() / "kernels" / f"{key.digest}-{sm}.cache"  # where a session of accel.load looks for them
     options = SessionOptions(capacity=key.capacity, max_batch=request.max_batch)
-    session = open_tensorrt(
-        request.bundle, request.variant, options, engine.plan(), facts, flavour, kernels=kernels
-    )  # fmt: skip
+    kernels = kernels_path(key, sm)  # which a session of accel.load finds
+    session = open_tensorrt(request.bundle, request.variant, options, engine.plan(), facts, flavour, kernels=kernels)
     try:
         return warm_and_measure(session, request.settings.profiles)
     finally:

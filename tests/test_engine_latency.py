@@ -18,6 +18,7 @@ from accel.engine_latency import measure_engine, warm_and_measure
 from accel.engine_request import BuildRequest, prepare
 from accel.engines.session import StepInputs
 from accel.engines.tensorrt.adapter import load_flavour
+from accel.engines.tensorrt.kernel_cache import kernels_path
 from accel.engines.tensorrt.memory import Device
 from accel.errors import DependencyError, EngineUnavailableError
 from accel.store import EngineStore
@@ -96,6 +97,7 @@ def test_a_stored_engine_is_measured(
         found = measure_engine(request, engine, world.flavour())
     assert list(found) == ["encode"] and found["encode"] > 0 and [shape for _, shape in world.runs][-1] == (2, 8)
     assert world.gpu.used == 0 and not world.gpu.why  # the session was closed
+    assert kernels_path(request.key, "sm86").is_file()
 
 
 def test_an_engine_for_another_gpu_is_not_measured(

@@ -8,11 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from accel.storage import replace_file
+from accel.store import EngineKey, cache_folder
 from accel.store.plan_file import PlanFile, unused
 
 KERNELS_BYTES = 1 << 30  # of a folder: a file stays when its engine leaves the store, and nobody else would remove it
 _LOCK = ".lock"
 _log = logging.getLogger(__name__)
+
+
+def kernels_path(key: EngineKey, sm: str) -> Path:
+    """Where one engine's kernels for one SM lie: the same for all that open it, so that nobody compiles them twice."""
+    return cache_folder() / "kernels" / f"{key.digest}-{sm}.cache"
 
 
 class KernelFile:
@@ -113,4 +119,4 @@ def _by_age(folder: Path) -> list[tuple[float, int, Path]]:
     return sorted(found)
 
 
-__all__ = ["KERNELS_BYTES", "KernelFile", "prune"]
+__all__ = ["KERNELS_BYTES", "KernelFile", "kernels_path", "prune"]

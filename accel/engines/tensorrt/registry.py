@@ -10,10 +10,11 @@ from typing import Any
 from accel.bundle import Bundle
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.engines.tensorrt.adapter import Target, load_flavour
+from accel.engines.tensorrt.kernel_cache import kernels_path
 from accel.engines.tensorrt.lookup import find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import TITLES, current_gpu, current_sm
 from accel.errors import AccelError, DependencyError, EngineError, EngineUnavailableError
-from accel.store import StoredEngine, cache_folder
+from accel.store import StoredEngine
 
 _log = logging.getLogger("accel")
 Session = EncoderSession | DecoderSession
@@ -53,7 +54,7 @@ def open_for(target: Target) -> Callable[[Bundle, str, SessionOptions], Session]
         try:  # whatever is wrong with the store or the engine is a reason to try the next one
             store, gpu = open_store(options.store), current_gpu()
             engine, facts = find_engine(store, bundle, chosen, flavour, sm, options, gpu)
-            kernels = cache_folder() / "kernels" / f"{engine.manifest.key.digest}-{sm}.cache"
+            kernels = kernels_path(engine.manifest.key, sm)
             try:
                 session: Any = open_tensorrt(bundle, chosen, options, engine.plan(), facts, flavour, kernels=kernels)
                 _prepare(session)

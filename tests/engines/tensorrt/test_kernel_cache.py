@@ -11,7 +11,8 @@ import pytest
 from filelock import FileLock
 
 from accel.engines.tensorrt import kernel_cache
-from accel.engines.tensorrt.kernel_cache import KERNELS_BYTES, KernelFile, prune
+from accel.engines.tensorrt.kernel_cache import KERNELS_BYTES, KernelFile, kernels_path, prune
+from tests.store.samples import key
 
 
 @pytest.fixture
@@ -22,6 +23,13 @@ def folder(tmp_path: Path) -> Path:
         path.write_bytes(bytes(100))
         os.utime(path, (1000 + index, 1000 + index))
     return tmp_path
+
+
+def test_engines_and_gpus_have_files_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
+    made = key(sm=("sm86", "sm89"))
+    paths = {kernels_path(made, "sm86"), kernels_path(made, "sm89"), kernels_path(key(capacity=64), "sm86")}
+    assert len(paths) == 3 and {path.parent for path in paths} == {tmp_path / "kernels"}
 
 
 def names(folder: Path) -> list[str]:

@@ -15,6 +15,7 @@ from accel.bundle import Bundle
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt import registry
 from accel.engines.tensorrt.adapter import Flavour, load_flavour
+from accel.engines.tensorrt.kernel_cache import kernels_path
 from accel.engines.tensorrt.lookup import find_engine, hash_sources, open_store, passes_of, pick_precision
 from accel.errors import BundleError, EngineBrokenError, EngineUnavailableError, RefusedEngineError
 from accel.store import EngineKey, EngineStore, HashCache
@@ -308,12 +309,12 @@ def test_an_open_session_keeps_its_engine(
     made = keep()
 
     def open_it(bundle: Bundle, variant: str, options: Any, plan: memoryview, facts: Any, *_: Any, **more: Any) -> Any:
-        given.append((variant, bytes(plan), facts.sms, more["kernels"].name))
+        given.append((variant, bytes(plan), facts.sms, more["kernels"]))
         return session
 
     monkeypatch.setattr("accel.engines.tensorrt.open.open_tensorrt", open_it)
     opened: Any = registry.open_for("rtx")(bundle, "auto", SessionOptions(store=store.url))
-    assert given == [("fp16", b"sm86 256 4 none", ("sm86",), f"{made.digest}-sm86.cache")]
+    assert given == [("fp16", b"sm86 256 4 none", ("sm86",), kernels_path(made, "sm86"))]
     assert session.captured == 1 and store.prune(0) == []  # in use
     opened.close()
     assert session.closed == 1 and [record.digest for record in store.prune(0)] == [made.digest]
