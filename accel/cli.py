@@ -138,7 +138,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    variants, targets = "fp16, bf16 or fp32; may be repeated", "tensorrt or ort-cuda; may be repeated"
+    variants, targets = "fp16, bf16 or fp32; may be repeated", "tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
         "--target", action="append", metavar="NAME", help=f"{targets}; default: all that run this model in the variant"
@@ -224,7 +224,9 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument("--engine", default="auto", help="tensorrt, rtx, ort-cpu, torch; default: the first that runs")
+    group.add_argument(
+        "--engine", default="auto", help="tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch; default: the first that runs"
+    )
     group.add_argument("--device", default="auto")
     group.add_argument("--variant", default="auto", help="e.g. fp32")
     group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")

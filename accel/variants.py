@@ -50,7 +50,7 @@ def add_variant(
     Args:
         bundle: A bundle or its directory; its other files stay as they are.
         variant: ``fp32``, ``fp16`` or ``bf16``.
-        target: ``tensorrt`` or ``ort-cuda``.
+        target: ``tensorrt``, ``cuda`` or ``ort-cuda``.
         check: Compare. Off only for graphs that are checked elsewhere.
         show_progress: Show stages on stderr; None: when it is a terminal.
 

@@ -59,9 +59,12 @@ def test_quantize(bundle: Path, capsys: Output) -> None:
     assert "fp32, fp16;" in text and "MB added" in text and "fp16/tensorrt: error" in text and "limit 2e-02" in text
     report = answer(capsys, "quantize", bundle, "--variant", "bf16", "--variant", "fp16", "--no-parity")
     assert report["variants"] == ["fp32", "fp16", "bf16"]
-    assert set(report["added"]) == {"bf16.weights", "bf16.tensorrt.onnx", "bf16.ort-cuda.onnx"}
+    assert set(report["added"]) == {
+        *("bf16.weights", "bf16.cuda.weights"),
+        *("bf16.tensorrt.onnx", "bf16.cuda.onnx", "bf16.ort-cuda.onnx"),
+    }
     assert report["added"]["bf16.weights"] == (bundle / "bf16.weights").stat().st_size
-    assert set(report["parity"]) == {"fp16/tensorrt", "fp16/ort-cuda"}  # bf16 was not compared
+    assert set(report["parity"]) == {"fp16/tensorrt", "fp16/cuda", "fp16/ort-cuda"}  # bf16 was not compared
     again = answer(capsys, "quantize", bundle, "--variant", "fp16")
     assert again["added"] == {} and again["parity"]["fp16/tensorrt"]["max_rel_error"] > 0
 

@@ -17,7 +17,7 @@ from accel.errors import FusionError, InputError
 from accel.graph.external import INLINE_BYTES
 from accel.graph.lowering import ort_cuda, tensorrt
 from accel.graph.save import load_canonical
-from accel.variant_targets import TARGETS, sensible_targets
+from accel.variant_targets import sensible_targets
 from accel.variants import LIMITS, add_variant, is_current
 from tests.test_bundle_extension import content
 from tests.test_outdated_variants import say_lowering
@@ -106,7 +106,7 @@ def test_an_outdated_graph_leaves_what_the_other_target_reads(decoder: Path) -> 
     bundle = add_variant(decoder, "fp16", check=False)
     assert is_current(bundle, "fp16", "tensorrt") and is_current(bundle, "fp16", "ort-cuda")
     assert bundle.has("fp16.weights"), "the other target's graph reads it"
-    for target in TARGETS:
+    for target in ("tensorrt", "ort-cuda"):
         for value in ir.load(bundle.file(bundle.graph("fp16", target).file)).graph.initializers.values():
             value.const_value.numpy()  # type: ignore[union-attr]
     Bundle.open(decoder, verify=True)
@@ -115,7 +115,7 @@ def test_an_outdated_graph_leaves_what_the_other_target_reads(decoder: Path) -> 
 def test_the_command_adds_all_that_make_sense(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", str(decoder), "--variant", "fp16", "--variant", "fp32", "--no-parity"]) == 0
     variants = Bundle.open(decoder).manifest.variants
-    assert set(variants["fp16"].graphs) == {"tensorrt", "ort-cuda"}
+    assert set(variants["fp16"].graphs) == {"tensorrt", "cuda", "ort-cuda"}
     assert set(variants["fp32"].graphs) == {"canonical", "ort-cpu", "tensorrt"}
     assert main(["quantize", str(decoder), "--variant", "bf16", "--target", "ort-cuda", "--no-parity"]) == 0
     assert set(Bundle.open(decoder).variant("bf16").graphs) == {"ort-cuda"}
@@ -125,7 +125,8 @@ def test_the_command_adds_all_that_make_sense(decoder: Path, capsys: pytest.Capt
 
 def test_sensible_targets(minilm_bundle: Path, decoder: Path) -> None:
     encoder, arch = Bundle.open(minilm_bundle).manifest.arch, Bundle.open(decoder).manifest.arch
-    assert sensible_targets(encoder, "fp32") == sensible_targets(arch, "fp16") == ("tensorrt", "ort-cuda")
+    assert sensible_targets(encoder, "fp32") == ("tensorrt", "ort-cuda")
+    assert sensible_targets(arch, "fp16") == ("tensorrt", "cuda", "ort-cuda")
     assert sensible_targets(arch, "fp32") == ("tensorrt",)
 
 
