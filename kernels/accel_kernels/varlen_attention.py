@@ -74,7 +74,9 @@ VarlenAttention <heads, scale, softcap: float = 0.0, window: int = 0, causal: in
     distance_abs = Abs (distance)
     close = LessOrEqual (distance_abs, width)
     within = Less (distance, width)
-    near = Where (is_causal, within, close)
+    near_past = And (is_causal, within)
+    near_both = And (is_free, close)
+    near = Or (near_past, near_both)
     is_near = Or (no_window, near)
     seen0 = And (is_key, before_end)
     seen1 = And (seen0, may_look)
@@ -124,7 +126,7 @@ def reference(
         added = None if bias is None else bias[:, :length, :length]
         queries = query[start:stop, : heads * dim].reshape(length, heads, dim)
         result = attended(queries, k, v, scale, softcap, seen.to(query.device), added)
-        out[start:stop] = result.reshape(length, -1)
+        out[start:stop] = result.reshape(length, heads * dim)
     return out
 
 
