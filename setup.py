@@ -31,12 +31,13 @@ TEST = [
     *S3,
     *EXPORT,
     *LINUX_RTX,
+    "triton>=3.6; sys_platform == 'linux'",  # kernels run on its interpreter
 ]
 EXTRAS = {
     "cpu": CPU,
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
-    "cuda": ["onnxruntime-gpu", "triton", "torch"],
+    "cuda": ["onnxruntime-gpu", "triton>=3.6", "torch>=2.11", "onnx-ir>=1.0"],
     "tensorrt": ["tensorrt>=10.15.1", CUDA],
     "rtx": RTX,
     "store": STORE,

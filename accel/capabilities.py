@@ -111,6 +111,7 @@ def probe() -> Capabilities:
         packages=_packages(gpus),
         engines=(
             *_tensorrt_engines(gpus, hidden_gpu()),
+            _cuda_engine(gpus, hidden_gpu()),
             _onnxruntime_cuda_engine(onnxruntime, gpus, hidden_gpu()),
             _onnxruntime_engine(onnxruntime),
             _torch_engine(),
@@ -206,6 +207,17 @@ def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
     if names == ["onnxruntime-gpu"] and CUDA_PROVIDER in found.providers:  # swapping it would cost the faster engine
         return EngineStatus("ort-cpu", usable, f"{found.problem}; this one is for ort-cuda", None)
     return EngineStatus("ort-cpu", usable, found.problem or "", install)
+
+
+def _cuda_engine(gpus: tuple[Gpu, ...], hidden: str | None) -> EngineStatus:
+    """What can be said without importing PyTorch; loading proves that it sees the GPU."""
+    missing = [name for name in ("torch", "triton", "onnx_ir") if importlib.util.find_spec(name) is None]
+    if missing:
+        install = 'pip install "accelrt[cuda]"' if gpus else None
+        return EngineStatus("cuda", False, f"{' and '.join(missing)} missing", install)
+    if hidden is not None or not gpus:
+        return EngineStatus("cuda", False, hidden or "no NVIDIA GPU or driver", None)
+    return EngineStatus("cuda", True, f"triton {version_of('triton')} on PyTorch", None)
 
 
 def _onnxruntime_cuda_engine(found: OnnxRuntime, gpus: tuple[Gpu, ...], hidden: str | None) -> EngineStatus:

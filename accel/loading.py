@@ -34,7 +34,8 @@ def load(
     Args:
         path: The bundle's directory.
         device: ``auto``, ``cpu`` or ``cuda``.
-        engine: ``auto``, or the one engine to use (``tensorrt``, ``rtx``, ``ort-cpu``, ``torch``): no other takes its
+        engine: ``auto``, or the one engine to use (``tensorrt``, ``rtx``, ``cuda``, ``ort-cuda``,
+            ``ort-cpu``, ``torch``): no other takes its
             place.
         variant: ``auto``, or the precision to use.
         capacity: Cache positions per sequence, decoders only. None: on the CPU up to 4,096, as the model and memory

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.comparing import Maker, assert_close
+
+torch = pytest.importorskip("torch")
+from accel_kernels.block_gemm import TOLERANCES, BlockTile, block_gemm, reference  # noqa: E402
+from accel_kernels.tiles import GELU_ERF, GELU_TANH, NO_ACTIVATION  # noqa: E402
+
+TILE = BlockTile(32, 32, 32)
+
+
+@pytest.mark.parametrize("kind", [NO_ACTIVATION, GELU_ERF, GELU_TANH])
+@pytest.mark.parametrize(("rows", "count", "size"), [(70, 50, 100), (1, 33, 32), (32, 32, 7)])
+def test_agrees_with_the_reference(make: Maker, rows: int, count: int, size: int, kind: int) -> None:
+    x, weight, bias = make.normal(rows, size), make.normal(count, size), make.normal(count)
+    out = make.poison(rows, count)
+    assert block_gemm(x, weight, out, bias=bias, activation=kind, tile=TILE) is out
+    assert_close(out, reference(x, weight, bias=bias, activation=kind), TOLERANCES[make.dtype])
+
+
+def test_the_residual_comes_last(make: Maker) -> None:
+    x, weight, stream = make.normal(40, 48), make.normal(50, 48), make.normal(40, 50, dtype=torch.float32)
+    expected = reference(x, weight, residual=stream.clone(), activation=GELU_ERF)
+    block_gemm(x, weight, stream, residual=stream, activation=GELU_ERF, tile=TILE)
+    assert_close(stream, expected, TOLERANCES[make.dtype])
+
+
+def test_tiles_shrink_to_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accel_kernels import device
+
+    x = torch.zeros(64, 2048)
+    monkeypatch.setattr(device, "capability", lambda _: (9, 0))
+    for limit, expected in ((227 << 10, BlockTile(stages=3)), (99 << 10, BlockTile(block_k=64, stages=3))):
+        monkeypatch.setattr(device, "shared_memory", lambda _, limit=limit: limit)
+        assert BlockTile().fitting(x) == expected

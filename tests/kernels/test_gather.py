@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.kernels.comparing import Maker, assert_close
+
+torch = pytest.importorskip("torch")
+from accel_kernels.gather import TOLERANCES, gather, reference  # noqa: E402
+
+
+@pytest.mark.parametrize("ids_type", ["int32", "int64"])
+def test_agrees_with_the_reference(make: Maker, ids_type: str) -> None:
+    table, ids = make.normal(50, 24), make.ints(3, 49, 0, 3, dtype=getattr(torch, ids_type))
+    for dtype in (make.dtype, torch.float32):
+        out = make.poison(4, 24, dtype=dtype)
+        assert gather(table, ids, out) is out
+        assert_close(out, reference(table, ids), TOLERANCES[make.dtype])
+
+
+def test_no_ids_are_no_rows(device: object) -> None:
+    make = Maker(device)
+    assert gather(make.normal(5, 8), make.ints(), make.poison(0, 8)).shape == (0, 8)
