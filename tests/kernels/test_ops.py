@@ -15,7 +15,7 @@ import accel_kernels  # noqa: E402
 from accel_kernels.ops import OPS, Op  # noqa: E402
 
 FOLDER = Path(accel_kernels.__file__).parent
-SHARED = {"__init__", "bodies", "checks", "decode_tiles", "device", "ops", "packing", "plain", "tiles"}
+SHARED = {"__init__", "advance", "bodies", "checks", "decode_tiles", "device", "ops", "packing", "plain", "tiles"}
 SCRATCH = {
     "out",
     "space",
@@ -29,6 +29,7 @@ SCRATCH = {
     "span",
     "splits",
     "longest",
+    "room",
 }
 TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "flatten"}
 

@@ -108,3 +108,20 @@ def test_blocks_of_two_sizes(device: Any, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setitem(BLOCKS, "block_n", block_n)
         check_cached(Maker(device), window=20)
         check_packed(Maker(device), window=20)
+
+
+def test_room_behind_the_last_token_becomes_zero(make: Maker) -> None:
+    """Padded rows: what a later layer reads there must be numbers, and no other row's tokens."""
+    lengths, width, dim = (5, 0, 20), 20, 16
+    starts = make.ints(*(row * width for row in range(3)))
+    stops = make.ints(*(row * width + length for row, length in enumerate(lengths)))
+    packed = make.normal(3 * width, 6 * dim)
+    views = packed.split([2 * dim, 2 * dim, 2 * dim], 1)
+    out = make.poison(3 * width, 2 * dim)
+    options = {"heads": 2, "kv_heads": 2, "dim": dim, "scale": 0.25}
+    varlen_attention(*views, out, starts, stops, longest=width, room=width, **BLOCKS, **options)
+    expected = reference(*views, starts, stops, **options)
+    for row, length in enumerate(lengths):
+        first = row * width
+        assert_close(out[first : first + length], expected[first : first + length], TOLERANCES[make.dtype])
+        assert (out[first + length : first + width] == 0).all()
