@@ -82,7 +82,8 @@ def test_wheel_s_command_runs(clean_python: Path, minilm_bundle: Path) -> None:
     assert doctor.returncode == 0, doctor.stderr
     report = json.loads(doctor.stdout)
     available = {engine["name"]: engine["available"] for engine in report["engines"]}
-    assert available == {"tensorrt": False, "rtx": False, "ort-cpu": True, "torch": False}
+    assert available.pop("ort-cpu")
+    assert available and not any(available.values()), available
     export = subprocess.run([accel_command, "export", minilm_bundle, "out"], capture_output=True, text=True)
     assert export.returncode == 1
     assert 'pip install "accelrt[export]"' in export.stderr
