@@ -1,7 +1,7 @@
 #include "context.h"
 
-#include <cstdarg>
-#include <cstdio>
+#include <stdarg.h>
+#include <stdio.h>
 
 namespace accel_cpu {
 
@@ -9,7 +9,7 @@ OrtStatus* invalid(const OrtApi& api, const char* format, ...) {
   char message[320];
   va_list values;
   va_start(values, format);
-  std::vsnprintf(message, sizeof message, format, values);
+  vsnprintf(message, sizeof message, format, values);
   va_end(values);
   return api.CreateStatus(ORT_INVALID_ARGUMENT, message);
 }
@@ -76,15 +76,20 @@ OrtStatus* read_text(const OrtApi& api, const OrtKernelInfo* info, const char* n
   return api.KernelInfoGetAttribute_string(info, name, text, &size);
 }
 
-bool OrtPool::run(Task task, size_t count, void* data) {
-  if (count == 1) {
-    task(data, 0);
-    return true;
-  }
-  OrtStatus* status = api_.KernelContext_ParallelFor(context_, task, count, 0, data);
-  if (status == nullptr) return true;
-  api_.ReleaseStatus(status);
-  return false;
+Pool session_threads(const OrtApi& api, const OrtKernelContext* context) {
+  const auto run = [](const Pool& pool, Pool::Task task, size_t count, void* data) {
+    if (count == 1) {
+      task(data, 0);
+      return true;
+    }
+    const OrtApi& api = *static_cast<const OrtApi*>(pool.api);
+    const auto* context = static_cast<const OrtKernelContext*>(pool.context);
+    OrtStatus* status = api.KernelContext_ParallelFor(context, task, count, 0, data);
+    if (status == nullptr) return true;
+    api.ReleaseStatus(status);
+    return false;
+  };
+  return {run, &api, context};
 }
 
 }  // namespace accel_cpu

@@ -1,7 +1,7 @@
 // Thin readers over ONNX Runtime's C API: every failure becomes an OrtStatus.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 #include "../third_party/onnxruntime_c_api.h"
 #include "matmul.h"
@@ -38,14 +38,6 @@ OrtStatus* invalid(const OrtApi& api, const char* format, ...) __attribute__((fo
 OrtStatus* status_of(const OrtApi& api, Outcome outcome);
 
 // ONNX Runtime's own threads, those of the session that runs.
-class OrtPool final : public Pool {
- public:
-  OrtPool(const OrtApi& api, const OrtKernelContext* context) : api_(api), context_(context) {}
-  bool run(Task task, size_t count, void* data) override;
-
- private:
-  const OrtApi& api_;
-  const OrtKernelContext* context_;
-};
+Pool session_threads(const OrtApi& api, const OrtKernelContext* context);
 
 }  // namespace accel_cpu

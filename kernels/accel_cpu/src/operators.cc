@@ -1,6 +1,6 @@
 // The operators of the domain accel.cpu, as ONNX Runtime sees them.
-#include <cstring>
-#include <new>
+#include <stdlib.h>
+#include <string.h>
 
 #include "context.h"
 
@@ -56,7 +56,7 @@ OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Kernel* k
                {"gelu_tanh", Activation::kGeluTanh},
                {"silu", Activation::kSilu}};
   for (const auto& one : known) {
-    if (std::strcmp(name, one.name) == 0) {
+    if (strcmp(name, one.name) == 0) {
       kernel->activation = one.activation;
       return nullptr;
     }
@@ -73,8 +73,11 @@ OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, bool product, vo
   if (kernel.table == nullptr) return invalid(*api, "accel.cpu: %s", error);
   if (product) ACCEL_RETURN_IF_ERROR(read_epilogue(*api, info, &kernel));
   ACCEL_RETURN_IF_ERROR(read_shape(*api, info, &kernel));
-  *result = new (std::nothrow) Kernel(kernel);
-  return *result == nullptr ? api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel") : nullptr;
+  Kernel* kept = static_cast<Kernel*>(malloc(sizeof kernel));
+  if (kept == nullptr) return api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel");
+  *kept = kernel;
+  *result = kept;
+  return nullptr;
 }
 
 OrtStatus* read_weight(const Kernel& kernel, const OrtKernelContext* context, Weight* weight) {
@@ -152,9 +155,9 @@ struct QuantizedMatMul {
     }
     dimensions.sizes[dimensions.rank - 1] = kernel.features;
     ACCEL_RETURN_IF_ERROR(make_output(api, context, dimensions, &epilogue.result));
-    OrtPool pool(api, context);
     return status_of(api, quantized_matmul(*kernel.table, weight, static_cast<const float*>(x.data), rows,
-                                           x_scale == nullptr ? 0.0f : *x_scale, epilogue, pool));
+                                           x_scale == nullptr ? 0.0f : *x_scale, epilogue,
+                                           session_threads(api, context)));
   }
 };
 
@@ -187,13 +190,12 @@ struct QuantizedGather {
     dimensions.sizes[dimensions.rank++] = kernel.shape.inputs;
     float* result = nullptr;
     ACCEL_RETURN_IF_ERROR(make_output(api, context, dimensions, &result));
-    OrtPool pool(api, context);
-    return status_of(api, quantized_gather(weight, values, ids.elements, result, pool));
+    return status_of(api, quantized_gather(weight, values, ids.elements, result, session_threads(api, context)));
   }
 };
 
 template <class Operator>
-OrtCustomOp describe() {
+constexpr OrtCustomOp describe() {
   OrtCustomOp op{};
   op.version = ORT_API_VERSION;
   op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
@@ -202,7 +204,7 @@ OrtCustomOp describe() {
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return Operator::compute(*static_cast<const Kernel*>(kernel), context);
   };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.KernelDestroy = [](void* kernel) { free(kernel); };
   op.GetName = [](const OrtCustomOp*) { return Operator::kName; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op.GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
@@ -224,8 +226,8 @@ OrtCustomOp describe() {
 }
 
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
-  static const OrtCustomOp matmul = describe<QuantizedMatMul>();
-  static const OrtCustomOp gather = describe<QuantizedGather>();
+  static constexpr OrtCustomOp matmul = describe<QuantizedMatMul>();
+  static constexpr OrtCustomOp gather = describe<QuantizedGather>();
   OrtCustomOpDomain* domain = nullptr;
   ACCEL_RETURN_IF_ERROR(api.CreateCustomOpDomain(kDomain, &domain));
   OrtStatus* status = api.CustomOpDomain_Add(domain, &matmul);
