@@ -42,6 +42,7 @@ ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
 ONNX = (
     *("accel.api", "accel.bench", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection"),
     *("accel.variants", "accel.variant_targets", "accel.engines.torch_operators", "accel.engines.cuda"),
+    "accel_cpu.benchmark",
 )
 OWNERS = {
     "torch": (
@@ -56,7 +57,7 @@ OWNERS = {
         *("accel.bench", "accel_kernels"),
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
-    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench"),
+    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench", "accel_cpu.benchmark"),
     "onnx": ONNX,
     "onnx_ir": ONNX,
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),

@@ -175,25 +175,24 @@ float half_to_float(uint16_t half) {
 void gather_rows(const Weight& weight, const int64_t* ids, int64_t first, int64_t last, float* result) {
   const WeightShape& shape = weight.shape;
   const int64_t blocks = shape.blocks();
-  const int per_step = shape.bits == 8 ? 4 : 8;
+  const int64_t block = shape.block == 0 ? shape.inputs : shape.block;
   for (int64_t index = first; index < last; ++index) {
     const int64_t panel = ids[index] / kPanel;
     const int64_t column = ids[index] % kPanel;
     const int64_t width = shape.tiles(panel) * kTile;
     const uint8_t* w = weight.values + panel * kPanel * shape.bytes_per_output() + column * 4;
-    float* row = result + index * shape.inputs;
-    for (int64_t k = 0; k < shape.inputs; ++k) {
-      const int64_t within = k % per_step;
-      const uint8_t byte = w[k / per_step * width * 4 + within % 4];
-      const int value = shape.bits == 8 ? byte - 128 : (within < 4 ? byte & 15 : byte >> 4) - 8;
-      float scale;
-      if (shape.block == 0) {
-        scale = static_cast<const float*>(weight.scales)[ids[index]];
-      } else {
-        const uint16_t* scales = static_cast<const uint16_t*>(weight.scales) + panel * kPanel * blocks;
-        scale = half_to_float(scales[k / shape.block * width + column]);
+    const uint16_t* halves = static_cast<const uint16_t*>(weight.scales) + panel * kPanel * blocks + column;
+    for (int64_t start = 0; start < shape.inputs; start += block) {
+      const float scale = shape.block == 0 ? static_cast<const float*>(weight.scales)[ids[index]]
+                                           : half_to_float(halves[start / block * width]);
+      const int64_t stop = start + block < shape.inputs ? start + block : shape.inputs;
+      float* values = result + index * shape.inputs;
+      for (int64_t k = start; k < stop; ++k) {
+        const int64_t part = shape.bits == 8 ? k / 4 : k / 8;
+        const int byte = w[part * width * 4 + k % 4];
+        const int value = shape.bits == 8 ? byte - 128 : (k % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+        values[k] = static_cast<float>(value) * scale;
       }
-      row[k] = static_cast<float>(value) * scale;
     }
   }
 }
