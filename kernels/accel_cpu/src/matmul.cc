@@ -8,11 +8,15 @@ namespace accel_cpu {
 namespace {
 
 constexpr int64_t kRowsPerTask = 192;        // their activations stay in a core's cache while panels pass by
-constexpr int64_t kTaskOperations = 8 << 20; // multiply-adds; some 20 us of one core
-constexpr int64_t kTaskBytes = 128 << 10;    // of weights that one task streams; some 10 us of one core
-constexpr int64_t kQuantizedPerTask = 32 << 10;
-constexpr int64_t kGatheredPerTask = 32 << 10;
-constexpr int64_t kSerialValues = 16 << 10;  // quantised by the caller itself: waking the pool takes as long
+constexpr int64_t kFewestRows = 32;          // below, a task would read its weights for too little work
+constexpr int64_t kTasksPerProcessor = 8;    // so that all end at nearly the same time
+constexpr int64_t kShortestTask = 3000;      // ns; handing out a task takes some 100 ns
+constexpr int64_t kLongestTask = 40000;      // ns; the last one may run alone
+constexpr int64_t kBytesPerNs = 14;          // of one core among two, streaming weights
+constexpr int64_t kProductsPerNs = 200;      // multiply-adds of one core
+constexpr int64_t kQuantizedPerTask = 16 << 10;
+constexpr int64_t kGatheredPerTask = 16 << 10;
+constexpr int64_t kSerialValues = 24 << 10;  // quantised by the caller itself: waking the others takes as long
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -79,18 +83,19 @@ int64_t processors() {
   return count;
 }
 
-// Tasks large enough to outweigh handing them out, and enough of them for every thread to end at the same time.
+// Tasks long enough to outweigh handing them out, and enough of them for every thread to end at the same time.
 void plan(Product* p) {
   const WeightShape& shape = p->weight->shape;
   const int64_t panels = shape.panels();
+  const int64_t wanted = kTasksPerProcessor * processors();
   p->row_tasks = (p->rows + kRowsPerTask - 1) / kRowsPerTask;
+  while (p->row_tasks * panels < wanted / 2 && p->rows / p->row_tasks >= 2 * kFewestRows) p->row_tasks *= 2;
   const int64_t rows = (p->rows + p->row_tasks - 1) / p->row_tasks;
-  const int64_t operations = rows * kPanel * shape.padded_inputs();
-  const int64_t by_operations = most(1, kTaskOperations / most(1, operations));
-  const int64_t by_bytes = most(1, kTaskBytes / (kPanel * shape.bytes_per_output()));
-  const int64_t panels_per_task = least(by_operations, by_bytes);
+  const int64_t panel_ns = most(1, kPanel * shape.bytes_per_output() / kBytesPerNs +
+                                       rows * kPanel * shape.padded_inputs() / kProductsPerNs);
+  const int64_t fair_ns = panel_ns * panels * p->row_tasks / wanted;
+  const int64_t panels_per_task = most(1, least(kLongestTask, most(kShortestTask, fair_ns)) / panel_ns);
   p->panel_tasks = (panels + panels_per_task - 1) / panels_per_task;
-  while (p->row_tasks * p->panel_tasks < 4 * processors() && p->rows / p->row_tasks > 32) p->row_tasks *= 2;
 }
 
 struct Lookup {
