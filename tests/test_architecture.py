@@ -24,6 +24,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     (
         "accel.api",
         "accel.variants",
+        "accel.variant_addition",
+        "accel.variant_checks",
         "accel.variant_targets",
         "accel.inspection",
         "accel.doctor",
@@ -41,7 +43,8 @@ ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
 
 ONNX = (
     *("accel.api", "accel.bench", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection"),
-    *("accel.variants", "accel.variant_targets", "accel.engines.torch_operators", "accel.engines.cuda"),
+    *("accel.variants", "accel.variant_addition", "accel.variant_checks", "accel.variant_targets"),
+    *("accel.engines.torch_operators", "accel.engines.cuda"),
 )
 OWNERS = {
     "torch": (
