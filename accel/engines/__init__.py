@@ -137,15 +137,16 @@ def pick_variant(bundle: Bundle, variant: str, target: str) -> str | None:
 
 
 def _probe_ort(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.ort.common import import_onnxruntime
+    from accel.engines.ort.common import import_onnxruntime, missing_operators
 
     try:
         import_onnxruntime()
     except DependencyError as error:
         return str(error)
-    if pick_variant(bundle, variant, "ort-cpu") is None:
+    name = pick_variant(bundle, variant, "ort-cpu")
+    if name is None:
         return f"the bundle has no ort-cpu graph for variant {variant!r}"
-    return None
+    return missing_operators(name)
 
 
 def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:

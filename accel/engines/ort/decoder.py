@@ -160,7 +160,7 @@ class OrtDecoderSession:
         """
         self._ort = import_onnxruntime()
         arch = manifest.arch
-        self._session: Any = open_graph(path, threads)
+        self._session: Any = open_graph(path, threads, variant)
         self.info = EngineInfo(NAME, self._ort.__version__, "cpu", variant, threads)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
         self._names = {node.name for node in self._session.get_inputs()}

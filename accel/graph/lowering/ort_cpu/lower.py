@@ -18,7 +18,7 @@ from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
 from accel.graph.lowering.ort_cpu.quantized import DOMAIN as QUANTIZED
-from accel.graph.lowering.ort_cpu.quantized import lower_quantized, mark_quantized
+from accel.graph.lowering.ort_cpu.quantized import fuse_residuals, lower_quantized, mark_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
@@ -76,6 +76,7 @@ def lower(
             ("unit_batch", drop_unit_batch if arch.kind == "decoder" else _nothing),
             ("clean", clean),
             ("pack", lambda model: lower_quantized(model, scheme, static_scales or {})),
+            ("residuals", fuse_residuals),
             ("split_head", lambda model: split_head(model, arch)),
             ("embedding", partial(take_out_embedding, parameters=parameters) if arch.kind == "decoder" else _nothing),
         ),

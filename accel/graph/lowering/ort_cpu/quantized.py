@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import accel_cpu
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from accel.errors import FusionError
-from accel.graph.edit import make_constant, substitute
+from accel.graph.edit import make_constant, producer, replace_value, sole_consumer, substitute
 from accel.graph.lowering.fused_linear import DOMAIN as FUSED
 from accel.graph.quantized import concatenated, quantized_of
 from accel.quantized_tensor import QuantizedTensor
 from accel.scheme import Scheme
 
-DOMAIN = "accel.cpu"
+DOMAIN = accel_cpu.DOMAIN
 
 
 def mark_quantized(model: ir.Model) -> int:
@@ -60,6 +62,44 @@ def lower_quantized(model: ir.Model, scheme: Scheme, static_scales: Mapping[str,
     return count
 
 
+def fuse_residuals(model: ir.Model) -> int:
+    """product + x -> the product's own last step, where nothing else reads it; returns how many."""
+    count = 0
+    for node in list(model.graph):
+        pair = (node.inputs[0], node.inputs[1]) if node.op_type == "Add" and not node.domain else ()
+        for value, other in (pair, pair[::-1]) if pair else ():
+            product = producer(value, accel_cpu.MATMUL)
+            if product is None or other is None or not _same_shape(value, other):
+                continue
+            if sole_consumer(value) is not node or len(product.inputs) > _RESIDUAL:
+                continue
+            _take_residual(product, node, other)
+            count += 1
+            break
+    return count
+
+
+_RESIDUAL = 5  # index of the input
+
+
+def _take_residual(product: ir.Node, add: ir.Node, other: ir.Value) -> None:
+    """Puts the product where the sum stands: what it adds is known there."""
+    graph = add.graph
+    assert graph is not None
+    made = ir.node(product.op_type, list(product.inputs), dict(product.attributes), domain=DOMAIN)
+    made.resize_inputs(_RESIDUAL + 1)
+    made.replace_input_with(_RESIDUAL, other)
+    made.outputs[0].type, made.outputs[0].shape = add.outputs[0].type, add.outputs[0].shape
+    graph.insert_before(add, made)
+    replace_value(add.outputs[0], made.outputs[0])
+    graph.remove(add, safe=True)
+    graph.remove(product, safe=True)
+
+
+def _same_shape(one: ir.Value | None, other: ir.Value) -> bool:
+    return one is not None and one.shape is not None and other.shape is not None and one.shape == other.shape
+
+
 @dataclass
 class _Packed:
     """Packed initializers, one per weight, or per pair of gate and up."""
@@ -76,14 +116,13 @@ class _Packed:
         return self.made[weights]
 
     def _make(self, name: str, tensor: QuantizedTensor, gated: bool) -> tuple[ir.Value, ir.Value]:
-        import accel_cpu
-
-        size = accel_cpu.packed_bytes(tensor.shape, tensor.bits, tensor.group)
+        scales = accel_cpu.pack_scales(_ordered(tensor.scales, gated), tensor.group)
+        outputs = _ordered(np.empty((tensor.shape[0], 0)), gated).shape[0]
+        size = accel_cpu.packed_size(outputs, tensor.shape[1], tensor.bits)
         values = self._initializer(
             f"{name}.packed", ir.DataType.UINT8, (size,),
-            lambda: accel_cpu.pack(tensor.values, tensor.bits, tensor.group, gated=gated),
+            lambda: accel_cpu.pack(_ordered(tensor.values, gated), tensor.bits),
         )  # fmt: skip
-        scales = accel_cpu.pack_scales(tensor.scales, tensor.group, gated=gated)
         dtype = ir.DataType.from_numpy(scales.dtype)
         return values, self._initializer(f"{name}.scales", dtype, scales.shape, lambda: scales)
 
@@ -94,6 +133,12 @@ class _Packed:
         )
         self.graph.register_initializer(value)
         return value
+
+
+def _ordered(rows: NDArray, gated: bool) -> NDArray:
+    """Rows of gate and up, one under the other, as the kernel wants them."""
+    half = len(rows) // 2
+    return accel_cpu.interleave_gated(rows[:half], rows[half:]) if gated else rows
 
 
 def _joined(weights: Sequence[ir.Value]) -> QuantizedTensor:
@@ -115,12 +160,12 @@ def _product(
     biases = [value for value in node.inputs[1 + count :] if value is not None]
     tensor = _joined(weights)
     values, scales = packed.get(weights, gated)
-    bias = _joined_bias(graph, biases) if biases else None
+    bias = _joined_bias(graph, biases, gated) if biases else None
     inputs: list[ir.Value | None] = [x, values, scales, bias, _static_scale(graph, weights, scheme, static_scales)]
     while inputs[-1] is None:
         inputs.pop()
     attributes: dict[str, int | str] = {
-        "N": tensor.shape[0], "K": tensor.shape[1], "bits": tensor.bits, "block_size": tensor.group,
+        "N": tensor.shape[0] // (1 + gated), "K": tensor.shape[1], "bits": tensor.bits, "block_size": tensor.group,
         "activation": node.attributes.get_string("activation", "") or "", "gated": int(gated),
     }  # fmt: skip
     return ir.node("QuantizedMatMul", inputs, attributes, domain=DOMAIN)
@@ -145,13 +190,13 @@ def _parameters(weight: ir.Value) -> list[str]:
     return weight.metadata_props.get(PARTS, weight.name or "").split("\n")
 
 
-def _joined_bias(graph: ir.Graph, biases: Sequence[ir.Value]) -> ir.Value:
-    if len(biases) == 1:
+def _joined_bias(graph: ir.Graph, biases: Sequence[ir.Value], gated: bool) -> ir.Value:
+    if len(biases) == 1 and not gated:
         return biases[0]
     tensors = [bias.const_value for bias in biases]
     assert all(tensor is not None for tensor in tensors)
     data = np.concatenate([tensor.numpy() for tensor in tensors if tensor is not None])
-    return make_constant(graph, "+".join(bias.name or "" for bias in biases), data)
+    return make_constant(graph, "+".join(bias.name or "" for bias in biases) + ".joined", _ordered(data, gated))
 
 
 def _rows(node: ir.Node, packed: _Packed) -> ir.Node:
@@ -168,4 +213,4 @@ def _swap(old: ir.Node, new: ir.Node) -> None:
     substitute(old, [new], [new.outputs[0]])
 
 
-__all__ = ["DOMAIN", "lower_quantized", "mark_quantized"]
+__all__ = ["DOMAIN", "fuse_residuals", "lower_quantized", "mark_quantized"]
