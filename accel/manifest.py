@@ -172,6 +172,7 @@ class EncoderFidelity:
     Attributes:
         output: ``embeddings``, or ``logits`` of a task head.
         texts: Texts (or pairs of texts) that were compared.
+        tokens: In all of them, special ones included.
         cosine_mean, cosine_min: Cosine of each text's output to the reference's.
         rank_correlation: Spearman's, of the similarities (or single scores) of ``pairs`` pairs; None: there are none.
         pairs: Pairs of texts.
@@ -182,6 +183,7 @@ class EncoderFidelity:
 
     output: Literal["embeddings", "logits"]
     texts: int
+    tokens: int
     cosine_mean: float
     cosine_min: float
     rank_correlation: float | None = None
