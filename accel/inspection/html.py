@@ -49,19 +49,23 @@ def messages(kind: str, title: str, items: Sequence[str]) -> str:
 
 
 def section(title: str, note: str, content: str) -> str:
+    """A framed part of the page; its pictures scroll where the window is narrow."""
     pictures = content.replace("<svg ", '<div class="scroll"><svg ').replace("</svg>", "</svg></div>")
     return f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{pictures}</section>'
 
 
 def columns(blocks: Sequence[str]) -> str:
+    """Blocks beside each other, where there is room."""
     return f'<div class="columns">{"".join(blocks)}</div>'
 
 
 def details(summary: str, content: str) -> str:
+    """What is shown when asked for."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def legend(keys: Sequence[tuple[str, str]]) -> str:
+    """(kind, label) each; a kind's colour is its ``swatch-`` class in the style sheet."""
     shown = "".join(f'<span><i class="swatch-{escape(kind)}"></i>{escape(label)}</span>' for kind, label in keys)
     return f'<div class="legend">{shown}</div>'
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from accel.quality.measure import Reference, Settings, measure_reference, measure_variant
-from accel.quality.report import Report, VariantReport, report, save_quality
+from accel.quality.collect import report, save_quality
+from accel.quality.measure import Gate, Reference, Settings, measure_reference, measure_variant
+from accel.quality.records import Report, VariantReport
 from accel.quality.text_set import TextSet, resolve_text
 
 __all__ = [
+    "Gate",
     "Reference",
     "Report",
     "Settings",
