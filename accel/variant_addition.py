@@ -66,7 +66,7 @@ class Addition:
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
         kept = [file for file in old.weights if file not in self.outdated()]
         weights = tuple(dict.fromkeys((*kept, *(entry.weights or ()))))
-        new = Variant(dtype, weights, {**old.graphs, self.target.name: entry})
+        new = dataclasses.replace(old, weights=weights, graphs={**old.graphs, self.target.name: entry})
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
 
     def outdated(self) -> tuple[str, ...]:

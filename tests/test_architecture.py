@@ -33,6 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.engine_latency",
         "accel.engine_request",
         "accel.loading",
+        "accel.quality",
         "accel.warmup_jobs",
     ),
     ("accel.bench", "accel.serving"),
