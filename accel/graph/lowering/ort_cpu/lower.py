@@ -8,7 +8,7 @@ from functools import partial
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from accel.errors import FusionError
+from accel.errors import FusionError, InputError
 from accel.graph.checks import attention_nodes
 from accel.graph.clean import clean
 from accel.graph.lowering.ort_cpu.decoder_attention import lower_cached_attention
@@ -18,6 +18,7 @@ from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.pipeline import run_passes
+from accel.kv_quantization import KvQuantization
 from accel.manifest import PassReport
 from accel.spec import ArchSpec
 
@@ -25,7 +26,11 @@ MICROSOFT = "com.microsoft"
 
 
 def lower(
-    model: ir.Model, arch: ArchSpec, max_positions: int, parameters: Container[str] = ()
+    model: ir.Model,
+    arch: ArchSpec,
+    max_positions: int,
+    parameters: Container[str] = (),
+    kv: KvQuantization | None = None,
 ) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model for ONNX Runtime CPU (>= 1.32) and what each pass did.
 
@@ -33,16 +38,21 @@ def lower(
         model: Canonical model; left as it is.
         max_positions: Rows of the rotary tables; the cache's capacity cannot exceed it.
         parameters: Initializers that will stand in the weight file: a decoder's session reads its embedding from there.
+        kv: Scales of a decoder's caches, which become integers; None: they stay float32.
 
     Raises:
         FusionError: fewer lowered attention nodes than layers, or a head size that the kernel refuses.
+        InputError: ``kv`` is not this model's, or the model has no caches.
     """
     lowered = model.clone()
     lowered.opset_imports[MICROSOFT] = 1
     before = lowered.graph.num_nodes()
     if arch.kind == "decoder":
-        packed, rotary = lower_cached_attention(lowered, arch, max_positions)
+        packed, rotary = lower_cached_attention(lowered, arch, max_positions, kv)
         fused = {"GroupQueryAttention": len(arch.layers), "packed_qkv": packed, "rotary_in_attention": rotary}
+        fused |= {f"int{kv.bits}_cache": len(arch.layers)} if kv is not None else {}
+    elif kv is not None:
+        raise InputError("an encoder has no KV cache", where="kv")
     else:
         lower_attention(lowered, arch)
         fused = {"Attention / MultiHeadAttention": len(arch.layers)}
