@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accel.errors import InputError
+from accel.kv_quantization import KvQuantization
 from accel.schema import suggest
 from accel.scheme import Scheme, parse_scheme
 from accel.spec import ArchSpec, Kind
@@ -29,11 +30,13 @@ class Plan:
         scheme: The variant's.
         static_scales: By a weight's name, the calibrated scale of its product's input.
         parameters: The initializers that stand in the bundle's own weight file, if the variant reads that.
+        kv: Scales of the caches, if the scheme has integers there.
     """
 
     scheme: Scheme
     static_scales: Mapping[str, float] = field(default_factory=dict)
     parameters: frozenset[str] = frozenset()
+    kv: KvQuantization | None = None
 
 
 class Lowering(Protocol):
@@ -76,8 +79,9 @@ class Target:
         package = self.package()
         if self.name == CPU:
             return package.lower(
-                model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme, static_scales=plan.static_scales
-            )
+                model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme,
+                static_scales=plan.static_scales, kv=plan.kv,
+            )  # fmt: skip
         return package.lower(model, arch, arch.max_positions, float_type(plan.scheme))
 
 

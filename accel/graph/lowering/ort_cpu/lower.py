@@ -8,7 +8,7 @@ from functools import partial
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from accel.errors import FusionError
+from accel.errors import FusionError, InputError
 from accel.graph.checks import attention_nodes
 from accel.graph.clean import clean
 from accel.graph.lowering.fused_linear import fuse_activations, fuse_gates
@@ -21,6 +21,7 @@ from accel.graph.lowering.ort_cpu.quantized import DOMAIN as QUANTIZED
 from accel.graph.lowering.ort_cpu.quantized import fuse_residuals, lower_quantized, mark_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.pipeline import run_passes
+from accel.kv_quantization import KvQuantization
 from accel.manifest import PassReport
 from accel.scheme import Scheme
 from accel.spec import ArchSpec
@@ -37,6 +38,7 @@ def lower(
     parameters: Container[str] = (),
     scheme: Scheme = _PLAIN,
     static_scales: Mapping[str, float] | None = None,
+    kv: KvQuantization | None = None,
 ) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model for ONNX Runtime CPU (>= 1.32) and what each pass did.
 
@@ -48,16 +50,21 @@ def lower(
         parameters: Initializers that will stand in the weight file: a decoder's session reads its embedding from there.
         scheme: How activations are rounded where weights are integers.
         static_scales: By a weight's name, its input's calibrated scale, for static activations.
+        kv: Scales of a decoder's caches, which become integers; None: they stay float32.
 
     Raises:
         FusionError: fewer lowered attention nodes than layers, or a head size that the kernel refuses.
+        InputError: ``kv`` is not this model's, or the model has no caches.
     """
     lowered = model.clone()
     lowered.opset_imports[MICROSOFT] = 1
     before = lowered.graph.num_nodes()
     if arch.kind == "decoder":
-        packed, rotary = lower_cached_attention(lowered, arch, max_positions)
+        packed, rotary = lower_cached_attention(lowered, arch, max_positions, kv)
         fused = {"GroupQueryAttention": len(arch.layers), "packed_qkv": packed, "rotary_in_attention": rotary}
+        fused |= {f"int{kv.bits}_cache": len(arch.layers)} if kv is not None else {}
+    elif kv is not None:
+        raise InputError("an encoder has no KV cache", where="kv")
     else:
         lower_attention(lowered, arch)
         fused = {"Attention / MultiHeadAttention": len(arch.layers)}
