@@ -9,6 +9,7 @@ from typing import Any
 
 from accel.bench.cases import TOLERANCE, Suite, Target
 from accel.bench.machine import describe_machine, today
+from accel.bench.peers import PEERS
 from accel.bench.runner import Outcome
 from accel.bench.stats import MIN_ROUNDS, Ratio, median, paired_ratio
 
@@ -69,6 +70,13 @@ def subject_of(result: Result) -> str:
     return result.get("subject", "accel")
 
 
+def label_of(result: Result, peer: str) -> str:
+    """A peer's name for people; of one that was not measured (a reference) what it is called here."""
+    if peer in result["peers"]:
+        return result["peers"][peer]["label"]
+    return PEERS[peer].label if peer in PEERS else peer
+
+
 def ratios(result: Result, metric: str) -> dict[str, Ratio]:
     """The subject's time over each other peer's, paired within the rounds of the group that holds both."""
     subject = subject_of(result)
@@ -112,7 +120,7 @@ def markdown(result: Result) -> str:
     lines = [_heading(result), ""]
     names = metrics_of(result)
     reference = next((s["agreement"]["reference"] for s in result["peers"].values() if "agreement" in s), None)
-    heads = [*names, *([f"answers against {result['peers'][reference]['label']}"] if reference else [])]
+    heads = [*names, *([f"answers against {label_of(result, reference)}"] if reference else [])]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for peer, state in result["peers"].items():
         if state["status"] != "measured":
@@ -125,8 +133,7 @@ def markdown(result: Result) -> str:
 
 
 def _heading(result: Result) -> str:
-    machine, settings, subject = result["machine"], result["settings"], subject_of(result)
-    label = result["peers"].get(subject, {"label": subject})["label"]
+    machine, settings, label = result["machine"], result["settings"], label_of(result, subject_of(result))
     return (
         f"{result['suite']} ({result['unit']}), {result['date']}, {machine['cpu']}, {settings['threads']} threads, "
         f"{settings['rounds']} rounds; medians, in brackets {label}'s time over the peer's (95 % upper bound)"
