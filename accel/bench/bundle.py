@@ -15,7 +15,8 @@ from accel.bench.cases import Case
 from accel.bench.client import WorkerFailure, WorkerProcess
 from accel.bench.limits import Limits, measure_limits, work_of
 from accel.bench.machine import describe_machine
-from accel.bench.runner import OPEN_LIMIT_S, Pace, Rounds, take_turn
+from accel.bench.prepare import OPEN_LIMIT_S
+from accel.bench.runner import Pace, Rounds, take_turn
 from accel.bench.stats import Ratio, median, paired_ratio
 from accel.bundle import Bundle
 from accel.errors import EngineError, InputError

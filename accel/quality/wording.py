@@ -113,7 +113,7 @@ def definitions(found: Report) -> list[str]:
     lines += [
         "CR = N_original / N_compressed, in bytes of weights that the engine reads (each byte once), and in "
         "parameters, where scales count as numbers that were added.",
-        "T_c is inside the engine, T_p is tokenizing, building inputs and choosing tokens, T_s is the rest of the call.",
+        "T_c is inside the engine, T_p is tokenizing, building inputs, choosing tokens, T_s is the rest of the call.",
     ]
     return lines
 

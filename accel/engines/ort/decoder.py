@@ -18,7 +18,6 @@ from accel.errors import BundleError
 from accel.manifest import Manifest
 from accel.spec import EMBEDDING, EMBEDDING_INPUT, ArchSpec
 
-
 # Types of a graph's caches: NumPy's type, and how many numbers share one of it.
 CACHE_TYPES: dict[str, tuple[type[np.generic], int]] = {
     "tensor(float)": (np.float32, 1),
