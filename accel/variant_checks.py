@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
@@ -12,7 +12,7 @@ from accel.errors import ParityError
 from accel.manifest import ParityResult
 from accel.recipe import ParityRecipe
 from accel.scheme import Scheme
-from accel.variant_targets import DEFAULT, Target
+from accel.variant_targets import CPU, DEFAULT, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,6 +22,9 @@ CANONICAL, BASE = "canonical", "fp32"
 # and 2e-2 in bf16; a wrong graph costs more than half.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 ROUNDING = 0.5  # an error above it is no rounding
+# Integers against PyTorch on the same integers: kernels round their input per token or group where the scheme leaves it
+# to them, and what is a tie here may fall to the other side there. A wrong graph costs more than half here too.
+INTEGERS = 1e-1
 
 
 def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Callable[[int, int], Any]) -> ParityResult:
@@ -48,6 +51,55 @@ def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Cal
     except ParityError as error:
         raise _in_words(error, bundle, scheme, target) from error
     return dataclasses.replace(result, reference="ort-cpu fp32")
+
+
+def check_integers(
+    bundle: Bundle,
+    scheme: Scheme,
+    canonical: ir.Model,
+    input_scales: Mapping[str, float],
+    preview: Callable[[], Bundle],
+) -> ParityResult:
+    """Compares a variant with integers, in its engine, with what its integers mean, evaluated by PyTorch.
+
+    Rounding the weights, which the quality measures judge, is on both sides; the graph and the kernels are compared.
+
+    Args:
+        bundle: The bundle as it stands.
+        scheme: The variant's.
+        canonical: The canonical graph with the quantised weights.
+        input_scales: Of static activations, by weight.
+        preview: The bundle with the variant's graph for ``ort-cpu``. Called when the canonical graph has been
+            evaluated: while a preview gives files a second name, onnx_ir reads no weights from them.
+
+    Raises:
+        ParityError: They differ by more than rounding does.
+    """
+    from accel.engines import open_session
+    from accel.engines.session import SessionOptions
+    from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
+    from accel.graph.evaluation.torch_graph import TorchGraph
+    from accel.graph.quantized_nodes import spell_quantized
+
+    spelled, arch = canonical.clone(), bundle.manifest.arch
+    spell_quantized(spelled, scheme.activations, input_scales)
+
+    def reference(rows: int, capacity: int) -> Any:
+        run = TorchGraph(spelled).run
+        return PackedDecoder(run, arch, rows, capacity) if arch.kind == "decoder" else GraphEncoder(run)
+
+    def session(rows: int, capacity: int) -> Any:
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
+
+    try:
+        result = compare(bundle, reference, session, INTEGERS)
+    except ParityError as error:
+        what = error.what.replace("The exported graph", f"The {scheme.name} graph")
+        what = what.replace("PyTorch", "PyTorch on the same integers")
+        remedy = "Rounding does not cost this much: the graph is wrong. Please report it"
+        raise ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy) from error
+    return dataclasses.replace(result, reference="PyTorch on the same integers")
 
 
 def compare(
@@ -128,6 +180,7 @@ __all__ = [
     "CANONICAL",
     "LIMITS",
     "ROUNDING",
+    "check_integers",
     "check_precision",
     "compare",
     "evaluated",

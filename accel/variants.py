@@ -11,7 +11,7 @@ from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, StorageError
 from accel.manifest import GraphEntry
 from accel.scheme import Scheme, parse_scheme
-from accel.variant_addition import Addition
+from accel.variant_addition import Addition, Quantizing
 from accel.variant_checks import BASE, CANONICAL, LIMITS, quantize_command
 from accel.variant_targets import DEFAULT, check_target, find_target, sensible_targets
 
@@ -22,11 +22,14 @@ def add_variant(
     *,
     target: str | None = None,
     check: bool = True,
+    quantizing: Quantizing | None = None,
     show_progress: bool | None = None,
 ) -> Bundle:
     """Adds a variant's graph for a target, and its weights, to a bundle, unless they are there.
 
-    The graph is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine. Weights that
+    A graph in floats is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine. One
+    with integers runs in its engine and is compared with PyTorch on the same integers; what the rounding costs is
+    measured on text and recorded, see ``accel.quality``. Weights that
     the variant's graph for another target has stored already are read there. A graph that another version of the
     lowering wrote, or an accel that recorded no version, is lowered again: new files take the place of the old ones,
     which go.
@@ -37,6 +40,7 @@ def add_variant(
         target: ``ort-cpu``, ``tensorrt``, ``cuda`` or ``ort-cuda``. None: ``tensorrt`` for floats, and for integers
             the first that takes them.
         check: Compare. Off only for graphs that are checked elsewhere.
+        quantizing: How integers are chosen, and what the variant may lose; None: the defaults.
         show_progress: Show stages on stderr; None: when it is a terminal.
 
     Returns:
@@ -45,6 +49,7 @@ def add_variant(
     Raises:
         InputError: An unknown variant or target, or a target that cannot run the variant.
         ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
+        QualityError: The variant loses more than ``quantizing.gate`` allows; nothing was added.
         BundleError: It is damaged, its weight file has hard links, or an outdated variant cannot be lowered again.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.
@@ -61,7 +66,7 @@ def add_variant(
         with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
             if is_current(extension.bundle, scheme.name, chosen.name):  # another process was faster
                 return extension.bundle
-            addition = Addition(extension.bundle, extension.path, scheme, chosen, progress)
+            addition = Addition(extension, scheme, chosen, quantizing or Quantizing(), progress)
             manifest = addition.make(check)
             progress.stage("Hashing and syncing")
             return extension.commit(manifest, addition.outdated())
@@ -105,4 +110,4 @@ def _outdated_in_words(bundle: Bundle, variant: str, target: str) -> Iterator[No
         raise BundleError(what, where=str(bundle.path), remedy=remedy) from error
 
 
-__all__ = ["LIMITS", "add_variant", "canonical_graph", "is_current"]
+__all__ = ["LIMITS", "Quantizing", "add_variant", "canonical_graph", "is_current"]
