@@ -27,7 +27,8 @@ class AccelPeer(Peer):
     def _load(self) -> Any:
         import accel
 
-        return accel.load(str(self.artifact), threads=self.threads)
+        selection: dict[str, Any] = self.selection
+        return accel.load(str(self.artifact), threads=self.threads, **selection)
 
     def open_encoder(self) -> BindForward:
         model = self._load()
