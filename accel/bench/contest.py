@@ -13,7 +13,8 @@ from typing import Literal
 from accel.bench.cases import Case
 from accel.bench.client import WorkerFailure, WorkerProcess
 from accel.bench.machine import meminfo_bytes
-from accel.bench.runner import MEMORY_SHARE, OPEN_LIMIT_S, Pace, Rounds, take_turn
+from accel.bench.prepare import OPEN_LIMIT_S
+from accel.bench.runner import MEMORY_SHARE, Pace, Rounds, take_turn
 from accel.bench.stats import median
 from accel.bundle import Bundle
 from accel.engines import ENGINES, Engine

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from accel.engines.choice import FASTEST, Candidate, order_engines
-from accel.engines.kv_cache import check_count, resolve_cache
-from accel.engines.registry import ENGINES, Engine, pick_variant
+from accel.engines.kv_cache import check_count, integer_cache_bits, resolve_cache
+from accel.engines.registry import ENGINES, Engine, cache_item_bytes_of, pick_variant
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
 from accel.errors import (
     AccelError,
@@ -135,15 +135,17 @@ def open_session(
     engines = _engines(device, engine, has_nvidia_device() and hidden is None)
     if variant not in ("auto", FASTEST):
         bundle.variant(variant)
+    candidates = order_engines(bundle, engines, variant, options, named=engine != "auto")
     if bundle.manifest.arch.kind == "encoder":
         options = replace(options, capacity=None, max_batch=None)
-    elif engines and engines[0].device == "cpu":
-        resolve_cache(bundle.manifest.arch, options)  # raises before anything is probed
+    elif candidates and candidates[0].engine.device == "cpu":
+        first = candidates[0]
+        item = cache_item_bytes_of(bundle, first.variant) if first.engine.integer_caches else 4
+        resolve_cache(bundle.manifest.arch, options, item)  # raises before anything is probed
     else:
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
     known = () if hidden is None else (Fallback("cuda", hidden),)
-    candidates = order_engines(bundle, engines, variant, options, named=engine != "auto")
     return _open_first(Request(bundle, device, options, strict, candidates, engine != "auto"), known)
 
 
@@ -161,7 +163,8 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
     for index, candidate in enumerate(request.candidates):
         engine = candidate.engine
         try:
-            reason = _reject_device(engine, request.device) or engine.probe(request.bundle, candidate.variant)
+            reason = _reject_device(engine, request.device) or _reject_cache(candidate, request.bundle)
+            reason = reason or engine.probe(request.bundle, candidate.variant)
             if reason is None:
                 session = _open(candidate, request, replacing)
         except tolerated as error:
@@ -231,6 +234,14 @@ def _reject_device(engine: Engine, device: str) -> str | None:
     if device in ("auto", engine.device):
         return None
     return f"it runs on {engine.device} only, not on {device}"
+
+
+def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:
+    if candidate.engine.integer_caches or candidate.variant == "auto":
+        return None
+    bits = integer_cache_bits(bundle, candidate.variant)
+    able = ", ".join(other.name for other in ENGINES if other.integer_caches)
+    return None if bits is None else f"it has no int{bits} KV cache; {candidate.variant!r} runs on {able}"
 
 
 def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineUnavailableError:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from accel.engines.kv_cache import resolve_cache
+from accel.engines.kv_cache import cache_item_bytes, resolve_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import DependencyError
 from accel.machine import available_cores
@@ -25,6 +25,7 @@ class Engine:
         probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
         open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
         installed: Whether its package is there at all.
+        integer_caches: Whether it runs variants whose KV cache holds integers.
         target: Of the graphs that it runs; empty: it takes no part in measured choices.
         pick: (bundle, variant name or "auto") -> the variant that ``open`` would run; None: there is none.
     """
@@ -34,6 +35,7 @@ class Engine:
     probe: Callable[[Bundle, str], str | None]
     open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
     installed: Callable[[], bool] = lambda: True
+    integer_caches: bool = False
     target: str = ""
     pick: Callable[[Bundle, str], str | None] = lambda *_: None
 
@@ -55,15 +57,16 @@ def pick_variant(bundle: Bundle, variant: str, target: str) -> str | None:
 
 
 def _probe_ort(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.ort.common import import_onnxruntime
+    from accel.engines.ort.common import import_onnxruntime, missing_operators
 
     try:
         import_onnxruntime()
     except DependencyError as error:
         return str(error)
-    if pick_variant(bundle, variant, "ort-cpu") is None:
+    name = pick_variant(bundle, variant, "ort-cpu")
+    if name is None:
         return f"the bundle has no ort-cpu graph for variant {variant!r}"
-    return None
+    return missing_operators(name)
 
 
 def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
@@ -76,7 +79,14 @@ def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
     threads = options.threads or available_cores()
     if bundle.manifest.arch.kind == "encoder":
         return OrtEncoderSession(path, name, threads)
-    return OrtDecoderSession(path, bundle.manifest, name, threads, resolve_cache(bundle.manifest.arch, options))
+    shape = resolve_cache(bundle.manifest.arch, options, cache_item_bytes_of(bundle, name))
+    return OrtDecoderSession(path, bundle.manifest, name, threads, shape)
+
+
+def cache_item_bytes_of(bundle: Bundle, variant: str) -> float:
+    """Of one number in the caches of ONNX Runtime's graph for the CPU; without such a graph: float32's."""
+    name = pick_variant(bundle, variant, "ort-cpu")
+    return 4 if name is None else cache_item_bytes(bundle.manifest.arch, bundle.graph(name, "ort-cpu"))
 
 
 def _pick_ort(bundle: Bundle, variant: str) -> str | None:
@@ -116,7 +126,7 @@ def _tensorrt(target: Literal["tensorrt", "rtx"]) -> Engine:
 
         return pick_precision(bundle, variant)
 
-    return Engine(target, "cuda", probe, open_engine, installed, "tensorrt", pick)
+    return Engine(target, "cuda", probe, open_engine, installed, target="tensorrt", pick=pick)
 
 
 def _probe_cuda(bundle: Bundle, variant: str) -> str | None:
@@ -170,11 +180,11 @@ def _has_ort_cuda() -> bool:
 ENGINES: tuple[Engine, ...] = (
     _tensorrt("tensorrt"),
     _tensorrt("rtx"),
-    Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton, "cuda", _pick_cuda),
-    Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda, "ort-cuda", _pick_ort_cuda),
-    Engine("ort-cpu", "cpu", _probe_ort, _open_ort, target="ort-cpu", pick=_pick_ort),
+    Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton, target="cuda", pick=_pick_cuda),
+    Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda, target="ort-cuda", pick=_pick_ort_cuda),
+    Engine("ort-cpu", "cpu", _probe_ort, _open_ort, integer_caches=True, target="ort-cpu", pick=_pick_ort),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )
 
 
-__all__ = ["ENGINES", "Engine", "pick_variant"]
+__all__ = ["ENGINES", "Engine", "cache_item_bytes_of", "pick_variant"]
