@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_build(sub.add_parser("build", help="build a bundle's TensorRT engines"))
     _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
-    _add_bench(sub.add_parser("bench", help="measure a bundle beside eager PyTorch"))
+    _add_bench(sub.add_parser("bench", help="measure a bundle's engines, and remember the fastest"))
     _add_warmup(sub.add_parser("warmup", help="build the TensorRT engines that a jobs file asks for"))
     return parser
 
@@ -239,6 +239,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders (default 32)")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave eager PyTorch out")
     parser.add_argument("--limits", action="store_true", help="also measure how near the machine's limits it comes")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose engines; default auto")
+    _add_store(parser)
     _finish(parser, commands.bench)
 
 
@@ -262,11 +264,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument(
-        "--engine", default="auto", help="tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch; default: the first that runs"
-    )
+    engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch"
+    default = "the fastest that accel bench measured, else the first that runs"
+    group.add_argument("--engine", default="auto", help=f"{engines}; default: {default}")
     group.add_argument("--device", default="auto")
-    group.add_argument("--variant", default="auto", help="e.g. fp32")
+    group.add_argument("--variant", default="auto", help="e.g. fp32; fastest: the fastest that accel bench measured")
     group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
     _add_store(group)  # type: ignore[arg-type]
     group.add_argument("--strict", action="store_true", help="fail rather than fall back to another engine")

@@ -17,7 +17,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel_cpu", "accel.errors", "accel.machine"),
     ("accel.spec", "accel.schema", "accel.scheme", "accel.sizes", "accel.quantized_tensor", "accel.kv_quantization"),
     ("accel.storage", "accel.recipe", "accel.capabilities"),
-    ("accel.manifest", "accel.bundle", "accel.bundle_extension", "accel.engines.session", "accel.store"),
+    (
+        *("accel.manifest", "accel.bundle", "accel.bundle_extension"),
+        *("accel.engines.session", "accel.measurements", "accel.store"),
+    ),
     ("accel.engines",),
     ("accel.runtime",),
     ("accel.exporter", "accel.graph", "accel.builder"),
