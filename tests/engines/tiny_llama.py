@@ -235,7 +235,7 @@ def write_bundle(
     weights: dict[str, NDArray[np.float32]],
     generation: dict[str, object] | None = None,
     tokenizer: bool = False,
-    caches: Mapping[str, KvQuantization] = {},  # noqa: B006
+    caches: Mapping[str, KvQuantization] = {},
 ) -> Bundle:
     """A bundle that both engines can open; ``caches``: variants with integer caches, by name."""
     with BundleWriter(out) as writer:

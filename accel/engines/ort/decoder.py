@@ -18,7 +18,6 @@ from accel.errors import BundleError
 from accel.manifest import Manifest
 from accel.spec import EMBEDDING, EMBEDDING_INPUT, ArchSpec
 
-
 # Types of a graph's caches: NumPy's type, and how many numbers share one of it.
 CACHE_TYPES: dict[str, tuple[type[np.generic], int]] = {
     "tensor(float)": (np.float32, 1),
@@ -170,7 +169,7 @@ class OrtDecoderSession:
         """
         self._ort = import_onnxruntime()
         arch = manifest.arch
-        self._session: Any = open_graph(path, threads)
+        self._session: Any = open_graph(path, threads, variant)
         self.info = EngineInfo(NAME, self._ort.__version__, "cpu", variant, threads)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
         self._names = {node.name for node in self._session.get_inputs()}

@@ -228,7 +228,8 @@ def test_scales_that_do_not_fit() -> None:
 
     def refuses(match: str, **changes: Any) -> None:
         with pytest.raises(InputError, match=match):
-            lower(decoder(LAYER), dataclasses.replace(ARCH, layers=(LAYER,)), 32, kv=dataclasses.replace(good, **changes))
+            arch = dataclasses.replace(ARCH, layers=(LAYER,))
+            lower(decoder(LAYER), arch, 32, kv=dataclasses.replace(good, **changes))
 
     refuses("8 or 4 bits, not 6", bits=6)
     refuses("scales of 2 layers for a model of 1", keys=good.keys * 2)
