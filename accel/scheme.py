@@ -76,9 +76,17 @@ def parse_scheme(name: str) -> Scheme:
     return Scheme(name, weight_bits=int(found[1]), group=int(found[2]), kv_bits=kv_bits)
 
 
+def stores_integers(name: str) -> bool:
+    """Whether a variant of this name has integer weights; not for names that are no schemes."""
+    try:
+        return parse_scheme(name).quantized
+    except InputError:
+        return False
+
+
 def _unknown(name: str) -> InputError:
     remedy = f"{suggest(name, [*BASES, *QUANTIZED, *CACHES])}; + joins one with a cache: w4g32+kv8"
     return InputError(f"unknown variant {name!r}", where="variant", remedy=remedy)
 
 
-__all__ = ["BASES", "CACHES", "GROUPS", "QUANTIZED", "Activations", "Base", "Scheme", "parse_scheme"]
+__all__ = ["BASES", "CACHES", "GROUPS", "QUANTIZED", "Activations", "Base", "Scheme", "parse_scheme", "stores_integers"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 MIN_TOKENS, MAX_TOKENS = 5, 250
 MIN_CHARACTERS = 80  # of a docstring that is a passage: shorter ones are a line without context
@@ -104,3 +105,26 @@ def _docstrings(source: Path) -> Iterator[str]:
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
+
+
+def tokenize(folder: Path, texts: list[str]) -> dict[str, NDArray[np.int64]]:
+    """Tokenizes a padded batch with the model's own ``tokenizer.json``.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (0 on padding), ``token_type_ids``, int64 [B, longest].
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding()
+    rows = tokenizer.encode_batch(texts)
+    ids = np.array([row.ids for row in rows], np.int64)
+    mask = np.array([row.attention_mask for row in rows], np.int64)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def mean_pool(hidden: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sentence vectors: the mean of the hidden states [B, S, H] where ``mask`` [B, S] is 1, scaled to unit length."""
+    weights = mask[..., None].astype(np.float64)
+    vectors = (hidden * weights).sum(axis=1) / weights.sum(axis=1)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
