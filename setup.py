@@ -1,13 +1,17 @@
-"""Metadata of the distribution ``accelrt``. The layout of accel_kernels/ and export_configs/ needs package_dir."""
+"""Metadata of the distribution ``accelrt``. The layout of kernels/ and export_configs/ needs package_dir."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "_build"))
+from native import BuildLibrary, PlatformWheel, extension  # noqa: E402
+
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "accel" / "__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 README = ROOT / "README.md"
@@ -58,9 +62,19 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["accel", "accel.*"]), "accel.export_configs", "accel_kernels"],
-    package_dir={"accel_kernels": "kernels/accel_kernels", "accel.export_configs": "export_configs"},
-    package_data={"accel": ["py.typed"], "accel.export_configs": ["*.yaml"]},
+    packages=[*find_packages(include=["accel", "accel.*"]), "accel.export_configs", "accel_kernels", "accel_cpu"],
+    package_dir={
+        "accel_kernels": "kernels/accel_kernels",
+        "accel_cpu": "kernels/accel_cpu",
+        "accel.export_configs": "export_configs",
+    },
+    package_data={
+        "accel": ["py.typed"],
+        "accel_cpu": ["py.typed"],
+        "accel.export_configs": ["*.yaml"],
+    },
+    ext_modules=[extension("kernels/accel_cpu")],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     install_requires=["numpy", "tokenizers", "jinja2", "PyYAML", "filelock", "rich"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["accel = accel.cli:main"]},

@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(sub.add_parser("run", help="generate text with a bundle"))
     _add_embed(sub.add_parser("embed", help="embed texts with a bundle"))
     _add_inspect(sub.add_parser("inspect", help="show what is in a bundle"))
+    _add_report(sub.add_parser("report", help="compare a bundle's precisions with fp32: quality, size, time"))
     _add_quantize(sub.add_parser("quantize", help="add a precision to a bundle"))
     _add_build(sub.add_parser("build", help="build a bundle's TensorRT engines"))
     _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
@@ -134,6 +135,31 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
     parser.add_argument("--verify", action="store_true", help="also read every file and compare its sha256")
     _finish(parser, commands.inspect)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--variant", action="append", metavar="NAME", help="may be repeated; default: all")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    group = parser.add_argument_group("measuring, where nothing is stored")
+    group.add_argument("--measure", action="store_true", help="measure what is stored, too")
+    text = "UTF-8, blank lines between passages; measures what is stored, too. Default: a small set that is built in"
+    group.add_argument("--text", type=Path, metavar="FILE", help=text)
+    group.add_argument("--max-tokens", type=int, default=1 << 16, metavar="N", help="of the text (default 65536)")
+    group.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders: generated (default 32)")
+    group.add_argument("--engine", default="auto", help="of the variants; fp32 runs on ort-cpu")
+    group.add_argument("--device", default="auto")
+    group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    group.add_argument("--save", action="store_true", help="put what was measured into the manifest")
+    _add_gate(parser)
+    _finish(parser, commands.report)
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits: a variant over one is an error")
+    help_text = "decoders: most that mean log p per token may fall below fp32's"
+    group.add_argument("--max-q-drop", type=float, metavar="X", help=help_text)
+    group.add_argument("--min-cosine", type=float, metavar="X", help="encoders: least mean cosine to fp32's outputs")
 
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:

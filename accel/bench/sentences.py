@@ -1,4 +1,4 @@
-"""Real sentences for embeddings: passages of the standard library's docstrings, 5 to 250 tokens long."""
+"""Real text: the standard library's docstrings, as sentences for the embedding rows and as whole passages."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_TOKENS, MAX_TOKENS = 5, 250
+MIN_CHARACTERS = 80  # of a docstring that is a passage: shorter ones are a line without context
 MODULES = """
     argparse ast asyncio/base_events asyncio/streams asyncio/tasks calendar codecs collections/__init__
     concurrent/futures/_base configparser contextlib csv datetime dataclasses decimal difflib doctest email/message
@@ -45,6 +46,20 @@ def load_sentences(root: Path, count: int, count_tokens: Callable[[str], int]) -
     return chosen
 
 
+def docstring_passages(count: int | None = None) -> list[str]:
+    """The standard library's docstrings, whole: prose, lists and examples as their authors wrote them.
+
+    Each once, of at least ``MIN_CHARACTERS``, spread over the modules in an order that is always the same (that of
+    their sha256), so that any first part of the list is a sample of all. Which there are depends on Python's version.
+
+    Args:
+        count: How many; None: all.
+    """
+    found = {text for source in _sources() for text in _docstrings(source) if len(text) >= MIN_CHARACTERS}
+    ordered = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return ordered[:count]
+
+
 def fingerprint(sentences: list[str]) -> str:
     """The first 16 hex digits of the sentences' sha256: equal fingerprints, equal work."""
     return hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16]
@@ -68,11 +83,7 @@ def choose_by_length(passages: list[str], tokens: list[int], count: int) -> list
 
 def _passages() -> Iterator[str]:
     """Single sentences and whole paragraphs of all docstrings; sources are parsed, never imported."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for module in MODULES.split():
-        source = library / f"{module}.py"
-        if not source.exists():  # some modules left the library in later versions
-            continue
+    for source in _sources():
         for docstring in _docstrings(source):
             for paragraph in re.split(r"\n\s*\n", docstring):
                 text = " ".join(paragraph.split())
@@ -80,6 +91,12 @@ def _passages() -> Iterator[str]:
                     continue
                 yield text
                 yield from re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)
+
+
+def _sources() -> Iterator[Path]:
+    """The modules that this Python has: some left the library in later versions."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return (path for module in MODULES.split() if (path := library / f"{module}.py").exists())
 
 
 def _docstrings(source: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, cast
 
-from accel.engines.kv_cache import check_count, resolve_cache
+from accel.engines.kv_cache import cache_item_bytes, check_count, integer_cache_bits, resolve_cache
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
 from accel.errors import (
     AccelError,
@@ -39,6 +39,7 @@ class Engine:
         probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
         open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
         installed: Whether its package is there at all.
+        integer_caches: Whether it runs variants whose KV cache holds integers.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Engine:
     probe: Callable[[Bundle, str], str | None]
     open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
     installed: Callable[[], bool] = lambda: True
+    integer_caches: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,15 +139,16 @@ def pick_variant(bundle: Bundle, variant: str, target: str) -> str | None:
 
 
 def _probe_ort(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.ort.common import import_onnxruntime
+    from accel.engines.ort.common import import_onnxruntime, missing_operators
 
     try:
         import_onnxruntime()
     except DependencyError as error:
         return str(error)
-    if pick_variant(bundle, variant, "ort-cpu") is None:
+    name = pick_variant(bundle, variant, "ort-cpu")
+    if name is None:
         return f"the bundle has no ort-cpu graph for variant {variant!r}"
-    return None
+    return missing_operators(name)
 
 
 def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
@@ -158,7 +161,14 @@ def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
     threads = options.threads or available_cores()
     if bundle.manifest.arch.kind == "encoder":
         return OrtEncoderSession(path, name, threads)
-    return OrtDecoderSession(path, bundle.manifest, name, threads, resolve_cache(bundle.manifest.arch, options))
+    shape = resolve_cache(bundle.manifest.arch, options, _item_bytes(bundle, name))
+    return OrtDecoderSession(path, bundle.manifest, name, threads, shape)
+
+
+def _item_bytes(bundle: Bundle, variant: str) -> float:
+    """Of one number in the caches of ONNX Runtime's graph for the CPU; without such a graph: float32's."""
+    name = pick_variant(bundle, variant, "ort-cpu")
+    return 4 if name is None else cache_item_bytes(bundle.manifest.arch, bundle.graph(name, "ort-cpu"))
 
 
 def _probe_torch(bundle: Bundle, variant: str) -> str | None:
@@ -233,7 +243,7 @@ ENGINES: tuple[Engine, ...] = (
     _tensorrt("rtx"),
     Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton),
     Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda),
-    Engine("ort-cpu", "cpu", _probe_ort, _open_ort),
+    Engine("ort-cpu", "cpu", _probe_ort, _open_ort, integer_caches=True),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )
 
@@ -273,7 +283,8 @@ def open_session(
     if bundle.manifest.arch.kind == "encoder":
         options = replace(options, capacity=None, max_batch=None)
     elif candidates and candidates[0].device == "cpu":
-        resolve_cache(bundle.manifest.arch, options)  # raises before anything is probed
+        item = _item_bytes(bundle, variant) if candidates[0].integer_caches else 4
+        resolve_cache(bundle.manifest.arch, options, item)  # raises before anything is probed
     else:
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
@@ -295,7 +306,8 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
     logged = len(known) - 1 if replacing else 0  # the last one is news
     for index, candidate in enumerate(request.engines):
         try:
-            reason = _reject_device(candidate, request.device) or candidate.probe(request.bundle, request.variant)
+            reason = _reject_device(candidate, request.device) or _reject_cache(candidate, request)
+            reason = reason or candidate.probe(request.bundle, request.variant)
             if reason is None:
                 session = _open(candidate, request, replacing)
         except tolerated as error:
@@ -351,6 +363,14 @@ def _reject_device(engine: Engine, device: str) -> str | None:
     if device in ("auto", engine.device):
         return None
     return f"it runs on {engine.device} only, not on {device}"
+
+
+def _reject_cache(engine: Engine, request: Request) -> str | None:
+    if engine.integer_caches or request.variant == "auto":
+        return None
+    bits = integer_cache_bits(request.bundle, request.variant)
+    able = ", ".join(other.name for other in ENGINES if other.integer_caches)
+    return None if bits is None else f"it has no int{bits} KV cache; {request.variant!r} runs on {able}"
 
 
 def _unavailable(request: Request, passed_over: list[Fallback]) -> EngineUnavailableError:

@@ -1,0 +1,22 @@
+"""What a variant costs and gains against fp32: measured through the engines that run it, and shown."""
+
+from __future__ import annotations
+
+from accel.quality.collect import report, save_quality
+from accel.quality.measure import Gate, Reference, Settings, measure_reference, measure_variant
+from accel.quality.records import Report, VariantReport
+from accel.quality.text_set import TextSet, resolve_text
+
+__all__ = [
+    "Gate",
+    "Reference",
+    "Report",
+    "Settings",
+    "TextSet",
+    "VariantReport",
+    "measure_reference",
+    "measure_variant",
+    "report",
+    "resolve_text",
+    "save_quality",
+]

@@ -1,0 +1,90 @@
+#include "context.h"
+
+#include <cstdarg>
+#include <cstdio>
+
+namespace accel_cpu {
+
+OrtStatus* invalid(const OrtApi& api, const char* format, ...) {
+  char message[320];
+  va_list values;
+  va_start(values, format);
+  std::vsnprintf(message, sizeof message, format, values);
+  va_end(values);
+  return api.CreateStatus(ORT_INVALID_ARGUMENT, message);
+}
+
+OrtStatus* status_of(const OrtApi& api, Outcome outcome) {
+  switch (outcome) {
+    case Outcome::kDone:
+      return nullptr;
+    case Outcome::kOutOfMemory:
+      return api.CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate memory for quantised activations");
+    case Outcome::kPoolFailed:
+      break;
+  }
+  return api.CreateStatus(ORT_FAIL, "accel.cpu: ONNX Runtime's thread pool refused the work");
+}
+
+OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t index, Tensor* tensor,
+                      Dimensions* dimensions) {
+  size_t count = 0;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetInputCount(context, &count));
+  *tensor = {};
+  if (index >= count) return nullptr;
+  const OrtValue* value = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetInput(context, index, &value));
+  if (value == nullptr) return nullptr;
+  OrtTensorTypeAndShapeInfo* info = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &info));
+  size_t elements = 0;
+  OrtStatus* status = api.GetTensorShapeElementCount(info, &elements);
+  if (status == nullptr) status = api.GetTensorElementType(info, &tensor->type);
+  if (status == nullptr && dimensions != nullptr) {
+    status = api.GetDimensionsCount(info, &dimensions->rank);
+    if (status == nullptr && dimensions->rank > kMaxRank) {
+      status = invalid(api, "accel.cpu: input %zu has rank %zu; at most %zu is supported", index, dimensions->rank,
+                       kMaxRank);
+    }
+    if (status == nullptr) status = api.GetDimensions(info, dimensions->sizes, dimensions->rank);
+  }
+  api.ReleaseTensorTypeAndShapeInfo(info);
+  if (status != nullptr) return status;
+  tensor->elements = static_cast<int64_t>(elements);
+  void* data = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
+  static const char nothing = 0;
+  tensor->data = data != nullptr ? data : &nothing;  // an empty tensor is there all the same
+  return nullptr;
+}
+
+OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, const Dimensions& dimensions, float** data) {
+  OrtValue* value = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, dimensions.sizes, dimensions.rank, &value));
+  void* memory = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.GetTensorMutableData(value, &memory));
+  *data = static_cast<float*>(memory);
+  return nullptr;
+}
+
+OrtStatus* read_integer(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* value) {
+  return api.KernelInfoGetAttribute_int64(info, name, value);
+}
+
+OrtStatus* read_text(const OrtApi& api, const OrtKernelInfo* info, const char* name, char* text, size_t size) {
+  text[0] = '\0';
+  return api.KernelInfoGetAttribute_string(info, name, text, &size);
+}
+
+bool OrtPool::run(Task task, size_t count, void* data) {
+  if (count == 1) {
+    task(data, 0);
+    return true;
+  }
+  OrtStatus* status = api_.KernelContext_ParallelFor(context_, task, count, 0, data);
+  if (status == nullptr) return true;
+  api_.ReleaseStatus(status);
+  return false;
+}
+
+}  // namespace accel_cpu
