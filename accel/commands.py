@@ -164,11 +164,11 @@ def doctor(options: Namespace) -> int:
 
 
 def bench(options: Namespace) -> int:
-    """Measures a bundle on this machine, beside eager PyTorch where that is installed."""
+    """Measures a bundle's engines on this machine, beside eager PyTorch where that is installed."""
     from accel.bench import SHAPES
     from accel.bench import bench as measure
 
-    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits")
+    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits", "device", "store")
     report = measure(
         options.bundle, shapes=options.shapes or SHAPES, **{name: getattr(options, name) for name in names}
     )

@@ -53,7 +53,7 @@ def ours(scheme: Scheme, inputs: int, outputs: int, rng: np.random.Generator) ->
     groups = -(-inputs // scheme.block) if scheme.block else 1
     weight = rng.integers(0, 256, accel_cpu.packed_size(outputs, inputs, scheme.bits), dtype=np.uint8)
     scales = np.full(padded * groups, 0.01, np.float16 if scheme.block else np.float32)
-    attributes = {"N": outputs, "K": inputs, "bits": scheme.bits, "block_size": scheme.block}
+    attributes: dict[str, int | str] = {"N": outputs, "K": inputs, "bits": scheme.bits, "block_size": scheme.block}
     attributes |= {"activation": "", "gated": 0}
     return accel_cpu.MATMUL, accel_cpu.DOMAIN, attributes, {"weight": weight, "scales": scales}
 

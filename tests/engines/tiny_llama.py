@@ -220,7 +220,10 @@ def write_bundle(
             for name, value in weights.items():
                 parameters[name] = ParameterEntry("fp32.weights", offset, value.shape, "float32")
                 offset += stream.write(value.tobytes())
-        graph = GraphEntry("ort-cpu.onnx", 23, (TensorSpec("input_ids", "int64", ("T",)),), (), ())
+        caches = [f"past.{i}.{part}" for i in range(LAYERS) for part in ("key", "value")]
+        inputs = [TensorSpec("input_ids", "int64", ("T",))]
+        inputs += [TensorSpec(name, "float32", ("B", KV_HEADS, "C", HEAD_DIM)) for name in caches]
+        graph = GraphEntry("ort-cpu.onnx", 23, tuple(inputs), (), ())
         manifest = Manifest(
             schema_version=1,
             accel_version="0",

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import accel_cpu
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-
-import accel_cpu
 
 SMALLEST = 1e-30  # magnitudes below it count as zero
 ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import accel_cpu
 import numpy as np
 import pytest
-from tests.kernels_cpu.products import open_product, random_product, run
 
-import accel_cpu
+from tests.kernels_cpu.products import open_product, random_product, run
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ class AccelPeer(Peer):
     def _load(self) -> Any:
         import accel
 
-        return accel.load(str(self.artifact), engine=self.engine, variant=self.variant, threads=self.threads)
+        chosen: dict[str, Any] = {"engine": self.engine, "variant": self.variant, **self.selection}
+        return accel.load(str(self.artifact), threads=self.threads, **chosen)
 
     def open_encoder(self) -> BindForward:
         model = self._load()
