@@ -10,7 +10,6 @@ import pytest
 
 from accel.bench.peers import PEERS
 from accel.bench.peers.torch_eager import TorchEager
-from accel.variants import Quantizing
 
 
 def peer(name: str, folder: Path, model: str = "minilm") -> Any:
@@ -80,8 +79,8 @@ def test_accels_variants_are_added_for_the_cpu(
     calls: list[Any] = []
     monkeypatch.setattr("accel.export", lambda source, out: calls.append(("export", out)), raising=False)
 
-    def add_variant(bundle: Path, name: str, *, target: str, quantizing: Quantizing) -> None:
-        calls.append((str(bundle), name, target, quantizing.measure))
+    def add_variant(bundle: Path, name: str, *, target: str, measure: bool) -> None:
+        calls.append((str(bundle), name, target, measure))
 
     monkeypatch.setattr("accel.variants.add_variant", add_variant)
     monkeypatch.setattr("accel.load", lambda path, **options: calls.append(options), raising=False)
