@@ -19,7 +19,7 @@ from accel.compress.plan import FLOAT_BITS, Choice
 from accel.compress.progress import Progress
 from accel.compress.rtn import round_to_nearest
 from accel.compress.smoothquant import search_smoothing, static_step
-from accel.compress.weights import read_weight, write_quantized
+from accel.compress.weights import read_weight, weight_error, write_quantized
 from accel.graph.quantized import quantized_of
 from accel.quantized_tensor import QuantizedTensor
 from accel.scheme import Activations
@@ -43,9 +43,13 @@ class Work:
         samples: Token ids of the calibration text.
         activations: Whether products round their inputs.
         progress: Told the work.
+        notes: What was decided on the way.
         errors: || y - y' || / || y || of each layer's outputs, by name.
         input_scales: Steps of static inputs, by the weight's name.
-        notes: What was decided on the way.
+        mixed: Some layers may get a higher precision afterwards: what that takes is kept.
+        floats: The layers' weights before rounding, factors folded in, by name.
+        finer_errors: As ``errors``, of layers of 4 bits if they had 8.
+        error_of: ``weights`` where no text was looked at.
     """
 
     model: ir.Model
@@ -55,14 +59,34 @@ class Work:
     samples: Sequence[NDArray[np.int64]]
     activations: Activations
     progress: Progress
+    notes: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     input_scales: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    mixed: bool = False
+    floats: dict[str, ir.TensorProtocol] = field(default_factory=dict)
+    finer_errors: dict[str, float] = field(default_factory=dict)
+    error_of: Literal["weights", "outputs"] = "weights"
 
     @property
     def quantized(self) -> list[Layer]:
         """The layers that become integers."""
         return [layer for layer in self.layers if self.choices[layer.name].bits != FLOAT_BITS]
+
+    def write(self, layer: Layer, quantized: QuantizedTensor) -> None:
+        """Makes the integers a layer's weight."""
+        if self.mixed:
+            assert layer.weight.const_value is not None
+            self.floats[layer.name] = layer.weight.const_value
+        write_quantized(layer, quantized)
+
+    def measure(self, layer: Layer, weight: NDArray[np.float32], moments: Any) -> None:
+        """Notes the error of a rounded layer's outputs."""
+        quantized, choice = quantized_of(layer.weight), self.choices[layer.name]
+        assert quantized is not None, layer.name
+        self.errors[layer.name] = output_error(weight, quantized, moments)
+        if self.mixed and choice.bits < 8:
+            finer = round_to_nearest(weight, 8, choice.group, name=layer.name)
+            self.finer_errors[layer.name] = output_error(weight, finer, moments)
 
     def sweep(self, stops: Sequence[ir.Node]) -> Sweep:
         """A pass of the calibration text through the graph as it is now."""
@@ -109,12 +133,17 @@ def round_layers(work: Work, algorithm: Rounder, act_order: bool = False, sweeps
     Tables of ids come first, as everything starts from them; a tied one too.
     """
     settings = {"act_order": act_order, "sweeps": sweeps}
+    work.error_of = "outputs"
     floats = {layer.name: read_weight(layer) for layer in work.quantized if layer.role == "tied"}
     for layer in work.quantized:
         if layer.gathers:
             gains = layer.role == "tied" and algorithm == "gptq" and work.choices[layer.name].bits < 8
             moments = tied_moments(work, layer) if gains else None
-            write_quantized(layer, _rounded(layer, work.choices[layer.name], moments, settings))
+            weight = read_weight(layer)
+            quantized = _rounded(layer, work.choices[layer.name], moments, settings)
+            work.write(layer, quantized)
+            if not layer.linears:  # its rows are its outputs
+                work.errors[layer.name] = weight_error(weight, quantized)
     work.progress.stage("Quantising", 4 * sum(layer.parameters for layer in work.quantized))
     products = products_of(work.quantized)
     done: set[ir.Node] = set()
@@ -134,8 +163,8 @@ def round_layers(work: Work, algorithm: Rounder, act_order: bool = False, sweeps
                     weight = floats.get(layer.name)
                     if weight is None:
                         weight = read_weight(layer)
-                        write_quantized(layer, _rounded(layer, work.choices[layer.name], moments, settings, algorithm))
-                    work.errors[layer.name] = output_error(weight, _integers(layer), moments)
+                        work.write(layer, _rounded(layer, work.choices[layer.name], moments, settings, algorithm))
+                    work.measure(layer, weight, moments)
                     work.progress.advance(weight.nbytes)
                 if step is not None:
                     work.input_scales[layer.name] = max(step, work.input_scales.get(layer.name, 0.0))
@@ -152,12 +181,6 @@ def _rounded(
         return round_to_nearest(weight, choice.bits, choice.group, name=layer.name)
     damping = TIED_DAMPING if layer.gathers else DAMPING
     return gptq(weight, moments, choice.bits, choice.group, name=layer.name, damping=damping, **settings)
-
-
-def _integers(layer: Layer) -> QuantizedTensor:
-    quantized = quantized_of(layer.weight)
-    assert quantized is not None, layer.name
-    return quantized
 
 
 def _step(inputs: list[Any]) -> float:

@@ -15,6 +15,7 @@ from accel.compress.plan import FLOAT_BITS, plan
 from accel.compress.progress import Progress, Silent
 from accel.compress.report import LayerReport, QuantizationReport
 from accel.compress.rtn import round_to_nearest
+from accel.compress.sensitivity import Budget, keep_worst
 from accel.compress.texts import Calibration
 from accel.compress.weights import read_weight, weight_error, write_quantized
 from accel.errors import InputError
@@ -69,6 +70,7 @@ def quantize_graph(
     keep: Mapping[str, int] | None = None,
     head_bits: int | None = None,
     table_bits: int | None = None,
+    budget: Budget | None = None,
     progress: Progress | None = None,
 ) -> tuple[ir.Model, QuantizationReport]:
     """Quantises a model's weights.
@@ -84,6 +86,7 @@ def quantize_graph(
         head_bits: Of the head and a table tied to it. None: 8, or with 4-bit weights 4 where that costs a decoder less
             than 0.01 of Q on the calibration text.
         table_bits: Of an embedding table on its own; None: 8.
+        budget: Keeps the layers that lose most in a higher precision, see ``accel.compress.sensitivity``.
         progress: Told the stages, and bytes of float weights as they are done.
 
     Returns:
@@ -92,7 +95,8 @@ def quantize_graph(
 
     Raises:
         InputError: NaN or infinite weights, inputs that no group divides, unknown names, widths or algorithms, an
-            algorithm that does not fit the scheme, or one that needs calibration without any.
+            algorithm that does not fit the scheme, one that needs calibration without any, or a budget that cannot be
+            kept.
     """
     result, progress = model.clone(), progress or Silent()
     chosen = choose_algorithm(algorithm, scheme, calibration)
@@ -103,14 +107,16 @@ def quantize_graph(
         head_bits, note = _head_bits(model, arch, scheme, samples, progress)
         notes.append(note)
     choices = plan(layers, scheme, keep, head_bits, table_bits)
-    work = Work(result, arch, layers, choices, samples, scheme.activations, progress, notes=notes)
-    kept |= {name: choice.note for name, choice in choices.items() if choice.bits == FLOAT_BITS}
+    work = Work(result, arch, layers, choices, samples, scheme.activations, progress, notes, mixed=budget is not None)
     if chosen.calibrated or scheme.activations == "static":
         if chosen.folding is not None:
             fold_factors(work, chosen.folding)
         round_layers(work, chosen.rounder, sweeps=SWEEPS)
     else:
         _round_weights(work)
+    if budget is not None:
+        keep_worst(work, budget, model)
+    kept |= {name: choice.note for name, choice in choices.items() if choice.bits == FLOAT_BITS}
     return result, _summary(model, work, scheme, chosen, calibration, kept)
 
 
@@ -163,7 +169,7 @@ def _round_weights(work: Work) -> None:
     for layer in work.quantized:
         choice, weight = work.choices[layer.name], read_weight(layer)
         quantized = round_to_nearest(weight, choice.bits, choice.group, name=layer.name)
-        write_quantized(layer, quantized)
+        work.write(layer, quantized)
         work.errors[layer.name] = weight_error(weight, quantized)
         work.progress.advance(weight.nbytes)
 
@@ -198,7 +204,7 @@ def _summary(
         scales=sum(item.scales.size for item in integers.values()),
         calibration_tokens=calibration.tokens if calibration is not None and looked else 0,
         calibration_sha256=calibration.sha256 if calibration is not None and looked else None,
-        error_of="outputs" if looked else "weights",
+        error_of=work.error_of,
         input_scales=dict(work.input_scales),
         notes=tuple(work.notes),
     )  # fmt: skip

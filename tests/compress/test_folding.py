@@ -27,7 +27,7 @@ from tests.graph.small import normal
 Get = Callable[[str], Path]
 SITES = {
     "llama": {("norm", 3): 3, ("norm", 2): 3, ("gate", 1): 3, ("value", 1): 3, ("norm", 1): 1},
-    "gemma2": {("norm", 3): 3, ("norm", 2): 3, ("gate", 1): 3, ("value", 1): 3},  # the norm in front of the tied head not
+    "gemma2": {("norm", 3): 3, ("norm", 2): 3, ("gate", 1): 3, ("value", 1): 3},  # not at its tied head
     "granite": {("norm", 3): 3, ("norm", 2): 3, ("gate", 1): 3, ("value", 1): 3, ("norm", 1): 1},
     "olmo2": {("gate", 1): 3, ("value", 1): 3, ("norm", 1): 1},  # norms behind the products, and the head's
     "gpt2": {("norm", 1): 6},  # Conv1D; queries, keys and values in one product

@@ -73,7 +73,7 @@ def test_the_pass_is_the_papers() -> None:
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 0)])
 def test_each_sweep_lowers_the_error(bits: int, group: int, act_order: bool) -> None:
-    inputs, hessian = moments(4096)
+    _, hessian = moments(4096)
     weight = normal(ROWS, COLUMNS)
     errors = [
         output_error(weight, gptq(weight, hessian, bits, group, act_order=act_order, sweeps=sweeps), hessian)
