@@ -130,8 +130,7 @@ def inspect(options: Namespace) -> int:
 def report(options: Namespace) -> int:
     """Shows how a bundle's variants compare with fp32."""
     from accel.bundle import Bundle
-    from accel.quality import Gate
-    from accel.quality.page import render_page
+    from accel.quality import Gate, render_page
     from accel.quality.text import print_report
 
     bundle, gate = Bundle.open(options.bundle), Gate(options.max_q_drop, options.min_cosine)
@@ -164,11 +163,11 @@ def doctor(options: Namespace) -> int:
 
 
 def bench(options: Namespace) -> int:
-    """Measures a bundle on this machine, beside eager PyTorch where that is installed."""
+    """Measures a bundle's engines on this machine, beside eager PyTorch where that is installed."""
     from accel.bench import SHAPES
     from accel.bench import bench as measure
 
-    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits")
+    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits", "device", "store")
     report = measure(
         options.bundle, shapes=options.shapes or SHAPES, **{name: getattr(options, name) for name in names}
     )

@@ -57,6 +57,7 @@ class Worker:
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         self._role = request["role"]
+        self.peer.selection = request.get("selection", {})
         self._opened = getattr(self.peer, f"open_{self._role}")()
         return {"seconds": time.perf_counter() - start, **memory_megabytes()}
 

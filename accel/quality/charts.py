@@ -44,7 +44,7 @@ def draw_tradeoff(losses: Sequence[Loss], unit: str) -> str:
 
     def down(loss: float) -> float:
         power = math.log10(min(max(loss, FLOOR), 10.0**highest))
-        return top + 34 + (power - lowest) / (highest - lowest) * (height - 34)
+        return top + 34 + (power - lowest) / (highest - lowest) * (height - 56)
 
     parts = [line(left, top + 8, right, top + 8, "grid"), text(left - 10, top + 12, "none", "number end")]
     for power in range(lowest, highest + 1):

@@ -43,6 +43,7 @@ class Peer:
 
     def __init__(self, model: str, source: Path, artifact: Path, threads: int) -> None:
         self.model, self.source, self.artifact, self.threads = model, source, artifact, threads
+        self.selection: dict[str, str | None] = {}  # accel's own engine, variant and store, where they are chosen
 
     @property
     def decodes(self) -> bool:
