@@ -81,11 +81,8 @@ def add_variant(
     gate = Gate(max_q_drop, min_cosine)
     gate.check(opened.manifest.arch.kind)
     most = None if max_bytes is None else parse_size(max_bytes, "max_bytes", least=1)
-    options = {"keep": keep, "head_bits": head_bits, "max_bytes": most}
-    quantizing = Quantizing(
-        algorithm, calibration, measure, gate, None if text is None else resolve_text(text),
-        {name: value for name, value in options.items() if value is not None},
-    )  # fmt: skip
+    evaluation = None if text is None else resolve_text(text)
+    quantizing = Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, most)
     with _outdated_in_words(opened, scheme.name, chosen.name):
         from accel.exporter.progress import ExportProgress
 
