@@ -137,8 +137,8 @@ def definitions(found: Report) -> list[str]:
     lines += [
         "CR = N_original / N_compressed, in bytes of weights that the engine reads (once each) and in numbers: "
         "scales count as numbers that were added.",
-        "T_c is inside the engine; T_p tokenizes, builds inputs and chooses tokens; T_s is the rest of the call. Shares "
-        "are of fp32's time as it was measured with the variant, one after the other: accel bench compares better.",
+        "T_c is inside the engine; T_p tokenizes, builds inputs and chooses tokens; T_s is the rest of the call. "
+        "Shares are of fp32's time as it was measured with the variant, one after the other.",
     ]
     return lines
 
