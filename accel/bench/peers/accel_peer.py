@@ -28,9 +28,11 @@ class AccelPeer(Peer):
         shutil.rmtree(self.artifact, ignore_errors=True)
         accel.export(str(self.source), str(self.artifact))
         if self.variant != "auto":
-            from accel.variants import add_variant
+            from accel.variants import Quantizing, add_variant
 
-            add_variant(self.artifact, self.variant, target=self.target)
+            # What it costs on text says nothing about random weights, and the benchmark compares answers itself.
+            quantizing = Quantizing(measure=False)
+            add_variant(self.artifact, self.variant, target=self.target, quantizing=quantizing)
 
     def _load(self) -> Any:
         import accel

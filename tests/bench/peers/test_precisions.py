@@ -10,6 +10,7 @@ import pytest
 
 from accel.bench.peers import PEERS
 from accel.bench.peers.torch_eager import TorchEager
+from accel.variants import Quantizing
 
 
 def peer(name: str, folder: Path, model: str = "minilm") -> Any:
@@ -78,15 +79,17 @@ def test_accels_variants_are_added_for_the_cpu(
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("accel.export", lambda source, out: calls.append(("export", out)), raising=False)
-    monkeypatch.setattr(
-        "accel.variants.add_variant", lambda bundle, name, *, target: calls.append((str(bundle), name, target))
-    )
+
+    def add_variant(bundle: Path, name: str, *, target: str, quantizing: Quantizing) -> None:
+        calls.append((str(bundle), name, target, quantizing.measure))
+
+    monkeypatch.setattr("accel.variants.add_variant", add_variant)
     monkeypatch.setattr("accel.load", lambda path, **options: calls.append(options), raising=False)
     ours = peer(name, tmp_path)
     ours.export()
     ours.open_embedder()
     path = str(tmp_path / "artifact")
-    added = [(path, variant, "ort-cpu")] if variant else []
+    added = [(path, variant, "ort-cpu", False)] if variant else []
     assert calls == [("export", path), *added, {"engine": "auto", "variant": variant or "auto", "threads": 2}]
 
 
