@@ -1,9 +1,9 @@
-"""accel itself, through its public interface."""
+"""accel itself, through its public interface: fp32 and its quantised variants."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,29 @@ class AccelPeer(Peer):
     name = "accel"
     label = "accel"
     packages = ("accelrt", "onnxruntime")
+    ours = True
+    variant: ClassVar[str] = "auto"
+    target: ClassVar[str] = "ort-cpu"  # what the variant is lowered for
+    engine: ClassVar[str] = "auto"
 
     def export(self) -> None:
         import accel
+        from accel.variant_targets import find_target
 
+        find_target(self.target)  # raises before the work is done
         shutil.rmtree(self.artifact, ignore_errors=True)
         accel.export(str(self.source), str(self.artifact))
+        if self.variant != "auto":
+            # Unchecked and unmeasured: the benchmark compares every peer's answers with PyTorch's itself, and what
+            # rounding costs on text says nothing about the decoders' random weights. No algorithm makes them better.
+            choices: dict[str, Any] = {"algorithm": "rtn"} if self.decodes else {}
+            accel.add_variant(self.artifact, self.variant, target=self.target, check=False, measure=False, **choices)
 
     def _load(self) -> Any:
         import accel
 
-        return accel.load(str(self.artifact), threads=self.threads)
+        chosen: dict[str, Any] = {"engine": self.engine, "variant": self.variant, **self.selection}
+        return accel.load(str(self.artifact), threads=self.threads, **chosen)
 
     def open_encoder(self) -> BindForward:
         model = self._load()
@@ -49,6 +61,33 @@ class AccelPeer(Peer):
             return list((result[0] if isinstance(result, list) else result).ids)
 
         return generate
+
+
+class AccelW8A8(AccelPeer):
+    """int8 weights per row, activations in int8 with scales found per token."""
+
+    name = "accel-w8a8-dyn"
+    label = "accel w8a8-dyn"
+    variant = "w8a8-dyn"
+
+
+class AccelW4G32(AccelPeer):
+    """int4 weights in groups of 32."""
+
+    name = "accel-w4g32"
+    label = "accel w4g32"
+    variant = "w4g32"
+
+
+class AccelOpenVINOBf16(AccelPeer):
+    """bf16 on the OpenVINO engine, which has kernels for it that ONNX Runtime lacks."""
+
+    name = "accel-openvino-bf16"
+    label = "accel bf16, OpenVINO engine"
+    packages = ("accelrt", "openvino")
+    variant = "bf16"
+    target = "openvino"
+    engine = "openvino"
 
 
 class TorchBundlePeer(Peer):
