@@ -17,7 +17,7 @@ from accel.errors import BundleError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated
+from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ class Addition:
 
     def _reads_base(self) -> bool:
         """Whether the weights are fp32's own."""
-        return self.scheme.base == BASE and not self.scheme.quantized
+        return self.target.rounds or (self.scheme.base == BASE and not self.scheme.quantized)
 
     def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
         if self.target.name == CPU:
@@ -198,6 +198,10 @@ class Addition:
                     return stack.enter_context(self.extension.preview(manifest))
 
                 result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+        elif self.target.rounds:
+            with self.extension.preview(manifest) as whole:
+                session = opened(whole, self.scheme, self.target)
+                result = check_precision(self.bundle, self.scheme, self.target, session)
         else:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
             result = check_precision(self.bundle, self.scheme, self.target, session)
