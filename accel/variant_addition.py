@@ -110,11 +110,14 @@ class Addition:
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
         kept = [file for file in old.weights if file not in self.outdated()]
-        weights = tuple(dict.fromkeys((*kept, *(entry.weights or ()))))
+        # fp32's own file, read by another precision's graph, is no file of that precision: engines' keys would change.
+        lent = manifest.variants[BASE].weights if self.variant != BASE and self.target.rounds else ()
+        new = [file for file in entry.weights or () if file not in lent]
+        weights = tuple(dict.fromkeys((*kept, *new)))
         graphs = {**old.graphs, self.target.name: entry}
         quantization = self.quantization or old.quantization
-        new = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
-        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)
 
     def outdated(self) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that other graphs read are left."""

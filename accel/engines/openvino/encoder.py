@@ -35,7 +35,7 @@ class OpenVinoEncoderSession:
         Raises:
             DependencyError: See ``import_openvino``.
             EngineError: OpenVINO refuses the graph.
-            BundleError: The graph takes no ids.
+            BundleError: The graph takes no ``input_ids``.
         """
         version = import_openvino().get_version().split("-")[0]
         self.info = EngineInfo(NAME, version, "cpu", variant, threads)
@@ -43,8 +43,11 @@ class OpenVinoEncoderSession:
         with translated_errors(f"opening {graph.name}"):
             self._model: Any = open_core().compile_model(str(graph), "CPU", _settings(variant, threads))
             self._inputs = [port.get_any_name() for port in self._model.inputs]
-            self._outputs = [port.get_any_name() for port in self._model.outputs]
-            self._per_token = self._outputs_per_token()
+            shapes = {port.get_any_name(): port.get_partial_shape() for port in self._model.outputs}
+        if "input_ids" not in self._inputs:
+            raise BundleError("The encoder graph takes no input_ids", remedy="Add the variant again: accel quantize")
+        self._outputs = list(shapes)
+        self._per_token = {name for name, shape in shapes.items() if len(shape) > 1 and shape[1].is_dynamic}
         self._spare: list[Any] = []  # infer requests that no thread uses; a list's pop and append are atomic
 
     def run(self, feeds: Feeds) -> Feeds:
@@ -93,14 +96,6 @@ class OpenVinoEncoderSession:
         absent: dict[str, Callable[..., NDArray]] = {"attention_mask": np.ones}
         absent |= dict.fromkeys(set(self._inputs) - {"input_ids", "attention_mask"}, np.zeros)
         return {name: make(shape, np.int64) for name, make in absent.items() if name not in feeds} | feeds
-
-    def _outputs_per_token(self) -> set[str]:
-        """The outputs whose second dimension is the sequence, as shapes of two lengths tell."""
-        ids = next((port for port in self._model.inputs if port.get_any_name() == "input_ids"), None)
-        if ids is None:
-            raise BundleError("The encoder graph takes no input_ids", remedy="Add the variant again: accel quantize")
-        ports = {port.get_any_name(): port.get_partial_shape() for port in self._model.outputs}
-        return {name for name, shape in ports.items() if len(shape) > 1 and shape[1].is_dynamic}
 
     def _widen(self, name: str, array: NDArray, width: int) -> NDArray:
         if name not in self._per_token or array.shape[1] == width:

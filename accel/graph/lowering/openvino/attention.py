@@ -2,7 +2,7 @@
 
 Case 1: no window, no bias: one row of key scores per sequence, [B, 1, 1, S], zero or far below every score, is added.
 Case 2: a window: that row and the window's [S, S], added once for all layers with this window.
-Case 3: a position bias: added before the mask.
+Case 3: a position bias: it and the mask are added to each other once, and that to the scores of all layers.
 Case 4: grouped heads: a dimension for the group, [B, KV, G, S, D], and the keys' and values' stands at 1.
 Case 5: a softcap: Tanh between two factors.
 Case 6: three projections of one input: one product and a Split, which took MiniLM 1x8 down by a tenth (bf16: a fifth).
@@ -38,24 +38,35 @@ class _Masks:
     """What is added to the scores, shared by the layers."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self._emit = emit = Emitter(graph, graph[0])
+        self._graph, self._emit = graph, (emit := Emitter(graph, graph[0]))
         self._mask = next(value for value in graph.inputs if value.name == "attention_mask")
         zero, hidden = emit.number("visible", 0.0), emit.number("hidden", HIDDEN)
         real = emit("Equal", [self._mask, emit.int(1)], ["B", "S"], ir.DataType.BOOL)
         row = emit("Where", [real, zero, hidden], ["B", "S"])
         self._keys = emit("Unsqueeze", [row, emit.ints(1, 2)], ["B", 1, 1, "S"])
-        self._made: dict[tuple[int | None, bool], ir.Value] = {}
+        self._made: dict[tuple[int | None, int, ir.Value | None], ir.Value] = {}
 
-    def added(self, window: int | None, grouped: bool) -> ir.Value:
-        """float32 [B, 1, 1 or S, S]; with one more 1 behind the B for grouped heads."""
-        key = (window, grouped)
+    def added(self, window: int | None, heads: list[int], bias: ir.Value | None = None) -> ir.Value:
+        """float32 [B, 1 or H, 1 or S, S], the heads in as many dimensions as ``heads`` has numbers.
+
+        Args:
+            window: Of the layer.
+            heads: The number of heads; for grouped ones two numbers.
+            bias: [B or 1, H, S, S].
+        """
+        key = (window, len(heads), bias)
         if key not in self._made:
-            rows: int | str = 1 if window is None else "S"
-            made = self._keys if window is None else self._within(window)
-            if grouped:
-                made = self._emit("Unsqueeze", [made, self._emit.ints(1)], ["B", 1, 1, rows, "S"])
-            self._made[key] = made
+            self._made[key] = self._make(window, heads, bias)
         return self._made[key]
+
+    def _make(self, window: int | None, heads: list[int], bias: ir.Value | None) -> ir.Value:
+        maker = None if bias is None else bias.producer()
+        emit = self._emit if maker is None else _after(self._graph, maker)
+        rows: int | str = 1 if window is None else "S"
+        made = self._keys if window is None else self._within(window)
+        if len(heads) > 1:
+            made = self._emit("Unsqueeze", [made, self._emit.ints(1)], ["B", 1, 1, rows, "S"])
+        return made if bias is None else emit("Add", [_in_groups(emit, bias, heads), made], ["B", *heads, "S", "S"])
 
     def _within(self, window: int) -> ir.Value:
         emit, int64 = self._emit, ir.DataType.INT64
@@ -83,9 +94,7 @@ def _lower_layer(graph: ir.Graph, node: ir.Node, layer: AttentionSpec, name: str
     if layer.softcap is not None:
         cap = emit.number(f"{name}.softcap", layer.softcap)
         scores = emit("Mul", [emit("Tanh", [emit("Div", [scores, cap], square)], square), cap], square)
-    if len(node.inputs) > 4:
-        scores = emit("Add", [scores, _bias(emit, node.inputs[4], heads)], square)
-    scores = emit("Add", [scores, masks.added(layer.window, group > 1)], square)
+    scores = emit("Add", [scores, masks.added(layer.window, heads, *node.inputs[4:5])], square)
     weights = emit("Softmax", [scores], square, axis=-1)
     attended = emit("MatMul", [weights, value], ["B", *heads, "S", dim], name=f"{name}.attention")
     order = [0, 2, 1, 3] if group == 1 else [0, 3, 1, 2, 4]
@@ -120,9 +129,15 @@ def _projections(graph: ir.Graph, node: ir.Node) -> Sequence[ir.Value | None]:
     return split.outputs
 
 
-def _bias(emit: Emitter, bias: ir.Value | None, heads: list[int]) -> ir.Value:
+def _after(graph: ir.Graph, node: ir.Node) -> Emitter:
+    """Inserts behind a node, so that all layers find the result before them."""
+    following = graph[[*graph].index(node) + 1]
+    return Emitter(graph, following)
+
+
+def _in_groups(emit: Emitter, bias: ir.Value, heads: list[int]) -> ir.Value:
     """[B or 1, H, S, S], split into groups where heads are."""
-    assert bias is not None and bias.shape is not None
+    assert bias.shape is not None
     if len(heads) == 1:
         return bias
     shape: Dims = [bias.shape[0], *heads, *bias.shape[2:]]

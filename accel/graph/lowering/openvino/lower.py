@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from accel.errors import FusionError
 from accel.graph.lowering.openvino.attention import lower_attention
+from accel.graph.lowering.openvino.positions import tabulate_positions, unsafe
 from accel.graph.lowering.tensorrt.linear import lower_linear
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
@@ -24,11 +25,12 @@ def lower(
 
     Args:
         model: Canonical model of an encoder; left as it is.
-        max_positions: Not needed: encoders have no tables of their own here.
+        max_positions: Longest sequence.
         dtype: What the engine will compute in.
 
     Raises:
-        FusionError: A decoder, or a private node without a lowering.
+        FusionError: A decoder, a private node without a lowering, or, for another type than float32, integers that are
+            made of floats: rounded, they would be others.
     """
     if arch.kind != "encoder":
         raise FusionError("only encoders have a lowering", where="openvino")
@@ -37,8 +39,12 @@ def lower(
     fused = lower_attention(lowered, arch)
     reports = [PassReport("attention", before, lowered.graph.num_nodes(), fused)]
     # The canonical graph is clean already; cleaning would make stored copies of the joined biases.
-    reports += run_passes(lowered, (("linear", lower_linear),))
+    positions = ("positions", lambda model: tabulate_positions(model, max_positions))
+    reports += run_passes(lowered, (positions, ("linear", lower_linear)))
     _check(lowered, arch)
+    if dtype is not ir.DataType.FLOAT and (found := unsafe(lowered)):
+        what = f"OpenVINO would round floats that integers are made of to {dtype.name.lower()}: {found[0]}"
+        raise FusionError(what, where="openvino")
     lowered.opset_imports.pop("accel", None)
     return lowered, tuple(reports)
 
