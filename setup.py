@@ -22,7 +22,8 @@ CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
 STORE = ["fsspec", "cryptography>=42"]  # engines in object stores, and ed25519 signatures; a local folder needs neither
 S3 = ["s3fs>=2024.10", *STORE]  # the first with writes that fail if the object is there
-# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback; TensorRT-RTX builds engines without a GPU.
+# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback; TensorRT-RTX builds engines without a GPU;
+# setuptools: how the library of CPU operators is built.
 LINUX_RTX = [f"{package}; sys_platform == 'linux'" for package in RTX]
 TEST = [
     "pytest",
@@ -32,6 +33,7 @@ TEST = [
     "gguf",
     "accelerate",
     "moto[server]",
+    "setuptools>=77",
     *S3,
     *EXPORT,
     *LINUX_RTX,

@@ -27,7 +27,9 @@ from setuptools.command.build_ext import build_ext
 
 ZIG = "ziglang"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-pthread"]
+# The language without its library: nothing but the C library is needed, to build and to run.
+FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fno-exceptions", "-fno-rtti", "-fPIC", "-fvisibility=hidden"]
+LINK_FLAGS = ["-shared", *(["-s", "-Wl,--as-needed"] if sys.platform == "linux" else [])]
 LIBRARY = "accel_cpu.libaccel_cpu"  # as an extension module's name: package and file
 FAILURE = "build_failure.txt"
 
@@ -48,8 +50,8 @@ def find_compiler() -> list[str] | None:
     return next(([name] for name in COMPILERS if shutil.which(name)), None)
 
 
-def compiler_command() -> list[str]:
-    """The command of a C++ compiler, ziglang's included.
+def compiler_commands() -> tuple[list[str], list[str]]:
+    """The commands that compile C++ and that link, ziglang's included.
 
     Raises:
         BuildFailure: There is none, or none is wanted.
@@ -58,11 +60,13 @@ def compiler_command() -> list[str]:
         raise BuildFailure("ACCEL_CPU_BUILD=0 was set when the project was installed. Unset it and install again")
     found = find_compiler()
     if found is not None:
-        return found
+        return found, found
     if importlib.util.find_spec(ZIG) is None:
         looked = ", ".join([*COMPILERS, f"the Python package {ZIG}"])
         raise BuildFailure(f"No C++ compiler was found (looked for {looked}). Install one and install again")
-    return [sys.executable, "-m", ZIG, "c++", *_zig_target()]
+    zig = [sys.executable, "-m", ZIG]
+    # "c++" would build zig's C++ library before it links, which takes minutes.
+    return [*zig, "c++", *_zig_target()], [*zig, "cc", *_zig_target()]
 
 
 def _zig_target() -> list[str]:
@@ -84,14 +88,14 @@ def compile_library(sources: list[str], folder: Path, library: Path) -> None:
     Raises:
         BuildFailure: There is no compiler, or it failed; the message holds the first lines it printed.
     """
-    command = compiler_command()
+    compiler, linker = compiler_commands()
     folder.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
-    compiles = [[*command, *FLAGS, "-c", source, "-o", target] for source, target in zip(sources, objects)]
+    compiles = [[*compiler, *FLAGS, "-c", source, "-o", target] for source, target in zip(sources, objects)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, compiles))
-    _run([*command, "-shared", "-pthread", *objects, "-o", str(library)])
+    _run([*linker, *LINK_FLAGS, *objects, "-o", str(library)])
 
 
 def _run(command: list[str]) -> None:

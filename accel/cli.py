@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import accel
-from accel import build_commands, commands, engine_commands
+from accel import build_commands, commands, engine_commands, variant_commands
 from accel.errors import AccelError
 
 
@@ -164,13 +164,25 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    variants, targets = "fp16, bf16 or fp32; may be repeated", "tensorrt, cuda, ort-cuda; may be repeated"
+    variants = "fp16, bf16, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, w4g32+kv8, ...; may be repeated"
+    targets = "ort-cpu, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
         "--target", action="append", metavar="NAME", help=f"{targets}; default: all that run this model in the variant"
     )
-    parser.add_argument("--no-parity", action="store_true", help="skip the comparison with fp32")
-    _finish(parser, build_commands.quantize)
+    parser.add_argument("--no-parity", action="store_true", help="skip the comparison of the graph's numbers")
+    group = parser.add_argument_group("integers")
+    group.add_argument("--algorithm", default="auto", help="rtn, gptq, awq, smoothquant, ...; default: by the variant")
+    group.add_argument("--calibration", metavar="FILE", help="text that the algorithm looks at; default: built in")
+    group.add_argument("--keep", action="append", metavar="PATTERN=BITS", help="layers in 8, 4 or 32 (float) bits")
+    group.add_argument("--head-bits", type=int, metavar="N", help="of the LM head; default: by the variant")
+    group.add_argument("--max-bytes", metavar="SIZE", help="keep the most sensitive layers finer, up to this size")
+    group = parser.add_argument_group("quality")
+    group.add_argument("--no-quality", action="store_true", help="do not measure what the variant costs")
+    group.add_argument("--text", metavar="FILE", help="text to measure on; default: built in")
+    group.add_argument("--max-q-drop", type=float, metavar="X", help="decoders: refuse it beyond this loss per token")
+    group.add_argument("--min-cosine", type=float, metavar="X", help="encoders: refuse it below this mean cosine")
+    _finish(parser, variant_commands.quantize)
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:

@@ -130,8 +130,7 @@ def inspect(options: Namespace) -> int:
 def report(options: Namespace) -> int:
     """Shows how a bundle's variants compare with fp32."""
     from accel.bundle import Bundle
-    from accel.quality import Gate
-    from accel.quality.page import render_page
+    from accel.quality import Gate, render_page
     from accel.quality.text import print_report
 
     bundle, gate = Bundle.open(options.bundle), Gate(options.max_q_drop, options.min_cosine)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from accel.compress.report import QuantizationReport
+    from accel.compress.texts import Calibration
     from accel.exporter.progress import ExportProgress
     from accel.kv_quantization import KvQuantization
 
@@ -41,7 +42,8 @@ class Quantizing:
         measure: Measure what the variant costs, and keep the record in the manifest.
         gate: What it may lose; needs ``measure``.
         text: To measure on; None: the built-in texts.
-        options: Passed on to ``accel.compress.quantize.quantize_graph``.
+        keep, head_bits: See ``accel.compress.quantize.quantize_graph``.
+        max_bytes: A budget of bytes, see ``accel.compress.sensitivity``; None: there is none.
     """
 
     algorithm: str = "auto"
@@ -49,7 +51,9 @@ class Quantizing:
     measure: bool = True
     gate: Gate = field(default_factory=Gate)
     text: TextSet | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, int] | None = None
+    head_bits: int | None = None
+    max_bytes: int | None = None
 
 
 @dataclasses.dataclass
@@ -177,12 +181,30 @@ class Addition:
         if not self.scheme.quantized:
             return canonical, Plan(self.scheme, parameters=parameters, kv=self._kv(canonical))
         from accel.compress.quantize import quantize_graph
+        from accel.compress.sensitivity import Budget
 
+        calibration, chosen = self._calibration(), self.quantizing
         canonical, report = quantize_graph(
-            canonical, self.bundle.manifest.arch, self.scheme, progress=self.progress, **self.quantizing.options
-        )
-        self.quantization, self._input_scales = _record(report), report.input_scales
+            canonical, self.bundle.manifest.arch, self.scheme, chosen.algorithm, calibration,
+            keep=chosen.keep, head_bits=chosen.head_bits, progress=self.progress,
+            budget=None if chosen.max_bytes is None else Budget(max_bytes=chosen.max_bytes),
+        )  # fmt: skip
+        sha256 = None if calibration is None else calibration.sha256
+        self.quantization, self._input_scales = _record(report, sha256), report.input_scales
         return canonical, Plan(self.scheme, report.input_scales, parameters, self._kv(canonical))
+
+    def _calibration(self) -> Calibration | None:
+        """What algorithms look at; None: nothing is needed, or the model has no tokenizer and none was given."""
+        from accel.compress.texts import resolve_calibration
+        from accel.runtime.text import TOKENIZER_FILE, Tokenizer
+
+        asked, arch = self.quantizing.calibration, self.bundle.manifest.arch
+        if asked is None and self.quantizing.algorithm == "rtn" and self.scheme.activations != "static":
+            return None
+        tokenizer = Tokenizer.from_bundle(self.bundle) if self.bundle.has(TOKENIZER_FILE) else None
+        if asked is None and tokenizer is None:
+            return None
+        return resolve_calibration(asked, arch, tokenizer)
 
     def _kv(self, canonical: ir.Model) -> KvQuantization | None:
         if self.scheme.kv_bits is None:
@@ -226,11 +248,11 @@ class Addition:
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant})
 
 
-def _record(report: QuantizationReport) -> Quantization:
+def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
     """What the manifest keeps of a quantisation."""
     layers = tuple(QuantizedLayer(layer.name, layer.bits, layer.group, layer.error) for layer in report.layers)
     return Quantization(
-        report.scheme, report.algorithm, None, report.calibration_tokens, layers,
+        report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
         report.bytes_before, report.bytes_after, report.scales, report.error_of,
     )  # fmt: skip
 

@@ -22,9 +22,10 @@ CANONICAL, BASE = "canonical", "fp32"
 # and 2e-2 in bf16; a wrong graph costs more than half.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 ROUNDING = 0.5  # an error above it is no rounding
-# Integers against PyTorch on the same integers: kernels round their input per token or group where the scheme leaves it
-# to them, and what is a tie here may fall to the other side there. A wrong graph costs more than half here too.
-INTEGERS = 1e-1
+# Integers against PyTorch on the same integers. Kernels round the inputs of products where the scheme leaves it to
+# them, and an encoder's lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers
+# by up to 2e-1. A wrong graph costs more than half here too.
+INTEGERS = 3e-1
 
 
 def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Callable[[int, int], Any]) -> ParityResult:

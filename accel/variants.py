@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,9 @@ from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, StorageError
 from accel.manifest import GraphEntry
+from accel.quality import Gate, resolve_text
 from accel.scheme import Scheme, parse_scheme
+from accel.sizes import parse_size
 from accel.variant_addition import Addition, Quantizing
 from accel.variant_checks import BASE, CANONICAL, LIMITS, quantize_command
 from accel.variant_targets import DEFAULT, check_target, find_target, sensible_targets
@@ -22,7 +24,15 @@ def add_variant(
     *,
     target: str | None = None,
     check: bool = True,
-    quantizing: Quantizing | None = None,
+    algorithm: str = "auto",
+    calibration: str | Path | Sequence[str] | None = None,
+    keep: Mapping[str, int] | None = None,
+    head_bits: int | None = None,
+    max_bytes: int | str | None = None,
+    measure: bool = True,
+    text: str | Path | Sequence[str] | None = None,
+    max_q_drop: float | None = None,
+    min_cosine: float | None = None,
     show_progress: bool | None = None,
 ) -> Bundle:
     """Adds a variant's graph for a target, and its weights, to a bundle, unless they are there.
@@ -40,7 +50,15 @@ def add_variant(
         target: ``ort-cpu``, ``tensorrt``, ``cuda`` or ``ort-cuda``. None: ``tensorrt`` for floats, and for integers
             the first that takes them.
         check: Compare. Off only for graphs that are checked elsewhere.
-        quantizing: How integers are chosen, and what the variant may lose; None: the defaults.
+        algorithm: Chooses the integers: ``auto``, ``rtn``, ``gptq``, ... see ``accel.compress``.
+        calibration: Text that algorithms and caches are calibrated on: a UTF-8 file, or passages. None: a built-in one.
+        keep: Names or patterns of weights -> 8, 4 or 32 (float) bits.
+        head_bits: Of the LM head and a table tied to it; None: chosen by the scheme.
+        max_bytes: The most sensitive layers are kept finer as long as the weights stay within; None: none is.
+        measure: Measure what a variant that runs here costs, and record it.
+        text: To measure on: a UTF-8 file, or passages. None: the built-in texts.
+        max_q_drop: Decoders: the most that the mean log probability per token may fall.
+        min_cosine: Encoders: the least mean cosine of outputs to fp32's.
         show_progress: Show stages on stderr; None: when it is a terminal.
 
     Returns:
@@ -49,7 +67,7 @@ def add_variant(
     Raises:
         InputError: An unknown variant or target, or a target that cannot run the variant.
         ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
-        QualityError: The variant loses more than ``quantizing.gate`` allows; nothing was added.
+        QualityError: The variant loses more than ``max_q_drop`` or ``min_cosine`` allows; nothing was added.
         BundleError: It is damaged, its weight file has hard links, or an outdated variant cannot be lowered again.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.
@@ -60,13 +78,18 @@ def add_variant(
     check_target(opened.manifest.arch, scheme, chosen)
     if is_current(opened, scheme.name, chosen.name):
         return opened
+    gate = Gate(max_q_drop, min_cosine)
+    gate.check(opened.manifest.arch.kind)
+    most = None if max_bytes is None else parse_size(max_bytes, "max_bytes", least=1)
+    evaluation = None if text is None else resolve_text(text)
+    quantizing = Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, most)
     with _outdated_in_words(opened, scheme.name, chosen.name):
         from accel.exporter.progress import ExportProgress
 
         with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
             if is_current(extension.bundle, scheme.name, chosen.name):  # another process was faster
                 return extension.bundle
-            addition = Addition(extension, scheme, chosen, quantizing or Quantizing(), progress)
+            addition = Addition(extension, scheme, chosen, quantizing, progress)
             manifest = addition.make(check)
             progress.stage("Hashing and syncing")
             return extension.commit(manifest, addition.outdated())
@@ -110,4 +133,4 @@ def _outdated_in_words(bundle: Bundle, variant: str, target: str) -> Iterator[No
         raise BundleError(what, where=str(bundle.path), remedy=remedy) from error
 
 
-__all__ = ["LIMITS", "Quantizing", "add_variant", "canonical_graph", "is_current"]
+__all__ = ["LIMITS", "add_variant", "canonical_graph", "is_current"]

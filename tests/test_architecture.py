@@ -41,7 +41,10 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.warmup_jobs",
     ),
     ("accel.bench", "accel.serving"),
-    ("accel.commands", "accel.build_commands", "accel.engine_commands", "accel.cli", "accel.__main__"),
+    (
+        *("accel.commands", "accel.build_commands", "accel.engine_commands", "accel.variant_commands"),
+        *("accel.cli", "accel.__main__"),
+    ),
 )
 # Lines whose units know each other; the units of the other lines do not.
 ACQUAINTED = {0, 1, 2, 3, 8, 9, 10}
@@ -49,7 +52,7 @@ ACQUAINTED = {0, 1, 2, 3, 8, 9, 10}
 ONNX = (
     *("accel.api", "accel.bench", "accel.builder", "accel.compress", "accel.exporter", "accel.graph"),
     *("accel.inspection", "accel.variants", "accel.variant_addition", "accel.variant_checks", "accel.variant_targets"),
-    *("accel.engines.torch_operators", "accel.engines.cuda"),
+    *("accel.engines.torch_operators", "accel.engines.cuda", "accel_cpu.benchmark"),
 )
 OWNERS = {
     "torch": (
@@ -64,7 +67,7 @@ OWNERS = {
         *("accel.bench", "accel.compress", "accel_kernels"),
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
-    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench"),
+    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench", "accel_cpu.benchmark"),
     "onnx": ONNX,
     "onnx_ir": ONNX,
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),

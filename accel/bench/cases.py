@@ -170,8 +170,9 @@ SUITES: dict[str, Suite] = {
             "minilm",
             _ENCODER_INT8,
             (
-                *("accel-w8a8-dyn", "openvino-int8", "openvino-int8-bf16", "openvino-static-int8"),
-                *("openvino-static-int8-bf16", "openvino-bf16", "ort-int8", "ctranslate2-int8"),
+                *("accel-w8a8-dyn", "accel-openvino-bf16", "openvino-int8", "openvino-int8-bf16"),
+                *("openvino-static-int8", "openvino-static-int8-bf16", "openvino-bf16"),
+                *("ort-int8", "ctranslate2-int8"),
             ),
             (
                 *(Target(case.name, 0.90, "fastest") for case in _ENCODER_INT8),

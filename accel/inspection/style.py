@@ -75,6 +75,7 @@ details>*:not(summary){margin-top:10px}
 .heat{fill:var(--attention)}.cell{fill:var(--paper)}.kept{fill:var(--embedding);stroke:var(--card);stroke-width:1}
 .swatch-heat{background:var(--attention)}.swatch-kept{background:var(--embedding)}.swatch-point{background:var(--accent)}
 .swatch-ghost{background:var(--ghost)}
+.scroll+h3{margin-top:20px}.scroll+.scroll{margin-top:14px}
 .formula{margin:0;padding-left:20px}.formula li{margin:4px 0}
 footer{color:var(--soft);font-size:13px;margin-top:22px}
 @media (max-width:600px){main{padding:20px 12px}section{padding:16px 14px}.card b{font-size:20px}}

@@ -36,7 +36,7 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that ``accel report`` shows. ``str()`` is the text, ``to_json()`` one JSON object.
+    """Everything that ``accel report`` shows; ``accel.quality`` has ``render_text`` and ``render_page`` for it.
 
     Attributes:
         path: The bundle's directory.
@@ -77,11 +77,6 @@ class Report:
             if item.quality is not None:
                 _add_derived(item.quality, plain["quality"])
         return json.dumps(data, indent=1, allow_nan=False)
-
-    def __str__(self) -> str:
-        from accel.quality.text import render_text
-
-        return render_text(self)
 
 
 def _add_derived(quality: Quality, plain: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ LENGTH, BATCHES = 128, (1, 8)  # tokens and rows of the timed forwards
 def time_decoder(decoder: Decoder, ids: NDArray[np.int64]) -> tuple[PhaseTimings, ...]:
     """Times prefill and decode steps of one greedy sequence.
 
-    The prefill is a call that makes one token; a step is what a call that makes more takes beyond that, by its steps.
+    The prefill reaches from the call to its first token; a step is what the tokens after it take, by their number.
 
     Args:
         decoder: The model.
@@ -36,17 +36,17 @@ def time_decoder(decoder: Decoder, ids: NDArray[np.int64]) -> tuple[PhaseTimings
     prompt = np.resize(ids, length)
     options: Any = {"do_sample": False, "repetition_penalty": 1.0, "eos_token_id": [], "num_return_sequences": 1}
 
-    def call(count: int) -> Timings:
-        result: Any = decoder.generate(prompt, max_new_tokens=count, min_new_tokens=0, **options)
-        timings: Timings = result.timings
-        return timings
+    def call() -> tuple[Timings, Timings]:
+        with decoder.stream(prompt, max_new_tokens=1 + steps, min_new_tokens=0, **options) as stream:
+            next(stream)
+            first = stream.timings
+            for _ in range(steps):
+                next(stream)
+            return first, _minus(stream.timings, first)
 
-    rounds = _repeat(lambda: (call(1), call(1 + steps)))
-    prefills = [first for first, _ in rounds]
-    phases = [_phase(f"prefill of {length} tokens", prefills, 1)]
-    if steps > 0:
-        phases.append(_phase("decode step", [_minus(whole, first) for first, whole in rounds], steps))
-    return tuple(phases)
+    rounds = _repeat(call)
+    phases = [_phase(f"prefill of {length} tokens", [first for first, _ in rounds], 1)]
+    return (*phases, _phase("decode step", [rest for _, rest in rounds], steps)) if steps else tuple(phases)
 
 
 def time_encoder(encoder: Encoder, ids: NDArray[np.int64]) -> tuple[PhaseTimings, ...]:
@@ -83,10 +83,9 @@ def _minus(whole: Timings, start: Timings) -> Timings:
 
 
 def _phase(name: str, calls: list[Timings], parts: int) -> PhaseTimings:
-    """The median of each share, divided by ``parts``. The difference of two calls may fall below zero by noise."""
+    """The median of each share, divided by ``parts``."""
     compute, prepost, system = (
-        max(0.0, median(getattr(timings, share) for timings in calls)) / parts
-        for share in ("compute", "prepost", "system")
+        median(getattr(timings, share) for timings in calls) / parts for share in ("compute", "prepost", "system")
     )
     return PhaseTimings(name, compute, prepost, system, len(calls))
 

@@ -5,27 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from accel.inspection.wording import printable
-from accel.manifest import PhaseTimings, Quality, Quantization
+from accel.manifest import Likelihood, PhaseTimings, Quality, Quantization
+from accel.quality.measure import REFERENCE
 from accel.quality.records import Report
 
 
 def notes(found: Report) -> list[str]:
-    """On what it was measured, and what was not."""
-    known = [item.quality for item in found.variants if item.quality is not None]
-    lines = [
-        f"text {printable(quality.text)} (sha256 {quality.text_sha256[:12]}), {printable(quality.machine)}"
-        for quality in known
-    ]
-    if any(not quality.size.exact for quality in known):
-        lines.append("sizes are those of the weight files: counting what a graph reads of them needs onnx")
-    missing = ((printable(item.name), item.missing) for item in found.variants if item.missing)
-    lines += [f"{name} was not measured: {printable(reason)}" for name, reason in missing]
+    """On what it was measured, with what, and what was not."""
+    lines, alone = [], len(found.variants) == 1
+    for item in found.variants:
+        quality = item.quality
+        if item.missing is not None:
+            lines.append(f"{printable(item.name)} was not measured: {printable(item.missing)}")
+        if quality is None:
+            continue
+        if item.name != REFERENCE or alone:
+            machine, engine = printable(quality.machine), printable(quality.reference_engine)
+            lines.append(f"{scope(quality)}; {machine}; fp32 on {engine}")
+        if item.name != REFERENCE:
+            lines.append(f"{printable(item.name)} on {printable(quality.engine)}")
+        if not quality.size.exact:
+            lines.append("sizes are those of the weight files: counting what a graph reads of them needs onnx")
     return list(dict.fromkeys(lines))
+
+
+def scope(quality: Quality) -> str:
+    """The text, and how much of it was measured."""
+    name = f"text {printable(quality.text)} (sha256 {quality.text_sha256[:12]})"
+    if quality.likelihood is not None:
+        return f"{name}: {quality.likelihood.tokens:,} tokens in {quality.likelihood.blocks:,} blocks"
+    encoder = quality.encoder
+    if encoder is not None:
+        pairs = f", {encoder.pairs:,} pairs" if encoder.pairs else ""
+        return f"{name}: {encoder.texts:,} texts of {encoder.tokens:,} tokens{pairs}"
+    return name
 
 
 def number(value: float | None, digits: int = 4) -> str:
     """Fixed digits, a true minus sign."""
-    return "-" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    return "" if value is None else f"{value:.{digits}f}".replace("-", "−")
 
 
 def signed(value: float, digits: int = 4) -> str:
@@ -35,7 +53,13 @@ def signed(value: float, digits: int = 4) -> str:
 
 def span(interval: tuple[float, float] | None, digits: int = 4) -> str:
     """An interval's ends."""
-    return "-" if interval is None else f"{signed(interval[0], digits)} to {signed(interval[1], digits)}"
+    return "" if interval is None else f"{signed(interval[0], digits)} to {signed(interval[1], digits)}"
+
+
+def difference(likelihood: Likelihood) -> str:
+    """What Q gained, with half the width of its 95 % interval."""
+    gained, interval = signed(likelihood.difference), likelihood.interval
+    return gained if interval is None else f"{gained} ± {(interval[1] - interval[0]) / 2:.4f}"
 
 
 def perplexity(value: float) -> str:
@@ -55,10 +79,10 @@ def bits_per_parameter(quality: Quality) -> str:
 
 
 def time_share(quality: Quality, phase: str) -> str:
-    """A call's time as a share of fp32's, where that is another measurement."""
+    """A call's time as a share of fp32's, where that is another measurement; else nothing."""
     ours, base = find_phase(quality.timings, phase), find_phase(quality.reference_timings, phase)
     if ours is None or base is None or ours == base or base.total <= 0:
-        return "-"
+        return ""
     return f"{ours.total / base.total:.2f}"
 
 
@@ -111,9 +135,10 @@ def definitions(found: Report) -> list[str]:
             "text, token or masked place, or both ends of an answer.",
         ]
     lines += [
-        "CR = N_original / N_compressed, in bytes of weights that the engine reads (each byte once), and in "
-        "parameters, where scales count as numbers that were added.",
-        "T_c is inside the engine, T_p is tokenizing, building inputs, choosing tokens, T_s is the rest of the call.",
+        "CR = N_original / N_compressed, of the bytes of weights that the engine reads (each once), and of parameters "
+        "with the scales that were added.",
+        "T_c is inside the engine; T_p tokenizes, builds inputs and chooses tokens; T_s is the rest of the call. "
+        "Shares are of fp32's time as it was measured with the variant, one after the other.",
     ]
     return lines
 
@@ -122,6 +147,7 @@ __all__ = [
     "algorithm",
     "bits_per_parameter",
     "definitions",
+    "difference",
     "find_phase",
     "layer_groups",
     "milliseconds",
@@ -129,6 +155,7 @@ __all__ = [
     "number",
     "perplexity",
     "phase_names",
+    "scope",
     "signed",
     "span",
     "time_share",

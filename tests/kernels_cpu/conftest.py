@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 import accel_cpu
+import pytest
 from accel_cpu.library import INSTRUCTION_SETS
 
 

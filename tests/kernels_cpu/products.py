@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import accel_cpu
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-
-import accel_cpu
 
 SMALLEST = 1e-30  # magnitudes below it count as zero
 ACTIVATIONS: dict[str, Callable[[NDArray], NDArray]] = {
@@ -152,8 +151,15 @@ def open_session(
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def open_product(product: Product, threads: int = 2, **changed: Any) -> onnxruntime.InferenceSession:
-    """A session of a product; ``changed`` replaces attributes or initializers."""
+def open_product(
+    product: Product, threads: int = 2, fed: bool = False, **changed: Any
+) -> onnxruntime.InferenceSession:
+    """A session of a product.
+
+    Args:
+        fed: The weight is no initializer: it comes with each run.
+        changed: Attributes or initializers in place of the product's own.
+    """
     initializers = product.packed()
     order = ["x", "weight", "scales", "bias", "x_scale", "residual"]
     inputs: dict[str, Any] = {"x": (TensorProto.FLOAT, None)}
@@ -162,6 +168,9 @@ def open_product(product: Product, threads: int = 2, **changed: Any) -> onnxrunt
     attributes |= {"block_size": product.block, "activation": product.activation, "gated": int(product.up is not None)}
     for name, value in changed.items():
         (initializers if name in initializers else attributes)[name] = value
+    if fed:
+        inputs |= {name: (helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for name, v in initializers.items()}
+        initializers = {}
     present = [name if name in initializers or name in inputs else "" for name in order]
     return open_session(accel_cpu.MATMUL, inputs, initializers, present, threads, **attributes)
 

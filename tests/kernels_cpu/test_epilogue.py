@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from tests.kernels_cpu.products import ACTIVATIONS, Product, assert_close, open_product, random_product, run
 
 

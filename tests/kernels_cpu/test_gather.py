@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import accel_cpu
 import numpy as np
 import onnxruntime
 import pytest
 from onnx import TensorProto
-from tests.kernels_cpu.products import Product, open_session, random_product, run
 
-import accel_cpu
+from tests.kernels_cpu.products import Product, open_session, random_product, run
 
 
 def open_table(product: Product) -> onnxruntime.InferenceSession:

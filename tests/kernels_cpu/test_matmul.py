@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+
 from tests.kernels_cpu.products import Product, assert_close, open_product, random_product, run
 
 SCHEMES = [(8, 0), (8, 32), (8, 64), (8, 128), (4, 0), (4, 32), (4, 64), (4, 128)]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
+import accel_cpu
 import numpy as np
 import pytest
-
-import accel_cpu
 
 
 def random_values(outputs: int, inputs: int, bits: int) -> np.ndarray:

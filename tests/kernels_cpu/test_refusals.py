@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import accel_cpu
 import numpy as np
 import pytest
-from tests.kernels_cpu.products import open_product, random_product, run
 
-import accel_cpu
+from tests.kernels_cpu.products import open_product, random_product, run
 
 
 @pytest.mark.parametrize(
@@ -37,15 +37,25 @@ def test_attributes(changed: dict[str, Any], message: str) -> None:
     ],
 )
 def test_initializers(changed: dict[str, Any], message: str) -> None:
-    session = open_product(random_product(32, 64, 8, 0, biased=True), **changed)
+    product = random_product(32, 64, 8, 0, biased=True)
+    with pytest.raises(Exception, match=message):  # when it is opened
+        open_product(product, **changed)
+    session = open_product(product, fed=True, **changed)
+    fed = product.packed() | changed
     with pytest.raises(Exception, match=message):
-        run(session, x=np.zeros((1, 64), np.float32))
+        run(session, x=np.zeros((1, 64), np.float32), **fed)
+
+
+def test_initializers_may_come_with_each_run() -> None:
+    product = random_product(32, 64, 4, 32, biased=True)
+    x = np.random.default_rng(0).standard_normal((3, 64), np.float32)
+    expected = run(open_product(product), x=x)
+    np.testing.assert_array_equal(run(open_product(product, fed=True), x=x, **product.packed()), expected)
 
 
 def test_scales_of_groups_must_be_half() -> None:
-    session = open_product(random_product(32, 64, 8, 32), scales=np.zeros(64, np.float32))
     with pytest.raises(Exception, match="scales must be float16 or uint16"):
-        run(session, x=np.zeros((1, 64), np.float32))
+        open_product(random_product(32, 64, 8, 32), scales=np.zeros(64, np.float32))
 
 
 def test_scales_as_uint16_are_read_as_half() -> None:

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+
 from tests.kernels_cpu.products import assert_close, open_product, random_product, run
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accel.bench.peers.accel_peer import AccelPeer, AccelW4G32, AccelW8A8, TorchBundlePeer
+from accel.bench.peers.accel_peer import AccelOpenVINOBf16, AccelPeer, AccelW4G32, AccelW8A8, TorchBundlePeer
 from accel.bench.peers.base import Peer, Unsupported
 from accel.bench.peers.ctranslate2_peer import CTranslate2, CTranslate2Int8
 from accel.bench.peers.genai import Genai, GenaiInt4, GenaiInt8
@@ -32,6 +32,7 @@ PEERS: dict[str, type[Peer]] = {
         AccelPeer,
         AccelW8A8,
         AccelW4G32,
+        AccelOpenVINOBf16,
         TorchBundlePeer,
         TorchEager,
         OrtDynamo,

@@ -1,7 +1,7 @@
 #include "context.h"
 
-#include <cstdarg>
-#include <cstdio>
+#include <stdarg.h>
+#include <stdio.h>
 
 namespace accel_cpu {
 
@@ -9,7 +9,7 @@ OrtStatus* invalid(const OrtApi& api, const char* format, ...) {
   char message[320];
   va_list values;
   va_start(values, format);
-  std::vsnprintf(message, sizeof message, format, values);
+  vsnprintf(message, sizeof message, format, values);
   va_end(values);
   return api.CreateStatus(ORT_INVALID_ARGUMENT, message);
 }
@@ -26,15 +26,7 @@ OrtStatus* status_of(const OrtApi& api, Outcome outcome) {
   return api.CreateStatus(ORT_FAIL, "accel.cpu: ONNX Runtime's thread pool refused the work");
 }
 
-OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t index, Tensor* tensor,
-                      Dimensions* dimensions) {
-  size_t count = 0;
-  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetInputCount(context, &count));
-  *tensor = {};
-  if (index >= count) return nullptr;
-  const OrtValue* value = nullptr;
-  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetInput(context, index, &value));
-  if (value == nullptr) return nullptr;
+OrtStatus* read_tensor(const OrtApi& api, const OrtValue* value, Tensor* tensor, Dimensions* dimensions) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   ACCEL_RETURN_IF_ERROR(api.GetTensorTypeAndShape(value, &info));
   size_t elements = 0;
@@ -43,8 +35,7 @@ OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t
   if (status == nullptr && dimensions != nullptr) {
     status = api.GetDimensionsCount(info, &dimensions->rank);
     if (status == nullptr && dimensions->rank > kMaxRank) {
-      status = invalid(api, "accel.cpu: input %zu has rank %zu; at most %zu is supported", index, dimensions->rank,
-                       kMaxRank);
+      status = invalid(api, "accel.cpu: an input has rank %zu; at most %zu is supported", dimensions->rank, kMaxRank);
     }
     if (status == nullptr) status = api.GetDimensions(info, dimensions->sizes, dimensions->rank);
   }
@@ -56,6 +47,28 @@ OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t
   static const char nothing = 0;
   tensor->data = data != nullptr ? data : &nothing;  // an empty tensor is there all the same
   return nullptr;
+}
+
+OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t index, Tensor* tensor,
+                      Dimensions* dimensions) {
+  size_t count = 0;
+  *tensor = {};
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetInputCount(context, &count));
+  if (index >= count) return nullptr;
+  const OrtValue* value = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetInput(context, index, &value));
+  return value == nullptr ? nullptr : read_tensor(api, value, tensor, dimensions);
+}
+
+OrtStatus* read_constant(const OrtApi& api, const OrtKernelInfo* info, size_t index, Tensor* tensor) {
+  size_t count = 0;
+  *tensor = {};
+  ACCEL_RETURN_IF_ERROR(api.KernelInfo_GetInputCount(info, &count));
+  if (index >= count) return nullptr;
+  int constant = 0;
+  const OrtValue* value = nullptr;
+  ACCEL_RETURN_IF_ERROR(api.KernelInfoGetConstantInput_tensor(info, index, &constant, &value));
+  return constant == 0 || value == nullptr ? nullptr : read_tensor(api, value, tensor, nullptr);
 }
 
 OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, const Dimensions& dimensions, float** data) {
@@ -76,15 +89,20 @@ OrtStatus* read_text(const OrtApi& api, const OrtKernelInfo* info, const char* n
   return api.KernelInfoGetAttribute_string(info, name, text, &size);
 }
 
-bool OrtPool::run(Task task, size_t count, void* data) {
-  if (count == 1) {
-    task(data, 0);
-    return true;
-  }
-  OrtStatus* status = api_.KernelContext_ParallelFor(context_, task, count, 0, data);
-  if (status == nullptr) return true;
-  api_.ReleaseStatus(status);
-  return false;
+Pool session_threads(const OrtApi& api, const OrtKernelContext* context) {
+  const auto run = [](const Pool& pool, Pool::Task task, size_t count, void* data) {
+    if (count == 1) {
+      task(data, 0);
+      return true;
+    }
+    const OrtApi& api = *static_cast<const OrtApi*>(pool.api);
+    const auto* context = static_cast<const OrtKernelContext*>(pool.context);
+    OrtStatus* status = api.KernelContext_ParallelFor(context, task, count, 0, data);
+    if (status == nullptr) return true;
+    api.ReleaseStatus(status);
+    return false;
+  };
+  return {run, &api, context};
 }
 
 }  // namespace accel_cpu

@@ -1,7 +1,7 @@
 // Thin readers over ONNX Runtime's C API: every failure becomes an OrtStatus.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 #include "../third_party/onnxruntime_c_api.h"
 #include "matmul.h"
@@ -28,8 +28,11 @@ struct Dimensions {
 };
 
 // dimensions may be nullptr.
+OrtStatus* read_tensor(const OrtApi& api, const OrtValue* value, Tensor* tensor, Dimensions* dimensions);
 OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t index, Tensor* tensor,
                       Dimensions* dimensions);
+// Of an initializer, whose memory stays where it is as long as the session lives; absent for what comes with each run.
+OrtStatus* read_constant(const OrtApi& api, const OrtKernelInfo* info, size_t index, Tensor* tensor);
 OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, const Dimensions& dimensions, float** data);
 OrtStatus* read_integer(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* value);
 OrtStatus* read_text(const OrtApi& api, const OrtKernelInfo* info, const char* name, char* text, size_t size);
@@ -38,14 +41,6 @@ OrtStatus* invalid(const OrtApi& api, const char* format, ...) __attribute__((fo
 OrtStatus* status_of(const OrtApi& api, Outcome outcome);
 
 // ONNX Runtime's own threads, those of the session that runs.
-class OrtPool final : public Pool {
- public:
-  OrtPool(const OrtApi& api, const OrtKernelContext* context) : api_(api), context_(context) {}
-  bool run(Task task, size_t count, void* data) override;
-
- private:
-  const OrtApi& api_;
-  const OrtKernelContext* context_;
-};
+Pool session_threads(const OrtApi& api, const OrtKernelContext* context);
 
 }  // namespace accel_cpu

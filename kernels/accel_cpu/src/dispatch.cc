@@ -1,6 +1,6 @@
 // Which instruction set this CPU and its system run.
-#include <cstdlib>
-#include <cstring>
+#include <stdlib.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -36,12 +36,12 @@ Features detect() {
 }  // namespace
 
 const KernelTable* choose_kernels(const char** error) {
-  static const Features features = detect();
+  const Features features = detect();
   const KernelTable* tables[] = {features.avx512vnni ? avx512_kernels() : nullptr,
                                  features.avx2 ? avx2_kernels() : nullptr, portable_kernels()};
-  const char* wanted = std::getenv("ACCEL_CPU_ISA");
+  const char* wanted = getenv("ACCEL_CPU_ISA");
   for (const KernelTable* table : tables) {
-    if (table != nullptr && (wanted == nullptr || wanted[0] == '\0' || std::strcmp(wanted, table->name) == 0)) {
+    if (table != nullptr && (wanted == nullptr || wanted[0] == '\0' || strcmp(wanted, table->name) == 0)) {
       return table;
     }
   }

@@ -3,6 +3,13 @@
 
 #include "layout.h"
 
+// Before a loop of few turns over registers, which must not become memory.
+#if defined(__clang__)
+#define ACCEL_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ACCEL_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace accel_cpu {
 
 enum class Activation { kNone, kGelu, kGeluTanh, kSilu };
@@ -53,6 +60,21 @@ const KernelTable* choose_kernels(const char** error);
 // Rows of the table, dequantised: result [count, inputs]. Every id is in range.
 void gather_rows(const Weight& weight, const int64_t* ids, int64_t first, int64_t last, float* result);
 
-float half_to_float(uint16_t half);
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t magnitude = half & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000u | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x400) {
+    bits = sign | ((magnitude << 13) + 0x38000000u);
+  } else {  // subnormal: a multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign != 0 ? -value : value;
+  }
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
 
 }  // namespace accel_cpu

@@ -1,8 +1,8 @@
 // How a quantised weight lies in memory; packing.py writes it and documents it.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include <stddef.h>
+#include <stdint.h>
 
 namespace accel_cpu {
 

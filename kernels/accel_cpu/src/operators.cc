@@ -1,6 +1,6 @@
 // The operators of the domain accel.cpu, as ONNX Runtime sees them.
-#include <cstring>
-#include <new>
+#include <stdlib.h>
+#include <string.h>
 
 #include "context.h"
 
@@ -8,6 +8,9 @@ namespace accel_cpu {
 namespace {
 
 constexpr char kDomain[] = "accel.cpu";
+
+// Inputs; the last three are those of the product, and optional.
+constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5;
 
 // Attributes of both operators: N, K, bits, block_size; those of the product: activation, gated.
 struct Kernel {
@@ -17,6 +20,12 @@ struct Kernel {
   int64_t features;  // N
   Activation activation = Activation::kNone;
   bool gated = false;
+  // What is an initializer is checked once, when the kernel is made; nullptr: it comes with each run.
+  const uint8_t* values = nullptr;
+  const void* scales = nullptr;
+  const float* bias = nullptr;
+
+  int64_t biases() const { return gated ? shape.outputs : features; }
 };
 
 OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Kernel* kernel) {
@@ -56,12 +65,52 @@ OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Kernel* k
                {"gelu_tanh", Activation::kGeluTanh},
                {"silu", Activation::kSilu}};
   for (const auto& one : known) {
-    if (std::strcmp(name, one.name) == 0) {
+    if (strcmp(name, one.name) == 0) {
       kernel->activation = one.activation;
       return nullptr;
     }
   }
   return invalid(api, "accel.cpu: activation '%s'; must be '', 'gelu', 'gelu_tanh' or 'silu'", name);
+}
+
+OrtStatus* check_values(const Kernel& kernel, const Tensor& values) {
+  if (values.elements == kernel.shape.bytes()) return nullptr;
+  return invalid(*kernel.api, "accel.cpu: the packed weight has %lld bytes, but N, K and bits take %lld",
+                 static_cast<long long>(values.elements), static_cast<long long>(kernel.shape.bytes()));
+}
+
+OrtStatus* check_scales(const Kernel& kernel, const Tensor& scales) {
+  const int64_t numbers = kernel.shape.outputs * kernel.shape.blocks();
+  if (scales.elements != numbers) {
+    return invalid(*kernel.api, "accel.cpu: there are %lld scales, but N, K and block_size take %lld",
+                   static_cast<long long>(scales.elements), static_cast<long long>(numbers));
+  }
+  const bool is_float = scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  const bool is_half =
+      scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 || scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
+  if (kernel.shape.block == 0 ? is_float : is_half) return nullptr;
+  return invalid(*kernel.api, "accel.cpu: scales must be %s",
+                 kernel.shape.block == 0 ? "float32" : "float16 or uint16");
+}
+
+OrtStatus* check_floats(const OrtApi& api, const Tensor& tensor, const char* name, int64_t elements) {
+  if (tensor.data == nullptr || tensor.elements == elements) return nullptr;
+  return invalid(api, "accel.cpu: %s has %lld elements; must have %lld", name,
+                 static_cast<long long>(tensor.elements), static_cast<long long>(elements));
+}
+
+OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool product, Kernel* kernel) {
+  Tensor values, scales, bias;
+  ACCEL_RETURN_IF_ERROR(read_constant(api, info, kWeight, &values));
+  ACCEL_RETURN_IF_ERROR(read_constant(api, info, kScales, &scales));
+  if (product) ACCEL_RETURN_IF_ERROR(read_constant(api, info, kBias, &bias));
+  if (values.data != nullptr) ACCEL_RETURN_IF_ERROR(check_values(*kernel, values));
+  if (scales.data != nullptr) ACCEL_RETURN_IF_ERROR(check_scales(*kernel, scales));
+  ACCEL_RETURN_IF_ERROR(check_floats(api, bias, "bias", kernel->biases()));
+  kernel->values = static_cast<const uint8_t*>(values.data);
+  kernel->scales = scales.data;
+  kernel->bias = static_cast<const float*>(bias.data);
+  return nullptr;
 }
 
 OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, bool product, void** result) {
@@ -73,33 +122,27 @@ OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, bool product, vo
   if (kernel.table == nullptr) return invalid(*api, "accel.cpu: %s", error);
   if (product) ACCEL_RETURN_IF_ERROR(read_epilogue(*api, info, &kernel));
   ACCEL_RETURN_IF_ERROR(read_shape(*api, info, &kernel));
-  *result = new (std::nothrow) Kernel(kernel);
-  return *result == nullptr ? api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel") : nullptr;
+  ACCEL_RETURN_IF_ERROR(read_initializers(*api, info, product, &kernel));
+  Kernel* kept = static_cast<Kernel*>(malloc(sizeof kernel));
+  if (kept == nullptr) return api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel");
+  *kept = kernel;
+  *result = kept;
+  return nullptr;
 }
 
 OrtStatus* read_weight(const Kernel& kernel, const OrtKernelContext* context, Weight* weight) {
-  const OrtApi& api = *kernel.api;
-  Tensor values, scales;
-  ACCEL_RETURN_IF_ERROR(read_input(api, context, 1, &values, nullptr));
-  ACCEL_RETURN_IF_ERROR(read_input(api, context, 2, &scales, nullptr));
-  weight->shape = kernel.shape;
-  const int64_t numbers = kernel.shape.outputs * kernel.shape.blocks();
-  if (values.elements != kernel.shape.bytes()) {
-    return invalid(api, "accel.cpu: the packed weight has %lld bytes, but N, K and bits take %lld",
-                   static_cast<long long>(values.elements), static_cast<long long>(kernel.shape.bytes()));
+  *weight = {kernel.shape, kernel.values, kernel.scales};
+  Tensor tensor;
+  if (weight->values == nullptr) {
+    ACCEL_RETURN_IF_ERROR(read_input(*kernel.api, context, kWeight, &tensor, nullptr));
+    ACCEL_RETURN_IF_ERROR(check_values(kernel, tensor));
+    weight->values = static_cast<const uint8_t*>(tensor.data);
   }
-  if (scales.elements != numbers) {
-    return invalid(api, "accel.cpu: there are %lld scales, but N, K and block_size take %lld",
-                   static_cast<long long>(scales.elements), static_cast<long long>(numbers));
+  if (weight->scales == nullptr) {
+    ACCEL_RETURN_IF_ERROR(read_input(*kernel.api, context, kScales, &tensor, nullptr));
+    ACCEL_RETURN_IF_ERROR(check_scales(kernel, tensor));
+    weight->scales = tensor.data;
   }
-  const bool is_float = scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-  const bool is_half =
-      scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 || scales.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT16;
-  if (kernel.shape.block == 0 ? !is_float : !is_half) {
-    return invalid(api, "accel.cpu: scales must be %s", kernel.shape.block == 0 ? "float32" : "float16 or uint16");
-  }
-  weight->values = static_cast<const uint8_t*>(values.data);
-  weight->scales = scales.data;
   return nullptr;
 }
 
@@ -108,22 +151,18 @@ OrtStatus* read_floats(const OrtApi& api, const OrtKernelContext* context, size_
   Tensor tensor;
   ACCEL_RETURN_IF_ERROR(read_input(api, context, index, &tensor, nullptr));
   *data = static_cast<const float*>(tensor.data);
-  if (tensor.data != nullptr && tensor.elements != elements) {
-    return invalid(api, "accel.cpu: %s has %lld elements; must have %lld", name,
-                   static_cast<long long>(tensor.elements), static_cast<long long>(elements));
-  }
-  return nullptr;
+  return check_floats(api, tensor, name, elements);
 }
 
 struct QuantizedMatMul {
   static constexpr const char* kName = "QuantizedMatMul";
-  static constexpr size_t kInputs = 6, kRequired = 3;  // x, weight, scales; bias, x_scale, residual
+  static constexpr size_t kInputs = 6, kRequired = 3;
   static constexpr bool kProduct = true;
 
   static ONNXTensorElementDataType input_type(size_t index) {
-    return index == 1   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
-           : index == 2 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED  // float32, float16 or uint16
-                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    return index == kWeight   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
+           : index == kScales ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED  // float32, float16 or uint16
+                              : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
 
   static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
@@ -131,42 +170,45 @@ struct QuantizedMatMul {
     Tensor x;
     Dimensions dimensions;
     Weight weight;
-    ACCEL_RETURN_IF_ERROR(read_input(api, context, 0, &x, &dimensions));
+    ACCEL_RETURN_IF_ERROR(read_input(api, context, kData, &x, &dimensions));
     if (dimensions.rank == 0 || dimensions.sizes[dimensions.rank - 1] != kernel.shape.inputs) {
       return invalid(api, "accel.cpu: x must end in a dimension of K = %lld",
                      static_cast<long long>(kernel.shape.inputs));
     }
     ACCEL_RETURN_IF_ERROR(read_weight(kernel, context, &weight));
     const int64_t rows = x.elements / kernel.shape.inputs;
-    const int64_t biases = kernel.gated ? kernel.shape.outputs : kernel.features;
     Epilogue epilogue;
     epilogue.features = kernel.features;
     epilogue.activation = kernel.activation;
     epilogue.gated = kernel.gated;
     const float* x_scale = nullptr;
-    ACCEL_RETURN_IF_ERROR(read_floats(api, context, 3, "bias", biases, &epilogue.bias));
-    ACCEL_RETURN_IF_ERROR(read_floats(api, context, 4, "x_scale", 1, &x_scale));
-    ACCEL_RETURN_IF_ERROR(read_floats(api, context, 5, "residual", rows * kernel.features, &epilogue.residual));
+    epilogue.bias = kernel.bias;
+    if (kernel.bias == nullptr) {
+      ACCEL_RETURN_IF_ERROR(read_floats(api, context, kBias, "bias", kernel.biases(), &epilogue.bias));
+    }
+    ACCEL_RETURN_IF_ERROR(read_floats(api, context, kFixedScale, "x_scale", 1, &x_scale));
+    const int64_t results = rows * kernel.features;
+    ACCEL_RETURN_IF_ERROR(read_floats(api, context, kResidual, "residual", results, &epilogue.residual));
     if (x_scale != nullptr && !(*x_scale > 1e-30f && *x_scale < 1e30f)) {
       return invalid(api, "accel.cpu: x_scale = %g; must be a positive number", static_cast<double>(*x_scale));
     }
     dimensions.sizes[dimensions.rank - 1] = kernel.features;
     ACCEL_RETURN_IF_ERROR(make_output(api, context, dimensions, &epilogue.result));
-    OrtPool pool(api, context);
     return status_of(api, quantized_matmul(*kernel.table, weight, static_cast<const float*>(x.data), rows,
-                                           x_scale == nullptr ? 0.0f : *x_scale, epilogue, pool));
+                                           x_scale == nullptr ? 0.0f : *x_scale, epilogue,
+                                           session_threads(api, context)));
   }
 };
 
 struct QuantizedGather {
   static constexpr const char* kName = "QuantizedGather";
-  static constexpr size_t kInputs = 3, kRequired = 3;  // ids, weight, scales
+  static constexpr size_t kInputs = 3, kRequired = 3;
   static constexpr bool kProduct = false;
 
   static ONNXTensorElementDataType input_type(size_t index) {
-    return index == 0   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
-           : index == 1 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
-                        : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    return index == kData     ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
+           : index == kWeight ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
+                              : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   }
 
   static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
@@ -174,7 +216,7 @@ struct QuantizedGather {
     Tensor ids;
     Dimensions dimensions;
     Weight weight;
-    ACCEL_RETURN_IF_ERROR(read_input(api, context, 0, &ids, &dimensions));
+    ACCEL_RETURN_IF_ERROR(read_input(api, context, kData, &ids, &dimensions));
     ACCEL_RETURN_IF_ERROR(read_weight(kernel, context, &weight));
     const int64_t* values = static_cast<const int64_t*>(ids.data);
     for (int64_t i = 0; i < ids.elements; ++i) {
@@ -187,13 +229,12 @@ struct QuantizedGather {
     dimensions.sizes[dimensions.rank++] = kernel.shape.inputs;
     float* result = nullptr;
     ACCEL_RETURN_IF_ERROR(make_output(api, context, dimensions, &result));
-    OrtPool pool(api, context);
-    return status_of(api, quantized_gather(weight, values, ids.elements, result, pool));
+    return status_of(api, quantized_gather(weight, values, ids.elements, result, session_threads(api, context)));
   }
 };
 
 template <class Operator>
-OrtCustomOp describe() {
+constexpr OrtCustomOp describe() {
   OrtCustomOp op{};
   op.version = ORT_API_VERSION;
   op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
@@ -202,7 +243,7 @@ OrtCustomOp describe() {
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return Operator::compute(*static_cast<const Kernel*>(kernel), context);
   };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  op.KernelDestroy = [](void* kernel) { free(kernel); };
   op.GetName = [](const OrtCustomOp*) { return Operator::kName; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
   op.GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
@@ -224,8 +265,8 @@ OrtCustomOp describe() {
 }
 
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
-  static const OrtCustomOp matmul = describe<QuantizedMatMul>();
-  static const OrtCustomOp gather = describe<QuantizedGather>();
+  static constexpr OrtCustomOp matmul = describe<QuantizedMatMul>();
+  static constexpr OrtCustomOp gather = describe<QuantizedGather>();
   OrtCustomOpDomain* domain = nullptr;
   ACCEL_RETURN_IF_ERROR(api.CreateCustomOpDomain(kDomain, &domain));
   OrtStatus* status = api.CustomOpDomain_Add(domain, &matmul);

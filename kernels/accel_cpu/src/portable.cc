@@ -1,147 +1,105 @@
-// Plain C++ for every CPU; loops over short arrays, which compilers turn into what vectors the CPU has.
+// For every CPU: vectors of 16 bytes, which compilers turn into what the CPU has (SSE2, NEON) or into plain code.
 #include "kernels.h"
 
 namespace accel_cpu {
 namespace {
 
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bytes are taken out of words by shifts");
+
+using Float4 = float __attribute__((vector_size(16)));
+using Int4 = int32_t __attribute__((vector_size(16)));
+using Short8 = int16_t __attribute__((vector_size(16)));
+
+template <class To, class From>
+inline To cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
 struct Portable {
-  static constexpr int L = 16;
-  struct F {
-    float v[L];
-  };
-  struct I {
-    int32_t v[L];
-  };
+  static constexpr int L = 4;
+  using F = Float4;
+  using I = Int4;
+  // Products are formed in 16 bits: inputs 0 and 2, and 1 and 3, of each output; 2 * 127 * 128 fits.
   struct X {
-    int8_t v[4];
+    Short8 even, odd;
   };
-  struct W8 {
-    int8_t v[L * 4];
-  };
-  using W4 = W8;
+  using W8 = X;
+  using W4 = X;
 
   static constexpr int kZero8 = 0, kZero4 = 0;
-  static constexpr int kRows = 2, kVectors = 1, kBlockRows = 2, kBlockVectors = 1, kFewRows = 1, kFewVectors = 1;
+  static constexpr int kRows = 3, kVectors = 2, kBlockRows = 2, kBlockVectors = 2, kFewRows = 1, kFewVectors = 4;
 
-  template <class Function>
-  static F each(Function function) {
-    F result;
-    for (int i = 0; i < L; ++i) result.v[i] = function(i);
-    return result;
-  }
-
-  static F set(float x) {
-    return each([&](int) { return x; });
-  }
-  static F add(F a, F b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
-  }
-  static F sub(F a, F b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
-  }
-  static F mul(F a, F b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
-  }
-  static F div(F a, F b) {
-    return each([&](int i) { return a.v[i] / b.v[i]; });
-  }
-  static F fma(F a, F b, F c) {
-    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
-  }
-  static F min(F a, F b) {
-    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
-  }
-  static F max(F a, F b) {
-    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
-  }
-  static float round_one(float x) {  // to even, for |x| < 2^22: the sum has no room for a fraction
-    constexpr float kShift = 12582912.0f;
-    return (x + kShift) - kShift;
-  }
-  static F round(F x) {
-    return each([&](int i) { return round_one(x.v[i]); });
+  static F set(float x) { return F{x, x, x, x}; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F round(F x) {  // to even, for |x| < 2^22: the sum has no room for a fraction
+    const F shift = set(12582912.0f);
+    return (x + shift) - shift;
   }
   static F scale2(F x, F n) {
-    return each([&](int i) {
-      const float exponent = n.v[i] == n.v[i] ? n.v[i] : 0.0f;  // x is NaN too then
-      const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(exponent) + 127) << 23;
-      float power;
-      __builtin_memcpy(&power, &bits, sizeof power);
-      return x.v[i] * power;
-    });
+    const F finite = n == n ? n : set(0.0f);  // where n is NaN, so is x
+    return x * cast<F>((__builtin_convertvector(finite, I) + 127) << 23);
   }
-  static F select_negative(F x, F a, F b) {
-    return each([&](int i) { return x.v[i] < 0.0f ? a.v[i] : b.v[i]; });
-  }
+  static F select_negative(F x, F a, F b) { return x < 0.0f ? a : b; }
   static F load(const float* p) {
-    return each([&](int i) { return p[i]; });
+    F x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
   }
-  static void store(float* p, F x) {
-    for (int i = 0; i < L; ++i) p[i] = x.v[i];
-  }
+  static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
   static F load_scales(const uint16_t* p) {
-    return each([&](int i) { return half_to_float(p[i]); });
+    return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
   }
 
-  static I set_int(int32_t x) {
-    I result;
-    for (int i = 0; i < L; ++i) result.v[i] = x;
-    return result;
-  }
-  static I add_int(I a, I b) {
-    for (int i = 0; i < L; ++i) a.v[i] += b.v[i];
-    return a;
-  }
-  static F to_float(I x) {
-    return each([&](int i) { return static_cast<float>(x.v[i]); });
-  }
-  static int32_t sum(I x) {
-    int32_t total = 0;
-    for (int i = 0; i < L; ++i) total += x.v[i];
-    return total;
-  }
+  static I set_int(int32_t x) { return I{x, x, x, x}; }
+  static I add_int(I a, I b) { return a + b; }
+  static F to_float(I x) { return __builtin_convertvector(x, F); }
+  static int32_t sum(I x) { return x[0] + x[1] + x[2] + x[3]; }
 
   static I magnitude(I largest, F x) {
-    for (int i = 0; i < L; ++i) {
-      int32_t bits;
-      __builtin_memcpy(&bits, &x.v[i], sizeof bits);
-      bits &= 0x7fffffff;
-      largest.v[i] = bits > largest.v[i] ? bits : largest.v[i];
-    }
-    return largest;
+    const I bits = cast<I>(x) & 0x7fffffff;
+    return bits > largest ? bits : largest;
   }
   static uint32_t largest_bits(I x) {
     int32_t largest = 0;
-    for (int i = 0; i < L; ++i) largest = x.v[i] > largest ? x.v[i] : largest;
+    for (int i = 0; i < L; ++i) largest = x[i] > largest ? x[i] : largest;
     return static_cast<uint32_t>(largest);
   }
   static I quantize(int8_t* p, F x, F inverse) {
-    const F value = round(max(set(-127.0f), min(set(127.0f), mul(x, inverse))));
-    I whole;
-    for (int i = 0; i < L; ++i) {
-      whole.v[i] = static_cast<int32_t>(value.v[i]);
-      p[i] = static_cast<int8_t>(whole.v[i]);
-    }
+    const F value = max(set(-127.0f), min(set(127.0f), mul(x, inverse)));
+    const I whole = __builtin_convertvector(round(value), I);
+    for (int i = 0; i < L; ++i) p[i] = static_cast<int8_t>(whole[i]);
     return whole;
   }
 
-  static W8 load8(const uint8_t* p) {
-    W8 result;
-    for (int i = 0; i < L * 4; ++i) result.v[i] = static_cast<int8_t>(p[i] ^ 0x80);
-    return result;
+  static X widen(Short8 bytes) { return {static_cast<Short8>(bytes << 8) >> 8, bytes >> 8}; }
+  static Short8 load_bytes(const uint8_t* p) {
+    Short8 bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return bytes;
   }
+  static W8 load8(const uint8_t* p) { return widen(load_bytes(p) ^ static_cast<int16_t>(0x8080)); }
   static void load4(const uint8_t* p, W4& low, W4& high) {
-    for (int i = 0; i < L * 4; ++i) {
-      low.v[i] = static_cast<int8_t>((p[i] & 15) - 8);
-      high.v[i] = static_cast<int8_t>((p[i] >> 4) - 8);
-    }
+    const Short8 both = load_bytes(p);
+    low = {(both & 15) - 8, (both >> 8 & 15) - 8};
+    high = {(both >> 4 & 15) - 8, (both >> 12 & 15) - 8};
   }
-  static X broadcast(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
-  static I dot(I sums, const W8& w, X x) {
-    for (int i = 0; i < L; ++i) {
-      for (int j = 0; j < 4; ++j) sums.v[i] += w.v[4 * i + j] * x.v[j];
-    }
-    return sums;
+  static X broadcast(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return widen(cast<Short8>(set_int(four)));
+  }
+  static I dot(I sums, W8 w, X x) {
+    const I pairs = cast<I>(w.even * x.even + w.odd * x.odd);
+    return sums + (static_cast<I>(pairs << 16) >> 16) + (pairs >> 16);
   }
 };
 
@@ -155,45 +113,27 @@ constexpr KernelTable kTable{"portable", quantize_rows<Portable>, multiply<Porta
 
 const KernelTable* portable_kernels() { return &kTable; }
 
-float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t magnitude = half & 0x7fff;
-  uint32_t bits;
-  if (magnitude >= 0x7c00) {
-    bits = sign | 0x7f800000u | (magnitude & 0x3ff) << 13;
-  } else if (magnitude >= 0x400) {
-    bits = sign | ((magnitude << 13) + 0x38000000u);
-  } else {  // subnormal: a multiple of 2^-24
-    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
-    return sign != 0 ? -value : value;
-  }
-  float result;
-  __builtin_memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
 void gather_rows(const Weight& weight, const int64_t* ids, int64_t first, int64_t last, float* result) {
   const WeightShape& shape = weight.shape;
   const int64_t blocks = shape.blocks();
-  const int per_step = shape.bits == 8 ? 4 : 8;
+  const int64_t block = shape.block == 0 ? shape.inputs : shape.block;
   for (int64_t index = first; index < last; ++index) {
     const int64_t panel = ids[index] / kPanel;
     const int64_t column = ids[index] % kPanel;
     const int64_t width = shape.tiles(panel) * kTile;
     const uint8_t* w = weight.values + panel * kPanel * shape.bytes_per_output() + column * 4;
-    float* row = result + index * shape.inputs;
-    for (int64_t k = 0; k < shape.inputs; ++k) {
-      const int64_t within = k % per_step;
-      const uint8_t byte = w[k / per_step * width * 4 + within % 4];
-      const int value = shape.bits == 8 ? byte - 128 : (within < 4 ? byte & 15 : byte >> 4) - 8;
-      float scale;
-      if (shape.block == 0) {
-        scale = static_cast<const float*>(weight.scales)[ids[index]];
-      } else {
-        const uint16_t* scales = static_cast<const uint16_t*>(weight.scales) + panel * kPanel * blocks;
-        scale = half_to_float(scales[k / shape.block * width + column]);
+    const uint16_t* halves = static_cast<const uint16_t*>(weight.scales) + panel * kPanel * blocks + column;
+    for (int64_t start = 0; start < shape.inputs; start += block) {
+      const float scale = shape.block == 0 ? static_cast<const float*>(weight.scales)[ids[index]]
+                                           : half_to_float(halves[start / block * width]);
+      const int64_t stop = start + block < shape.inputs ? start + block : shape.inputs;
+      float* values = result + index * shape.inputs;
+      for (int64_t k = start; k < stop; ++k) {
+        const int64_t part = shape.bits == 8 ? k / 4 : k / 8;
+        const int byte = w[part * width * 4 + k % 4];
+        const int value = shape.bits == 8 ? byte - 128 : (k % 8 < 4 ? byte & 15 : byte >> 4) - 8;
+        values[k] = static_cast<float>(value) * scale;
       }
-      row[k] = static_cast<float>(value) * scale;
     }
   }
 }

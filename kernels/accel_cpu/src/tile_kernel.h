@@ -89,11 +89,11 @@ struct Step {
   static inline void run(I (&sums)[M][N], const int8_t* x, int64_t stride, const uint8_t* w) {
     if constexpr (BITS == 8) {
       typename V::W8 weights[N];
-      for (int n = 0; n < N; ++n) weights[n] = V::load8(w + n * V::L * 4);
+      ACCEL_UNROLL for (int n = 0; n < N; ++n) weights[n] = V::load8(w + n * V::L * 4);
       accumulate(sums, x, stride, weights);
     } else {
       typename V::W4 low[N], high[N];
-      for (int n = 0; n < N; ++n) V::load4(w + n * V::L * 4, low[n], high[n]);
+      ACCEL_UNROLL for (int n = 0; n < N; ++n) V::load4(w + n * V::L * 4, low[n], high[n]);
       accumulate(sums, x, stride, low);
       accumulate(sums, x + 4, stride, high);
     }
@@ -101,9 +101,9 @@ struct Step {
 
   template <class W>
   static inline void accumulate(I (&sums)[M][N], const int8_t* x, int64_t stride, const W (&weights)[N]) {
-    for (int m = 0; m < M; ++m) {
+    ACCEL_UNROLL for (int m = 0; m < M; ++m) {
       const typename V::X value = V::broadcast(x + m * stride);
-      for (int n = 0; n < N; ++n) sums[m][n] = V::dot(sums[m][n], weights[n], value);
+      ACCEL_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = V::dot(sums[m][n], weights[n], value);
     }
   }
 };
@@ -129,8 +129,8 @@ template <class V, int BITS, int M, int N>
 void row_product(const Operands& a) {
   using S = Step<V, BITS, M, N>;
   typename V::I sums[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) sums[m][n] = V::set_int(a.starts[m]);
+  ACCEL_UNROLL for (int m = 0; m < M; ++m) {
+    ACCEL_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = V::set_int(a.starts[m]);
   }
   const uint8_t* w = a.w;
   const int8_t* x = a.x;
@@ -140,9 +140,9 @@ void row_product(const Operands& a) {
     w += a.w_step;
   }
   const float* scales = static_cast<const float*>(a.w_scales);
-  for (int n = 0; n < N; ++n) {
+  ACCEL_UNROLL for (int n = 0; n < N; ++n) {
     const typename V::F w_scale = V::load(scales + n * V::L);
-    for (int m = 0; m < M; ++m) {
+    ACCEL_UNROLL for (int m = 0; m < M; ++m) {
       const typename V::F scale = V::mul(w_scale, V::set(a.x_scales[m]));
       V::store(a.sums + m * kPanel + n * V::L, V::mul(V::to_float(sums[m][n]), scale));
     }
@@ -154,16 +154,16 @@ template <class V, int BITS, int M, int N>
 void block_product(const Operands& a) {
   using S = Step<V, BITS, M, N>;
   typename V::F totals[M][N];
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) totals[m][n] = V::set(0.0f);
+  ACCEL_UNROLL for (int m = 0; m < M; ++m) {
+    ACCEL_UNROLL for (int n = 0; n < N; ++n) totals[m][n] = V::set(0.0f);
   }
   const uint8_t* w = a.w;
   const int8_t* x = a.x;
   const uint16_t* scales = static_cast<const uint16_t*>(a.w_scales);
   for (int64_t b = 0; b < a.blocks; ++b) {
     typename V::I sums[M][N];
-    for (int m = 0; m < M; ++m) {
-      for (int n = 0; n < N; ++n) sums[m][n] = V::set_int(a.starts[m * a.blocks + b]);
+    ACCEL_UNROLL for (int m = 0; m < M; ++m) {
+      ACCEL_UNROLL for (int n = 0; n < N; ++n) sums[m][n] = V::set_int(a.starts[m * a.blocks + b]);
     }
     const int64_t left = a.inputs - b * a.block;
     const int64_t count = left < a.block ? left : a.block;
@@ -172,17 +172,17 @@ void block_product(const Operands& a) {
       x += S::kInputs;
       w += a.w_step;
     }
-    for (int n = 0; n < N; ++n) {
+    ACCEL_UNROLL for (int n = 0; n < N; ++n) {
       const typename V::F w_scale = V::load_scales(scales + n * V::L);
-      for (int m = 0; m < M; ++m) {
+      ACCEL_UNROLL for (int m = 0; m < M; ++m) {
         const typename V::F scale = V::mul(w_scale, V::set(a.x_scales[m * a.blocks + b]));
         totals[m][n] = V::fma(V::to_float(sums[m][n]), scale, totals[m][n]);
       }
     }
     scales += a.scales_step;
   }
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < N; ++n) V::store(a.sums + m * kPanel + n * V::L, totals[m][n]);
+  ACCEL_UNROLL for (int m = 0; m < M; ++m) {
+    ACCEL_UNROLL for (int n = 0; n < N; ++n) V::store(a.sums + m * kPanel + n * V::L, totals[m][n]);
   }
 }
 
