@@ -17,7 +17,7 @@ from accel.errors import BundleError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated
+from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
 if TYPE_CHECKING:
@@ -114,11 +114,14 @@ class Addition:
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
         kept = [file for file in old.weights if file not in self.outdated()]
-        weights = tuple(dict.fromkeys((*kept, *(entry.weights or ()))))
+        # fp32's own file, read by another precision's graph, is no file of that precision: engines' keys would change.
+        lent = manifest.variants[BASE].weights if self.variant != BASE and self.target.rounds else ()
+        new = [file for file in entry.weights or () if file not in lent]
+        weights = tuple(dict.fromkeys((*kept, *new)))
         graphs = {**old.graphs, self.target.name: entry}
         quantization = self.quantization or old.quantization
-        new = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
-        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)
 
     def outdated(self) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that other graphs read are left."""
@@ -210,7 +213,7 @@ class Addition:
 
     def _reads_base(self) -> bool:
         """Whether the weights are fp32's own."""
-        return self.scheme.base == BASE and not self.scheme.quantized
+        return self.target.rounds or (self.scheme.base == BASE and not self.scheme.quantized)
 
     def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
         if self.target.name == CPU:
@@ -220,6 +223,10 @@ class Addition:
                     return stack.enter_context(self.extension.preview(manifest))
 
                 result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+        elif self.target.rounds:
+            with self.extension.preview(manifest) as whole:
+                session = opened(whole, self.scheme, self.target)
+                result = check_precision(self.bundle, self.scheme, self.target, session)
         else:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
             result = check_precision(self.bundle, self.scheme, self.target, session)

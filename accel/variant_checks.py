@@ -146,6 +146,19 @@ def evaluated(model: ir.Model, bundle: Bundle, target: Target, dtype: ir.DataTyp
     return session
 
 
+def opened(bundle: Bundle, scheme: Scheme, target: Target) -> Callable[[int, int], Any]:
+    """(rows, capacity) -> a session of the target's own engine over a bundle that has the variant."""
+
+    def session(rows: int, capacity: int) -> Any:
+        from accel.engines import open_session
+        from accel.engines.session import SessionOptions
+
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(bundle, engine=target.name, variant=scheme.name, options=options).session
+
+    return session
+
+
 def quantize_command(bundle: Bundle, variant: str, target: str) -> str:
     """The command that adds a variant."""
     return f"accel quantize {bundle.path} --variant {variant}" + ("" if target == DEFAULT else f" --target {target}")
@@ -185,5 +198,6 @@ __all__ = [
     "check_precision",
     "compare",
     "evaluated",
+    "opened",
     "quantize_command",
 ]
