@@ -1,13 +1,17 @@
-"""Metadata of the distribution ``accelrt``. The layout of accel_kernels/ and export_configs/ needs package_dir."""
+"""Metadata of the distribution ``accelrt``. The layout of kernels/ and export_configs/ needs package_dir."""
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "_build"))
+from native import BuildLibrary, PlatformWheel, extension  # noqa: E402
+
 VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "accel" / "__init__.py").read_text(), re.MULTILINE)
 assert VERSION is not None
 README = ROOT / "README.md"
@@ -18,7 +22,8 @@ CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
 STORE = ["fsspec", "cryptography>=42"]  # engines in object stores, and ed25519 signatures; a local folder needs neither
 S3 = ["s3fs>=2024.10", *STORE]  # the first with writes that fail if the object is there
-# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback; TensorRT-RTX builds engines without a GPU.
+# gguf and accelerate: reading GGUF; moto: a real S3 API on loopback; TensorRT-RTX builds engines without a GPU;
+# setuptools: how the library of CPU operators is built.
 LINUX_RTX = [f"{package}; sys_platform == 'linux'" for package in RTX]
 TEST = [
     "pytest",
@@ -28,6 +33,7 @@ TEST = [
     "gguf",
     "accelerate",
     "moto[server]",
+    "setuptools>=77",
     *S3,
     *EXPORT,
     *LINUX_RTX,
@@ -58,9 +64,19 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["accel", "accel.*"]), "accel.export_configs", "accel_kernels"],
-    package_dir={"accel_kernels": "kernels/accel_kernels", "accel.export_configs": "export_configs"},
-    package_data={"accel": ["py.typed"], "accel.export_configs": ["*.yaml"]},
+    packages=[*find_packages(include=["accel", "accel.*"]), "accel.export_configs", "accel_kernels", "accel_cpu"],
+    package_dir={
+        "accel_kernels": "kernels/accel_kernels",
+        "accel_cpu": "kernels/accel_cpu",
+        "accel.export_configs": "export_configs",
+    },
+    package_data={
+        "accel": ["py.typed"],
+        "accel_cpu": ["py.typed"],
+        "accel.export_configs": ["*.yaml"],
+    },
+    ext_modules=[extension("kernels/accel_cpu")],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
     install_requires=["numpy", "tokenizers", "jinja2", "PyYAML", "filelock", "rich"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["accel = accel.cli:main"]},

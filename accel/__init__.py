@@ -13,17 +13,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "add_variant", "build", "export", "load", "warmup"]
+__all__ = ["__version__", "add_variant", "build", "export", "load", "report", "warmup"]
 
 if TYPE_CHECKING:
     from accel.api import export
     from accel.engine_build import build
     from accel.loading import load
+    from accel.quality import report
     from accel.variants import add_variant
     from accel.warmup_jobs import warmup
 
 _LAZY = {"add_variant": "accel.variants", "build": "accel.engine_build", "export": "accel.api"}
-_LAZY |= {"load": "accel.loading", "warmup": "accel.warmup_jobs"}
+_LAZY |= {"load": "accel.loading", "report": "accel.quality", "warmup": "accel.warmup_jobs"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What ``accel build``, ``accel cache`` and ``accel quantize`` do, given their options. Returns the exit code."""
+"""What ``accel build`` and ``accel cache`` do, given their options. Returns the exit code."""
 
 from __future__ import annotations
 
@@ -62,28 +62,6 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
     lines.append(f"  latency: {', '.join(times) or f'not measured ({report.not_measured})'}")
     lines.append(f"  proved: {facts['proof']['rows']} checks of the network against the graph hold")
     return lines + ([f"    {line}" for line in facts["proof"]["table"].splitlines()] if proof else [])
-
-
-def quantize(options: Namespace) -> int:
-    """Adds precisions to a bundle, for the targets asked for or all that run its model in them."""
-    from accel.bundle import Bundle
-    from accel.variant_targets import sensible_targets
-
-    bundle = Bundle.open(options.bundle)
-    before = {name: entry.size for name, entry in bundle.manifest.files.items()}
-    for variant in options.variant:
-        for target in options.target or sensible_targets(bundle.manifest.arch, variant):
-            bundle = accel.add_variant(bundle, variant, target=target, check=not options.no_parity)
-    manifest = bundle.manifest
-    added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
-    parity = {name: result for name, result in manifest.parity.items() if name.partition("/")[0] in options.variant}
-    if options.json:
-        print(json.dumps({"variants": list(manifest.variants), "added": added, "parity": to_dict(parity)}))
-        return 0
-    print(f"{bundle.path}: {', '.join(manifest.variants)}; {sum(added.values()) / 1e6:.1f} MB added")
-    for name, result in parity.items():
-        print(f"{name}: error {result.max_rel_error:.1e} against {result.reference} (limit {result.limit:.0e})")
-    return 0
 
 
 def cache_ls(options: Namespace) -> int:

@@ -6,15 +6,16 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections.abc import Collection
-from contextlib import suppress
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from accel.bundle import Bundle, check_references, file_entry
 from accel.errors import BundleError, StorageError
-from accel.manifest import MANIFEST_NAME, Manifest
+from accel.manifest import MANIFEST_NAME, FileEntry, Manifest
 from accel.schema import to_dict
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
@@ -64,6 +65,34 @@ class BundleExtension:
             translated = self._translated(error)
             if translated is not None:
                 raise translated from error
+
+    @contextmanager
+    def preview(self, manifest: Manifest) -> Iterator[Bundle]:
+        """The bundle as it would be, to be opened and measured before ``commit``; gone when the block is left.
+
+        Its files are further names of the bundle's and the new ones (copies where the file system has no hard links),
+        in a directory inside ``path``.
+
+        Args:
+            manifest: As for ``commit``.
+
+        Raises:
+            BundleError: The manifest names a file that is neither there nor new.
+            StorageError: Writing failed.
+        """
+        folder = self.path / "preview"
+        new = [path for path in self.path.iterdir() if path.is_file()]
+        files = {**self.bundle.manifest.files, **{path.name: FileEntry(path.stat().st_size, "") for path in new}}
+        complete = dataclasses.replace(manifest, files=files)
+        check_references(complete)
+        try:
+            for name in self.bundle.manifest.files:
+                _give_name(self.bundle.file(name), folder / name)
+            for path in new:
+                _give_name(path, folder / path.name)
+            yield Bundle(folder, complete)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def commit(self, manifest: Manifest, outdated: Collection[str] = ()) -> Bundle:
         """Publishes what was written.
@@ -121,6 +150,14 @@ class BundleExtension:
     def _cannot_open(self, error: OSError) -> BundleError:
         remedy = "Give the directory that accel.export wrote"
         return BundleError(f"The bundle cannot be opened: {error.strerror}", where=str(self.bundle.path), remedy=remedy)
+
+
+def _give_name(source: Path, name: Path) -> None:
+    name.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, name)
+    except OSError:  # no hard links here, or none to another's file
+        shutil.copyfile(source, name)
 
 
 __all__ = ["BundleExtension"]

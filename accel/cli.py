@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import accel
-from accel import build_commands, commands, engine_commands
+from accel import build_commands, commands, engine_commands, variant_commands
 from accel.errors import AccelError
 
 
@@ -78,11 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(sub.add_parser("run", help="generate text with a bundle"))
     _add_embed(sub.add_parser("embed", help="embed texts with a bundle"))
     _add_inspect(sub.add_parser("inspect", help="show what is in a bundle"))
+    _add_report(sub.add_parser("report", help="compare a bundle's precisions with fp32: quality, size, time"))
     _add_quantize(sub.add_parser("quantize", help="add a precision to a bundle"))
     _add_build(sub.add_parser("build", help="build a bundle's TensorRT engines"))
     _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
-    _add_bench(sub.add_parser("bench", help="measure a bundle beside eager PyTorch"))
+    _add_bench(sub.add_parser("bench", help="measure a bundle's engines, and remember the fastest"))
     _add_warmup(sub.add_parser("warmup", help="build the TensorRT engines that a jobs file asks for"))
     return parser
 
@@ -136,15 +137,52 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
     _finish(parser, commands.inspect)
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--variant", action="append", metavar="NAME", help="may be repeated; default: all")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page")
+    group = parser.add_argument_group("measuring, where nothing is stored")
+    group.add_argument("--measure", action="store_true", help="measure what is stored, too")
+    text = "UTF-8, blank lines between passages; measures what is stored, too. Default: a small set that is built in"
+    group.add_argument("--text", type=Path, metavar="FILE", help=text)
+    group.add_argument("--max-tokens", type=int, default=1 << 16, metavar="N", help="of the text (default 65536)")
+    group.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders: generated (default 32)")
+    group.add_argument("--engine", default="auto", help="of the variants; fp32 runs on ort-cpu")
+    group.add_argument("--device", default="auto")
+    group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
+    group.add_argument("--save", action="store_true", help="put what was measured into the manifest")
+    _add_gate(parser)
+    _finish(parser, commands.report)
+
+
+def _add_gate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("limits: a variant over one is an error")
+    help_text = "decoders: most that mean log p per token may fall below fp32's"
+    group.add_argument("--max-q-drop", type=float, metavar="X", help=help_text)
+    group.add_argument("--min-cosine", type=float, metavar="X", help="encoders: least mean cosine to fp32's outputs")
+
+
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    variants, targets = "fp16, bf16 or fp32; may be repeated", "tensorrt, cuda, ort-cuda; may be repeated"
+    variants = "fp16, bf16, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, w4g32+kv8, ...; may be repeated"
+    targets = "ort-cpu, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
         "--target", action="append", metavar="NAME", help=f"{targets}; default: all that run this model in the variant"
     )
-    parser.add_argument("--no-parity", action="store_true", help="skip the comparison with fp32")
-    _finish(parser, build_commands.quantize)
+    parser.add_argument("--no-parity", action="store_true", help="skip the comparison of the graph's numbers")
+    group = parser.add_argument_group("integers")
+    group.add_argument("--algorithm", default="auto", help="rtn, gptq, awq, smoothquant, ...; default: by the variant")
+    group.add_argument("--calibration", metavar="FILE", help="text that the algorithm looks at; default: built in")
+    group.add_argument("--keep", action="append", metavar="PATTERN=BITS", help="layers in 8, 4 or 32 (float) bits")
+    group.add_argument("--head-bits", type=int, metavar="N", help="of the LM head; default: by the variant")
+    group.add_argument("--max-bytes", metavar="SIZE", help="keep the most sensitive layers finer, up to this size")
+    group = parser.add_argument_group("quality")
+    group.add_argument("--no-quality", action="store_true", help="do not measure what the variant costs")
+    group.add_argument("--text", metavar="FILE", help="text to measure on; default: built in")
+    group.add_argument("--max-q-drop", type=float, metavar="X", help="decoders: refuse it beyond this loss per token")
+    group.add_argument("--min-cosine", type=float, metavar="X", help="encoders: refuse it below this mean cosine")
+    _finish(parser, variant_commands.quantize)
 
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
@@ -201,6 +239,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders (default 32)")
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave eager PyTorch out")
     parser.add_argument("--limits", action="store_true", help="also measure how near the machine's limits it comes")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose engines; default auto")
+    _add_store(parser)
     _finish(parser, commands.bench)
 
 
@@ -224,11 +264,11 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    group.add_argument(
-        "--engine", default="auto", help="tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch; default: the first that runs"
-    )
+    engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch"
+    default = "the fastest that accel bench measured, else the first that runs"
+    group.add_argument("--engine", default="auto", help=f"{engines}; default: {default}")
     group.add_argument("--device", default="auto")
-    group.add_argument("--variant", default="auto", help="e.g. fp32")
+    group.add_argument("--variant", default="auto", help="e.g. fp32; fastest: the fastest that accel bench measured")
     group.add_argument("--threads", type=int, metavar="N", help="default: all cores that this process may use")
     _add_store(group)  # type: ignore[arg-type]
     group.add_argument("--strict", action="store_true", help="fail rather than fall back to another engine")

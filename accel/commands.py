@@ -117,17 +117,35 @@ def inspect(options: Namespace) -> int:
 
     inspection = inspect_bundle(Bundle.open(options.bundle, verify=options.verify))
     if options.html is not None:
-        try:
-            options.html.write_text(render_page(inspection), encoding="utf-8")
-        except OSError as error:
-            what = f"The page cannot be written: {error.strerror}"
-            raise StorageError(what, where=str(options.html), remedy="Give another path") from error
+        _write_page(options.html, render_page(inspection))
     if options.json:
         print(inspection.to_json())
     elif options.html is None:
         print(render_text(inspection))
     else:
         print(options.html)
+    return 0
+
+
+def report(options: Namespace) -> int:
+    """Shows how a bundle's variants compare with fp32."""
+    from accel.bundle import Bundle
+    from accel.quality import Gate, render_page
+    from accel.quality.text import print_report
+
+    bundle, gate = Bundle.open(options.bundle), Gate(options.max_q_drop, options.min_cosine)
+    gate.check(bundle.manifest.arch.kind)  # before anything is measured
+    names = ("variant", "text", "measure", "save", "engine", "device", "threads", "max_tokens", "new_tokens")
+    found = accel.report(bundle, **{name: getattr(options, name) for name in names})
+    if options.html is not None:
+        _write_page(options.html, render_page(found))
+    if options.json:
+        print(found.to_json())
+    elif options.html is None:
+        print_report(found)
+    else:
+        print(options.html)
+    found.hold(gate)
     return 0
 
 
@@ -145,11 +163,11 @@ def doctor(options: Namespace) -> int:
 
 
 def bench(options: Namespace) -> int:
-    """Measures a bundle on this machine, beside eager PyTorch where that is installed."""
+    """Measures a bundle's engines on this machine, beside eager PyTorch where that is installed."""
     from accel.bench import SHAPES
     from accel.bench import bench as measure
 
-    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits")
+    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits", "device", "store")
     report = measure(
         options.bundle, shapes=options.shapes or SHAPES, **{name: getattr(options, name) for name in names}
     )
@@ -171,6 +189,14 @@ def _check_kind(path: Path, kind: str, other: str) -> None:
     if arch.kind != kind:
         what = f"The bundle holds {arch.architecture}, which is no {kind}"
         raise InputError(what, where=str(path), remedy=f"Use {other}")
+
+
+def _write_page(path: Path, page: str) -> None:
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        what = f"The page cannot be written: {error.strerror}"
+        raise StorageError(what, where=str(path), remedy="Give another path") from error
 
 
 def _print_stream(stream: Any, engine: str) -> None:
@@ -216,4 +242,4 @@ def _print_similarities(texts: list[str], similarities: NDArray[np.float32]) -> 
         print(f"(the first {shown} of {len(texts)} texts; --out writes all vectors)")
 
 
-__all__ = ["Command", "bench", "doctor", "embed", "export", "inspect", "run"]
+__all__ = ["Command", "bench", "doctor", "embed", "export", "inspect", "report", "run"]

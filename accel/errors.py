@@ -68,6 +68,21 @@ class ParityError(ExportError):
     value: float | None = None
 
 
+class QualityError(ExportError):
+    """A variant lost more quality than it may; nothing of it was written.
+
+    Attributes:
+        value: What was measured.
+        limit: What was allowed.
+    """
+
+    def __init__(
+        self, what: str, *, value: float, limit: float, where: str | None = None, remedy: str | None = None
+    ) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.value, self.limit = value, limit
+
+
 class StorageError(AccelError, OSError):
     """Writing failed: disk full, no permission, read-only."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from accel.bundle import Bundle
+from accel.engines import FASTEST
 from accel.errors import InputError
 from accel.runtime import load as runtime
 
@@ -34,21 +35,24 @@ def load(
     Args:
         path: The bundle's directory.
         device: ``auto``, ``cpu`` or ``cuda``.
-        engine: ``auto``, or the one engine to use (``tensorrt``, ``rtx``, ``cuda``, ``ort-cuda``,
-            ``ort-cpu``, ``torch``): no other takes its
-            place.
-        variant: ``auto``, or the precision to use.
+        engine: ``auto``: the fastest that ``accel bench`` measured for this bundle on this machine, else the first of
+            the documented order that runs; or the one engine to use (``tensorrt``, ``rtx``, ``cuda``, ``ort-cuda``,
+            ``ort-cpu``, ``torch``): no other takes its place.
+        variant: ``auto``: fp32 on the CPU, on a GPU the engine's own choice, whatever was measured; ``fastest``: the
+            fastest variant that ``accel bench`` measured here, which may round more; or the precision to use.
         capacity: Cache positions per sequence, decoders only. None: on the CPU up to 4,096, as the model and memory
             allow; for TensorRT what the engine was built with.
         max_batch: Sequences that run at a time, decoders only. None: 8, or what the engine was built with.
         threads: Worker threads. None: all cores that this process may use.
         strict: Raise instead of falling back to a later engine, now and when the engine breaks later on.
-        store: Where built engines are kept: a directory or URL. None: ``ACCEL_STORE``, else this user's cache.
+        store: Where built engines, and what was measured, are kept: a directory or URL. None: ``ACCEL_STORE``, else
+            this user's cache.
         build: ``never``: a TensorRT engine must be in the store. ``allow``: with ``engine="tensorrt"`` or ``"rtx"`` one
             that is missing is built first, which takes from seconds to hours: not for serving code.
 
     Returns:
-        An Encoder or a Decoder. ``.engine`` says what runs, ``.fallbacks`` what was passed over and why.
+        An Encoder or a Decoder. ``.engine`` says what runs (``.engine.why``: what was measured, where that decided),
+        ``.fallbacks`` what was passed over and why.
         When the engine breaks in the midst of a call, the call goes on, on the next engine that can run the bundle.
 
     Raises:
@@ -65,6 +69,9 @@ def load(
         if engine not in TENSORRT:
             what = f"build='allow' builds for a named TensorRT engine, not for engine={engine!r}"
             raise InputError(what, where="build", remedy="Pass engine='tensorrt' or engine='rtx'")
+        if variant == FASTEST:
+            what = "what build='allow' builds was not measured yet, so variant='fastest' names nothing"
+            raise InputError(what, where="variant", remedy="Name the precision, or leave it out")
         from accel.engine_build import build_missing
 
         build_missing(Bundle.open(path), engine, variant, capacity, max_batch, store)

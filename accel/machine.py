@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 # Instruction sets that decide which kernels run, as Linux names them on x86 and Arm.
 ISA = (
     *("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
@@ -95,7 +97,7 @@ def has_nvidia_device() -> bool:
 def hidden_gpu() -> str | None:
     """Why this process cannot see the machine's NVIDIA GPUs; None: it can, or there is no sign of any."""
     visible, devices = os.environ.get("CUDA_VISIBLE_DEVICES"), has_nvidia_device()
-    if not (devices or Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi")):
+    if not (devices or NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi")):
         return None
     if visible is not None and (visible.split(",")[0].strip() in ("", "NoDevFiles") or visible.strip().startswith("-")):
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides the GPUs of this machine: unset it to use them"
@@ -114,6 +116,25 @@ def probe_gpus() -> tuple[Gpu, ...]:
     except (OSError, subprocess.SubprocessError):
         return ()
     return parse_gpus(done.stdout)
+
+
+def gpu_models(driver: Path = NVIDIA_DRIVER) -> tuple[tuple[str, ...], str]:
+    """Names of the NVIDIA GPUs, sorted, and the driver's version, from the driver's files where it has them.
+
+    Asking nvidia-smi, which is done elsewhere (WSL), takes a second.
+    """
+    names = []
+    try:
+        version = (driver / "version").read_text()
+        for path in driver.glob("gpus/*/information"):
+            names += [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line[:6] == "Model:"]
+    except OSError:
+        version = ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", version)
+    if names and found:
+        return tuple(sorted(names)), found[0]
+    gpus = probe_gpus()
+    return tuple(sorted(gpu.name for gpu in gpus)), gpus[0].driver if gpus else ""
 
 
 def parse_gpus(text: str) -> tuple[Gpu, ...]:
@@ -199,6 +220,7 @@ __all__ = [
     "Memory",
     "available_cores",
     "available_memory",
+    "gpu_models",
     "has_nvidia_device",
     "hidden_gpu",
     "parse_gpus",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accel.errors import InputError
+from accel.kv_quantization import KvQuantization
 from accel.schema import suggest
+from accel.scheme import Scheme, parse_scheme
 from accel.spec import ArchSpec, Kind
 
 if TYPE_CHECKING:
@@ -15,7 +17,26 @@ if TYPE_CHECKING:
 
     from accel.manifest import PassReport
 
-DEFAULT = "tensorrt"
+DEFAULT = "tensorrt"  # of the precisions in floats; integers go to the first target that takes them
+CPU = "ort-cpu"
+Lowered = tuple["ir.Model", tuple["PassReport", ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a lowering is told besides the graph.
+
+    Attributes:
+        scheme: The variant's.
+        static_scales: By a weight's name, the calibrated scale of its product's input.
+        parameters: The initializers that stand in the bundle's own weight file, if the variant reads that.
+        kv: Scales of the caches, if the scheme has integers there.
+    """
+
+    scheme: Scheme
+    static_scales: Mapping[str, float] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+    kv: KvQuantization | None = None
 
 
 class Lowering(Protocol):
@@ -23,9 +44,7 @@ class Lowering(Protocol):
 
     VERSION: int
 
-    def lower(
-        self, model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType
-    ) -> tuple[ir.Model, tuple[PassReport, ...]]:
+    def lower(self, model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType) -> Lowered:
         """The lowered graph and what each pass did."""
         ...
 
@@ -37,16 +56,41 @@ class Target:
     Attributes:
         name: Of its graphs in a bundle.
         title: In messages.
-        lowering: Imports the lowering.
+        package: Imports the lowering.
         session: (evaluated graph, arch, rows, capacity, dtype) -> encoder or decoder session over it.
-        fp32: Kinds of models that it runs in fp32 too.
+        refuses: (arch, scheme) -> why it has no graph for a model in a scheme, or None.
+        fp32: Kinds of models that it runs in plain fp32 too.
     """
 
     name: str
     title: str
-    lowering: Callable[[], Lowering]
+    package: Callable[[], Any]
     session: Callable[[Any, ArchSpec, int, int, ir.DataType], Any]
-    fp32: tuple[Kind, ...]
+    refuses: Callable[[ArchSpec, Scheme], str | None]
+    fp32: tuple[Kind, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Of the lowering."""
+        return int(self.package().VERSION)
+
+    def lower(self, model: ir.Model, arch: ArchSpec, plan: Plan) -> Lowered:
+        """The lowered graph and what each pass did; ``model`` stays as it is."""
+        package = self.package()
+        if self.name == CPU:
+            return package.lower(
+                model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme,
+                static_scales=plan.static_scales, kv=plan.kv,
+            )  # fmt: skip
+        return package.lower(model, arch, arch.max_positions, float_type(plan.scheme))
+
+
+def float_type(scheme: Scheme) -> ir.DataType:
+    """The type that a scheme computes in where it does not say integers."""
+    import onnx_ir as ir
+
+    types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+    return types[scheme.base]
 
 
 def _lower_tensorrt() -> Any:
@@ -85,13 +129,40 @@ def _cuda_session(run: Any, arch: ArchSpec, rows: int, capacity: int, dtype: ir.
     return PackedDecoder(run, arch, rows, capacity, dtype) if arch.kind == "decoder" else GraphEncoder(run, dtype)
 
 
+def _lower_ort_cpu() -> Any:
+    from accel.graph.lowering import ort_cpu
+
+    return ort_cpu
+
+
+def _no_session(run: Any, arch: ArchSpec, rows: int, capacity: int, dtype: ir.DataType) -> Any:
+    raise AssertionError("graphs for ONNX Runtime CPU run there")
+
+
+def _refuse_cpu(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.base in ("fp16", "bf16", "fp8"):
+        return f"ONNX Runtime computes {scheme.base} in several times fp32's time on a CPU"
+    if scheme.lossless:
+        return "every bundle has that graph already"
+    if scheme.kv_bits is not None and arch.kind != "decoder":
+        return "an encoder has no cache"
+    return None
+
+
+def _refuse_integers(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.quantized or scheme.kv_bits is not None or scheme.base == "fp8":
+        return "it takes no integers or 8-bit floats"
+    return None
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("tensorrt", "TensorRT", _lower_tensorrt, _tensorrt_session, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, ()),
+        Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
+        Target("tensorrt", "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_integers, ("encoder", "decoder")),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_integers),
         # Its attention over a cache has no fp32 kernel.
-        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, ("encoder",)),
+        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_integers, ("encoder",)),
     )
 }
 
@@ -108,8 +179,40 @@ def find_target(name: str) -> Target:
 
 
 def sensible_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
-    """The targets that run a model of this kind in a precision."""
-    return tuple(name for name, target in TARGETS.items() if variant != "fp32" or arch.kind in target.fp32)
+    """The targets that run a model of this kind in a scheme.
+
+    Raises:
+        InputError: No such scheme.
+    """
+    scheme = parse_scheme(variant)
+    able = [target for target in TARGETS.values() if target.refuses(arch, scheme) is None]
+    return tuple(target.name for target in able if not scheme.lossless or arch.kind in target.fp32)
 
 
-__all__ = ["DEFAULT", "TARGETS", "Lowering", "Target", "find_target", "sensible_targets"]
+def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
+    """Refuses what the target cannot run, before anything is made.
+
+    Raises:
+        InputError: It cannot; lists the targets that can, and the schemes of this one.
+    """
+    reason = target.refuses(arch, scheme)
+    if reason is None:
+        return
+    able = sensible_targets(arch, scheme.name)
+    remedy = f"Targets that can: {', '.join(able)}" if able else "No target can"
+    what = f"{target.title} cannot run this {arch.kind} as {scheme.name}: {reason}"
+    raise InputError(what, where="target", remedy=remedy)
+
+
+__all__ = [
+    "CPU",
+    "DEFAULT",
+    "TARGETS",
+    "Lowering",
+    "Plan",
+    "Target",
+    "check_target",
+    "find_target",
+    "float_type",
+    "sensible_targets",
+]

@@ -28,6 +28,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--suite", choices=list(SUITES), help="measure this suite")
     what.add_argument("--report", nargs="+", type=Path, metavar="JSON", help="only show earlier results")
     parser.add_argument("--peers", nargs="+", help="only these peers (default: all of the suite)")
+    parser.add_argument("--subject", help="measure this variant of accel in place of the suite's own")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default 15; 3 for memory and export)")
     parser.add_argument("--threads", type=int, default=2, help="threads of each peer, and cores used (default 2)")
     parser.add_argument("--quick", action="store_true", help="two rounds: checks that everything runs")
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                 options.threads,
                 options.quick,
                 options.refresh,
+                options.subject,
             )
             write_result(result, options.json or options.cache / "bench" / "results" / f"{options.suite}.json")
             results = [result]

@@ -33,10 +33,13 @@ if ! "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/
   "$python" -m venv "$VENV"
 fi
 
-# What was installed last, and from what; an unchanged wish costs no network.
+# What was installed last, and from what; an unchanged wish costs no network. The library of CPU operators is compiled
+# when the project is installed: changed sources are a changed wish.
+native=kernels/accel_cpu
 stamp=$VENV/accel-$EXTRA
-wish=$(printf '%s\n' "$EXTRA" "$@" "$MODELS"; cat setup.py constraints.txt)
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wish" ]; then
+wish=$(printf '%s\n' "$EXTRA" "$@" "$MODELS" "$(cat _build/*.py $native/src/* | cksum)"; cat setup.py constraints.txt)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wish" ] &&
+   { [ -f $native/libaccel_cpu.so ] || [ -f $native/build_failure.txt ]; }; then
   say "$VENV is up to date"
   exit 0
 fi

@@ -41,6 +41,12 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(shared_folder: Path) -> None:
+    """What was measured or built on this machine before decides nothing in the tests."""
+    os.environ["ACCEL_CACHE"] = str(shared_folder / "cache")
+
+
 @pytest.fixture(scope="session")
 def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], Any]], Path]:
     """``made_once(name, make)`` is ``shared_folder / name``, made by the first worker that asks for it."""

@@ -14,16 +14,22 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import what stands on its own line (within one unit) or above. The longest prefix counts.
 ORDER: tuple[tuple[str, ...], ...] = (
-    ("accel_kernels", "accel.errors", "accel.machine"),
-    ("accel.spec", "accel.schema", "accel.sizes"),
+    ("accel_kernels", "accel_cpu", "accel.errors", "accel.machine"),
+    ("accel.spec", "accel.schema", "accel.scheme", "accel.sizes", "accel.quantized_tensor", "accel.kv_quantization"),
     ("accel.storage", "accel.recipe", "accel.capabilities"),
-    ("accel.manifest", "accel.bundle", "accel.bundle_extension", "accel.engines.session", "accel.store"),
+    (
+        *("accel.manifest", "accel.bundle", "accel.bundle_extension"),
+        *("accel.engines.session", "accel.measurements", "accel.store"),
+    ),
     ("accel.engines",),
     ("accel.runtime",),
-    ("accel.exporter", "accel.graph", "accel.compress", "accel.builder"),
+    ("accel.exporter", "accel.graph", "accel.builder"),
+    ("accel.compress",),
     (
         "accel.api",
         "accel.variants",
+        "accel.variant_addition",
+        "accel.variant_checks",
         "accel.variant_targets",
         "accel.inspection",
         "accel.doctor",
@@ -31,17 +37,22 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.engine_latency",
         "accel.engine_request",
         "accel.loading",
+        "accel.quality",
         "accel.warmup_jobs",
     ),
     ("accel.bench", "accel.serving"),
-    ("accel.commands", "accel.build_commands", "accel.engine_commands", "accel.cli", "accel.__main__"),
+    (
+        *("accel.commands", "accel.build_commands", "accel.engine_commands", "accel.variant_commands"),
+        *("accel.cli", "accel.__main__"),
+    ),
 )
 # Lines whose units know each other; the units of the other lines do not.
-ACQUAINTED = {0, 1, 2, 3, 7, 8, 9}
+ACQUAINTED = {0, 1, 2, 3, 8, 9, 10}
 
 ONNX = (
-    *("accel.api", "accel.bench", "accel.builder", "accel.exporter", "accel.graph", "accel.inspection"),
-    *("accel.variants", "accel.variant_targets", "accel.engines.torch_operators", "accel.engines.cuda"),
+    *("accel.api", "accel.bench", "accel.builder", "accel.compress", "accel.exporter", "accel.graph"),
+    *("accel.inspection", "accel.variants", "accel.variant_addition", "accel.variant_checks", "accel.variant_targets"),
+    *("accel.engines.torch_operators", "accel.engines.cuda", "accel_cpu.benchmark"),
 )
 OWNERS = {
     "torch": (
@@ -53,10 +64,10 @@ OWNERS = {
             "accel.engines.torch_operators",
             "accel.engines.cuda",
         ),
-        *("accel.bench", "accel_kernels"),
+        *("accel.bench", "accel.compress", "accel_kernels"),
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
-    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench"),
+    "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench", "accel_cpu.benchmark"),
     "onnx": ONNX,
     "onnx_ir": ONNX,
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),

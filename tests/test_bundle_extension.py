@@ -198,3 +198,36 @@ def test_a_bundle_that_went_away_or_broke(bundle: Bundle, tmp_path: Path) -> Non
     os.rename(bundle.path, tmp_path / "elsewhere")
     with pytest.raises(BundleError, match="cannot be opened: No such file"):
         extend(bundle, "fp16")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_preview_shows_all_files_and_goes(bundle: Bundle, links: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    before = content(bundle.path)
+    with BundleExtension(bundle) as extension:
+        (extension.path / "fp16.weights").write_bytes(b"\2" * 8)
+        manifest = with_variant(extension.bundle.manifest, "fp16")
+        with extension.preview(manifest) as preview:
+            assert content(preview.path) == {name: before[name] for name in bundle.manifest.files} | {
+                "fp16.weights": b"\2" * 8
+            }
+            assert preview.file("fp16.weights").parent == preview.path and "fp16" in preview.manifest.variants
+            assert preview.manifest.files["fp16.weights"].size == 8
+        assert not preview.path.exists()
+        with pytest.raises(ValueError), extension.preview(manifest) as preview:
+            raise ValueError("x")
+        assert not preview.path.exists()
+        committed = extension.commit(manifest)
+    assert set(content(committed.path)) - set(before) == {"fp16.weights"}
+    assert all(path.stat().st_nlink == 1 for path in committed.path.rglob("*") if path.is_file())
+
+
+def test_a_preview_of_files_that_are_not_there(bundle: Bundle) -> None:
+    with BundleExtension(bundle) as extension:
+        manifest = with_variant(extension.bundle.manifest, "fp16")
+        with pytest.raises(BundleError, match=r"'fp16.weights' but does not list it"), extension.preview(manifest):
+            pass

@@ -49,7 +49,7 @@ def clean_python(made_once: Callable[[str, Callable[[Path], Any]], Path]) -> Pat
         wheels = folder / "wheels"
         source = folder / "source"
         source.mkdir(parents=True)
-        for name in ("accel", "kernels", "export_configs", "setup.py", "pyproject.toml", "LICENSE"):
+        for name in ("accel", "kernels", "export_configs", "_build", "setup.py", "pyproject.toml", "LICENSE"):
             (source / name).symlink_to(ROOT / name)  # setuptools writes its build folder beside setup.py
         pip(sys.executable, "wheel", "--no-deps", "--quiet", "--wheel-dir", str(wheels), str(source))
         (wheel,) = wheels.glob("accelrt-*.whl")

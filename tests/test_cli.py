@@ -278,12 +278,21 @@ def test_inspect(tiny_decoder_bundle: Path, tmp_path: Path, capsys: Output) -> N
 
 
 @pytest.mark.slow
-def test_bench(tiny_decoder_bundle: Path, capsys: Output) -> None:
+def test_bench(tiny_decoder_bundle: Path, capsys: Output, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
     sizes = ("--prompt-tokens", 16, "--rounds", 3, "--threads", 1)
     assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 64, "--no-compare", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert [row["metric"] for row in report["rows"]] == ["16+64 tokens: first token", "16+64 tokens: per token"]
     assert all(row["accel_ms"] > 0 for row in report["rows"])
+    assert report["chosen"] == "ort-cpu fp32" and report["remembered"] and "torch" not in report["passed_over"]
+    assert {row["engine"] for row in report["engines"]} >= {"ort-cpu"} and report["engines"][0]["cost"] > 0
+    with accel.load(tiny_decoder_bundle, threads=1) as lm:
+        assert lm.engine.why.startswith("measured: ")
+    with accel.load(tiny_decoder_bundle, threads=2) as lm:
+        assert lm.engine.why == "", "with other threads nothing was measured"
+    assert run("bench", tiny_decoder_bundle, *sizes[:2], "--rounds", 1, "--no-compare") == 0
+    assert "Not remembered for accel.load: 1 rounds are too few" in capsys.readouterr().out
     assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 0) == 1
     assert "do not fit" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -237,12 +237,12 @@ def test_a_read_only_bundle(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 ADD = """
 import sys
-from accel import variants
-made, real = [], variants._Addition.make
+from accel import variant_addition, variants
+made, real = [], variant_addition.Addition.make
 def make(self, check):
     made.append(1)
     return real(self, check)
-variants._Addition.make = make
+variant_addition.Addition.make = make
 print("ready", flush=True)
 sys.stdin.readline()
 bundle = variants.add_variant(sys.argv[1], sys.argv[2])

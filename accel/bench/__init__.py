@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from accel.bench.bundle import BenchReport
@@ -22,8 +22,13 @@ def bench(
     new_tokens: int = 32,
     compare: bool = True,
     limits: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    store: str | Path | None = None,
 ) -> BenchReport:
     """Measures a bundle on this machine, in interleaved rounds with eager PyTorch where that is installed.
+
+    Every engine takes part on every variant that it can run here. With 3 rounds or more the result is remembered, for
+    this bundle, machine, versions of the libraries and number of threads: ``accel.load`` then takes the fastest engine.
 
     Args:
         bundle: The bundle's directory.
@@ -32,6 +37,8 @@ def bench(
         shapes: Encoders: (batch, sequence) of the forwards; those longer than the model's positions are left out.
         prompt_tokens, new_tokens: Decoders: prompt length, and tokens decoded after the first.
         compare: Measure eager PyTorch too, where torch and transformers are installed.
+        device: Of the engines; ``auto``: the GPU where an engine runs on one, else the CPU.
+        store: Where built engines, and what is measured, are kept; None: as in ``accel.load``.
         limits: Also measure this machine's streaming read and fp32 matrix product, and say how near the bundle comes.
 
     Returns:
@@ -39,12 +46,15 @@ def bench(
 
     Raises:
         BundleError: The bundle cannot be opened.
-        EngineError: The bundle could not be run.
+        EngineError: The bundle could not be run; ``EngineUnavailableError``: no engine can run it here.
         InputError: No shape fits the model, or an argument is out of range.
     """
     from accel.bench.bundle import bench_bundle
 
-    return bench_bundle(Path(bundle), rounds, threads, shapes, prompt_tokens, new_tokens, compare, limits)
+    place = None if store is None else str(store)
+    return bench_bundle(
+        Path(bundle), rounds, threads, shapes, prompt_tokens, new_tokens, compare, limits, device, place
+    )
 
 
 __all__ = ["SHAPES", "bench"]

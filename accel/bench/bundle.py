@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accel.bench.cases import Case
-from accel.bench.client import WorkerFailure, WorkerProcess
+from accel.bench.contest import COSTS, TORCH, Arena, Outcome, choose, find_contestants, rows_of
 from accel.bench.limits import Limits, measure_limits, work_of
-from accel.bench.machine import describe_machine
-from accel.bench.runner import OPEN_LIMIT_S, Pace, Rounds, take_turn
+from accel.bench.machine import describe_machine, today
 from accel.bench.stats import Ratio, median, paired_ratio
 from accel.bundle import Bundle
-from accel.errors import EngineError, InputError
+from accel.engines import DEVICES
+from accel.errors import EngineError, EngineUnavailableError, InputError, StorageError
+from accel.machine import available_cores
 from accel.manifest import Manifest
+from accel.measurements import Device, Measured, remember
+from accel.schema import suggest
 from accel.spec import ArchSpec
 
-OURS, TORCH = "accel", "torch-bundle"
+EAGER = "eager PyTorch"
+MINIMUM_ROUNDS = 3  # fewer are no ground for a choice that lasts
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class BenchReport:
         comparison: ``eager PyTorch``, or why it was not measured.
         limits: The machine's limits, when they were measured.
         machine: CPU, cores, memory, system.
+        engines: Every engine on every variant that runs here; the rows are those of the chosen one.
+        chosen: What ``accel.load`` takes unasked: ``engine variant``.
+        passed_over: Engine, or ``engine variant`` -> why it was not measured.
+        remembered: Whether ``accel.load`` knows this from now on; if not, ``unremembered`` says why.
     """
 
     bundle: str
@@ -55,6 +61,11 @@ class BenchReport:
     comparison: str
     limits: Limits | None
     machine: dict[str, Any]
+    engines: tuple[Measured, ...] = ()
+    chosen: str = ""
+    passed_over: dict[str, str] = field(default_factory=dict)
+    remembered: bool = False
+    unremembered: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -67,12 +78,26 @@ class BenchReport:
             ratio = f"{row.ratio.median:15.3f}" if row.ratio else f"{'-':>15}"
             share = f"{100 * row.limit_ms / row.accel_ms:13.0f}%" if row.limit_ms else f"{'-':>14}"
             lines.append(f"{row.metric:34}{row.accel_ms:10.2f}{torch}{ratio}{share}")
-        if self.comparison != "eager PyTorch":
+        if self.comparison != EAGER:
             lines.append(f"Not compared with PyTorch: {self.comparison}")
         if self.limits:
             read, gemm = self.limits.read_bytes_s / 1e9, self.limits.gemm_flops_s / 1e9
             lines.append(f"Limits of this machine: reading {read:.1f} GB/s, fp32 matrix product {gemm:.0f} GFLOP/s")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._engine_lines()])
+
+    def _engine_lines(self) -> list[str]:
+        if not self.engines:
+            return []
+        metrics = [row.metric for row in self.rows]
+        width = max(10, *(len(metric) + 2 for metric in metrics))
+        lines = ["", f"{'Engines, medians in ms':34}" + "".join(f"{metric:>{width}}" for metric in metrics)]
+        for row in self.engines:
+            name = f"{row.engine} {row.variant}"
+            times = "".join(f"{row.times[metric]:{width}.2f}" for metric in metrics)
+            lines.append(f"{name:34}{times}{'  <' if name == self.chosen else ''}")
+        lines += [f"Not measured: {name}: {reason}" for name, reason in self.passed_over.items()]
+        known = f"From now on accel.load takes {self.chosen} here"
+        return [*lines, known if self.remembered else f"Not remembered for accel.load: {self.unremembered}"]
 
 
 def bench_bundle(
@@ -84,35 +109,77 @@ def bench_bundle(
     new_tokens: int,
     compare: bool,
     with_limits: bool,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    store: str | None = None,
 ) -> BenchReport:
     """See ``accel.bench.bench``."""
-    manifest = Bundle.open(path).manifest
-    threads = threads or len(os.sched_getaffinity(0))
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    if device not in DEVICES:
+        raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
+    threads = threads or available_cores()
     cases = cases_of(manifest.arch, shapes, prompt_tokens, new_tokens)
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, not {rounds}", where="rounds", remedy="Leave it out for 7")
+    place, contestants, passed_over = find_contestants(bundle, device)
+    if not contestants:
+        reasons = "; ".join(f"{engine}: {reason}" for engine, reason in passed_over.items())
+        remedy = "Mend one of the reasons; accel doctor helps"
+        what = f"no engine can run this bundle here ({reasons})"
+        raise EngineUnavailableError(what, where=str(path), remedy=remedy)
     limits = measure_limits(threads) if with_limits else None
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    comparison = "eager PyTorch"
-    if missing or not compare:
-        comparison = f"{' and '.join(missing)} not installed" if missing else "not asked for"
+    comparison = _comparison(compare)
     with tempfile.TemporaryDirectory() as logs:
-        workers: dict[str, WorkerProcess] = {}
-        try:
-            _open(workers, OURS, path, threads, cases, Path(logs))
-            if comparison == "eager PyTorch":
-                try:
-                    _open(workers, TORCH, path, threads, cases, Path(logs))
-                except WorkerFailure as failure:
-                    comparison = str(failure)
-            measured = _measure(workers, cases, rounds)
-        except WorkerFailure as failure:
-            raise EngineError(f"The bundle could not be measured: {failure}", where=str(path)) from failure
-        finally:
-            for worker in workers.values():
-                worker.close()
-    rows = tuple(_row(manifest, case, metric, measured, limits) for case in cases for metric in case.metrics)
-    return BenchReport(path.resolve().name, rounds, threads, rows, comparison, limits, describe_machine())
+        arena = Arena(path, threads, cases, rounds, Path(logs), store)
+        outcome = arena.run(contestants, with_torch=comparison == EAGER)
+    comparison = outcome.failed.pop(TORCH, comparison)
+    passed_over |= outcome.failed
+    engines = rows_of(bundle, contestants, outcome, cases)
+    if not engines:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in outcome.failed.items())
+        raise EngineError(f"The bundle could not be measured: {reasons}", where=str(path))
+    best = choose(bundle, engines)
+    chosen = f"{best.engine} {best.variant}"
+    rows = tuple(_row(manifest, case, metric, chosen, outcome, limits) for case in cases for metric in case.metrics)
+    unremembered = _remember(bundle, place, threads, engines, rounds, passed_over, store)
+    return BenchReport(
+        path.resolve().name, rounds, threads, rows, comparison, limits, describe_machine(),
+        tuple(engines), chosen, passed_over, unremembered is None, unremembered or "",
+    )  # fmt: skip
+
+
+def _comparison(compare: bool) -> str:
+    """``eager PyTorch``, or why it is not measured."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if not compare:
+        return "not asked for"
+    return f"{' and '.join(missing)} not installed" if missing else EAGER
+
+
+def _remember(
+    bundle: Bundle,
+    device: Device,
+    threads: int,
+    rows: Sequence[Measured],
+    rounds: int,
+    passed_over: dict[str, str],
+    store: str | None,
+) -> str | None:
+    """Keeps the rows for ``accel.load``; returns why not."""
+    if rounds < MINIMUM_ROUNDS:
+        return f"{rounds} rounds are too few to choose by, {MINIMUM_ROUNDS} are needed"
+    known = [row for row in rows if row.graph and row.cost > 0]
+    if not known:
+        return "only the reference engine runs"
+    cost = COSTS[bundle.manifest.arch.kind]
+    try:
+        remember(
+            bundle, device, threads, known,
+            cost=cost, rounds=rounds, date=today(), passed_over=passed_over, store=store,
+        )  # fmt: skip
+    except StorageError as error:
+        return str(error)
+    return None
 
 
 def cases_of(
@@ -135,34 +202,12 @@ def cases_of(
     return tuple(Case(f"forward {batch}x{seq}", "encoder", batch=batch, seq=seq) for batch, seq in fitting)
 
 
-def _open(
-    workers: dict[str, WorkerProcess], peer: str, path: Path, threads: int, cases: Sequence[Case], logs: Path
-) -> None:
-    arguments = [peer, "bundle", str(path), str(path), str(threads)]
-    environment = {"OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"}
-    worker = WorkerProcess(Path(sys.executable), arguments, environment, logs / f"{peer}.log")
-    workers[peer] = worker
-    try:
-        worker.ask("open", limit_s=OPEN_LIMIT_S, role=cases[0].role)
-        for case in cases:
-            take_turn(worker, case, Pace(1, repetitions=1, seconds=0.0))
-    except WorkerFailure:
-        workers.pop(peer).close()
-        raise
-
-
-def _measure(workers: dict[str, WorkerProcess], cases: Sequence[Case], rounds: int) -> Rounds:
-    measured: Rounds = {peer: {} for peer in workers}
-    for number in range(rounds):
-        for case in cases:
-            for peer in sorted(workers, reverse=bool(number % 2)):
-                for metric, value in take_turn(workers[peer], case, Pace(rounds)).items():
-                    measured[peer].setdefault(metric, []).append(value)
-    return measured
-
-
-def _row(manifest: Manifest, case: Case, metric: str, measured: Rounds, limits: Limits | None) -> BenchRow:
-    ours, theirs = measured[OURS][metric], measured.get(TORCH, {}).get(metric)
+def _row(
+    manifest: Manifest, case: Case, metric: str, chosen: str, outcome: Outcome, limits: Limits | None
+) -> BenchRow:
+    group = outcome.rounds(chosen)
+    assert group is not None
+    ours, theirs = group[chosen][metric], group.get(TORCH, {}).get(metric)
     limit = None
     if limits is not None:
         if case.role == "encoder":

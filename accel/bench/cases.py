@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 PROMPT_TOKENS = 128
@@ -49,25 +49,39 @@ class Target:
     Attributes:
         metric: A case's metric.
         limit: The ratio that must be reached (or the absolute figure, in the metric's unit).
-        reference: A peer's name, ``fastest`` for the fastest of all others, or ``absolute``.
+        reference: A peer's name, ``fastest`` for the fastest of all that are not accel, or ``absolute``.
+        at_least: The figure must reach the limit from above (absolute figures only).
     """
 
     metric: str
     limit: float
     reference: str
+    at_least: bool = False
 
 
 @dataclass(frozen=True)
 class Suite:
-    """A set of cases on one model, the peers that can do them, and the targets."""
+    """A set of cases on one model, the peers that can do them, and the targets.
+
+    Attributes:
+        peers: The subject first.
+        subject: The peer that the targets are about.
+        reference: A peer that answers the cases once, untimed, for the others to be compared with; empty: one of
+            ``peers`` that runs the model as it is.
+        pooled: Of how many real sentences encoders give the pooled vectors, to be compared with the reference's.
+        isolated: Each measurement in a fresh process, one after another.
+    """
 
     name: str
     model: str
     cases: tuple[Case, ...]
     peers: tuple[str, ...]
     targets: tuple[Target, ...]
-    isolated: bool = False  # each measurement in a fresh process, one after another
+    isolated: bool = False
     unit: str = "ms"
+    subject: str = "accel"
+    reference: str = ""
+    pooled: int = 0
 
 
 TOLERANCE = 0.05  # a ratio is reached when its 95 % upper bound is at most limit + TOLERANCE
@@ -75,15 +89,23 @@ TOLERANCE = 0.05  # a ratio is reached when its 95 % upper bound is at most limi
 _ENCODER = tuple(Case(f"MiniLM {b}x{s}", "encoder", batch=b, seq=s) for b, s in ((1, 8), (1, 128), (8, 128), (1, 512)))
 _EMBED = Case(f"MiniLM embed {SENTENCES} sentences", "embedder", sentences=SENTENCES)
 _QWEN = Case("Qwen2.5-0.5B", "decoder", prompt=PROMPT_TOKENS, new=NEW_TOKENS)
+_QWEN_FP32 = replace(_QWEN, name="Qwen2.5-0.5B fp32")
+_QWEN_INT8 = replace(_QWEN, name="Qwen2.5-0.5B int8")
+_QWEN_INT4 = replace(_QWEN, name="Qwen2.5-0.5B int4")
 _GPT2 = Case("GPT-2 124M", "decoder", prompt=PROMPT_TOKENS, new=NEW_TOKENS)
+_GPT2_INT8 = replace(_GPT2, name="GPT-2 124M int8")
+_ENCODER_INT8 = tuple(replace(case, name=case.name.replace("MiniLM", "MiniLM int8")) for case in _ENCODER[1:])
 
 WEIGHT_BYTES_QWEN = 1_976_131_072  # fp32, tied embeddings once
-PEAK_RSS = "Qwen2.5-0.5B fp32: peak RSS"
-PEAK_ANONYMOUS = "Qwen2.5-0.5B fp32: peak RSS without file pages"
+PEAK_RSS, PEAK_ANONYMOUS = "peak RSS", "peak RSS without file pages"
 EXPORT_SECONDS = "Qwen2.5-0.5B export: wall time"
 EXPORT_RSS = "Qwen2.5-0.5B export: peak RSS"
 EXPORT_ANONYMOUS = "Qwen2.5-0.5B export: peak RSS without file pages"
 EXPORT_SIZE = "Qwen2.5-0.5B export: size on disk"
+POOLED_SENTENCES = 64
+COSINE = "MiniLM pooled cosine, mean"
+COSINE_LEAST = "MiniLM pooled cosine, least"
+
 
 SUITES: dict[str, Suite] = {
     suite.name: suite
@@ -125,9 +147,9 @@ SUITES: dict[str, Suite] = {
         Suite(
             "memory",
             "qwen05",
-            (_QWEN,),
+            (_QWEN_FP32,),
             ("accel", "torch", "ort-dynamo", "optimum", "transformers-onnx", "genai", "openvino", "ctranslate2"),
-            (Target(PEAK_RSS, 2.3e3, "absolute"),),
+            (Target(f"{_QWEN_FP32.name}: {PEAK_RSS}", 2.3e3, "absolute"),),
             isolated=True,
             unit="MB",
         ),
@@ -142,6 +164,62 @@ SUITES: dict[str, Suite] = {
             ),
             isolated=True,
             unit="s, MB",
+        ),
+        Suite(
+            "int8-encoder",
+            "minilm",
+            _ENCODER_INT8,
+            (
+                *("accel-w8a8-dyn", "openvino-int8", "openvino-int8-bf16", "openvino-static-int8"),
+                *("openvino-static-int8-bf16", "openvino-bf16", "ort-int8", "ctranslate2-int8"),
+            ),
+            (
+                *(Target(case.name, 0.90, "fastest") for case in _ENCODER_INT8),
+                Target(COSINE, 0.997, "absolute", at_least=True),
+            ),
+            subject="accel-w8a8-dyn",
+            reference="torch",
+            pooled=POOLED_SENTENCES,
+        ),
+        Suite(
+            "int8-decoder",
+            "qwen05",
+            (_QWEN_INT8,),
+            ("accel-w8a8-dyn", "genai-int8", "ctranslate2-int8", "openvino-int8", "openvino-int8-bf16"),
+            (
+                Target(_QWEN_INT8.metrics[1], 0.85, "genai-int8"),
+                Target(_QWEN_INT8.metrics[0], 1.1, "ctranslate2-int8"),
+            ),
+            subject="accel-w8a8-dyn",
+            reference="torch",
+        ),
+        Suite(
+            "int4-decoder",
+            "qwen05",
+            (_QWEN_INT4,),
+            ("accel-w4g32", "genai-int4", "openvino-int4", "openvino-int4-bf16"),
+            (Target(_QWEN_INT4.metrics[1], 0.85, "genai-int4"), Target(_QWEN_INT4.metrics[0], 1.0, "openvino-int4")),
+            subject="accel-w4g32",
+            reference="torch",
+        ),
+        Suite(
+            "int8-gpt2",
+            "gpt2",
+            (_GPT2_INT8,),
+            ("accel-w8a8-dyn", "openvino-int8", "openvino-int8-bf16", "ctranslate2-int8"),
+            (Target(_GPT2_INT8.metrics[1], 0.70, "fastest"), Target(_GPT2_INT8.metrics[0], 1.1, "fastest")),
+            subject="accel-w8a8-dyn",
+            reference="torch",
+        ),
+        Suite(
+            "int4-memory",
+            "qwen05",
+            (_QWEN_INT4,),
+            ("accel-w4g32", "genai-int4", "openvino-int4"),
+            (Target(f"{_QWEN_INT4.name}: {PEAK_RSS}", 550.0, "absolute"),),
+            isolated=True,
+            unit="MB",
+            subject="accel-w4g32",
         ),
     )
 }

@@ -18,9 +18,8 @@ from accel.bench.cases import (
 )
 from accel.bench.client import WorkerFailure
 from accel.bench.machine import tree_resident
-from accel.bench.peers import PEERS
-from accel.bench.prepare import EXPORT_LIMIT_S, Workspace, ensure_export
-from accel.bench.runner import OPEN_LIMIT_S, TURN_LIMIT_S, Outcome, Say
+from accel.bench.prepare import EXPORT_LIMIT_S, OPEN_LIMIT_S, Workspace, ensure_export
+from accel.bench.runner import TURN_LIMIT_S, Outcome, Say, describe
 
 SAMPLE_SECONDS = 0.02
 
@@ -57,7 +56,7 @@ class PeakSampler:
 def run_isolated(
     workspace: Workspace, suite: Suite, peers: Sequence[str], rounds: int, refresh: bool, say: Say
 ) -> Outcome:
-    """Measures peak memory (suite ``memory``) or exports (suite ``export``) ``rounds`` times per peer."""
+    """Measures peak memory (the memory suites) or exports (suite ``export``) ``rounds`` times per peer."""
     outcome = Outcome(groups=[{}])
     measure = _measure_export if suite.name == "export" else _measure_memory
     for number in range(rounds):
@@ -73,7 +72,7 @@ def run_isolated(
                 outcome.groups[0].pop(peer, None)
                 say(f"{peer}: {failure}")
                 continue
-            outcome.peers[peer] = {"label": PEERS[peer].label, "status": "measured", "versions": versions}
+            outcome.peers[peer] = {**describe(peer), "status": "measured", "versions": versions}
             for metric, value in figures.items():
                 outcome.groups[0].setdefault(peer, {}).setdefault(metric, []).append(value)
             say(f"{peer}: " + ", ".join(f"{metric} {value:.1f}" for metric, value in figures.items()))
@@ -89,7 +88,9 @@ def _measure_memory(workspace: Workspace, suite: Suite, peer: str) -> tuple[dict
             for case in suite.cases:
                 worker.ask("measure", limit_s=TURN_LIMIT_S, case=case.to_json())
         peak = worker.ask("memory")["peak_rss"]
-        return {PEAK_RSS: peak, PEAK_ANONYMOUS: sampler.peak_anonymous}, worker.ask("versions")["versions"]
+        name = suite.cases[0].name
+        figures = {f"{name}: {PEAK_RSS}": peak, f"{name}: {PEAK_ANONYMOUS}": sampler.peak_anonymous}
+        return figures, worker.ask("versions")["versions"]
     finally:
         worker.close()
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accel.bench.cases import SUITES, Suite
+from accel.bench.cases import SENTENCES, SUITES, Suite
 from accel.bench.isolated import run_isolated
 from accel.bench.machine import use_cores
 from accel.bench.models import model_folder
+from accel.bench.peers import PEERS
 from accel.bench.prepare import Workspace
 from accel.bench.report import Result, build_result
 from accel.bench.runner import Pace, run_suite
@@ -29,6 +30,7 @@ def measure_suite(
     threads: int = 2,
     quick: bool = False,
     refresh: bool = False,
+    subject: str | None = None,
 ) -> Result:
     """Runs one suite and returns its result.
 
@@ -40,11 +42,12 @@ def measure_suite(
         threads: Threads of each peer; the run keeps to as many cores.
         quick: Two rounds and 8 tokens: checks that everything runs, proves nothing.
         refresh: Makes all exports anew.
+        subject: Another of accel's own peers in the place of the suite's: another variant, or another engine.
 
     Raises:
         InputError: An unknown suite or peer.
     """
-    suite = choose(name, peers)
+    suite = choose(name, peers, subject)
     if quick:
         suite = replace(suite, cases=tuple(replace(c, new=QUICK_TOKENS) if c.new else c for c in suite.cases))
     if rounds is None:
@@ -54,8 +57,8 @@ def measure_suite(
     settings: dict[str, Any] = {"rounds": rounds, "threads": threads, "quick": quick, "cases": []}
     settings["cases"] = [case.to_json() for case in suite.cases]
     folder = model_folder(workspace.bench, suite.model)
-    if any(case.role == "embedder" for case in suite.cases):
-        settings["sentences"] = prepare_sentences(workspace, folder, suite.cases[0].sentences)
+    if suite.pooled or any(case.role == "embedder" for case in suite.cases):
+        settings["sentences"] = prepare_sentences(workspace, folder, SENTENCES)
     if suite.isolated:
         outcome = run_isolated(workspace, suite, suite.peers, rounds, refresh, say)
     else:
@@ -63,11 +66,13 @@ def measure_suite(
     return build_result(suite, outcome, settings)
 
 
-def choose(name: str, peers: Sequence[str] | None) -> Suite:
-    """The suite, cut down to the peers asked for."""
+def choose(name: str, peers: Sequence[str] | None, subject: str | None = None) -> Suite:
+    """The suite, on another of accel's variants if so asked, and cut down to the peers asked for."""
     if name not in SUITES:
         raise InputError(f"no suite is called {name!r}", remedy=f"Choose among {', '.join(SUITES)}.")
     suite = SUITES[name]
+    if subject is not None:
+        suite = _with_subject(suite, subject)
     if peers is None:
         return suite
     unknown = [peer for peer in peers if peer not in suite.peers]
@@ -76,6 +81,14 @@ def choose(name: str, peers: Sequence[str] | None) -> Suite:
             f"suite {name} has no peer {', '.join(unknown)}", remedy=f"Choose among {', '.join(suite.peers)}."
         )
     return replace(suite, peers=tuple(peer for peer in suite.peers if peer in peers))
+
+
+def _with_subject(suite: Suite, subject: str) -> Suite:
+    ours = [name for name, peer in PEERS.items() if peer.ours]
+    if subject not in ours:
+        raise InputError(f"{subject!r} is no variant of accel", remedy=f"Choose among {', '.join(ours)}.")
+    others = (peer for peer in suite.peers if peer not in (subject, suite.subject))
+    return replace(suite, subject=subject, peers=(subject, *others))
 
 
 def prepare_sentences(workspace: Workspace, folder: Path, count: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from accel.bench.report import Result, format_figure, medians, metrics_of
+from accel.bench.report import Result, format_figure, medians, metrics_of, subject_of
 from accel.errors import DependencyError
 
 OURS, THEIRS = "#c2410c", "#94a3b8"
@@ -45,13 +45,18 @@ def _draw_panel(axis, result: Result, metric: str) -> None:  # type: ignore[no-u
     values = sorted(medians(result, metric).items(), key=lambda item: item[1], reverse=True)
     labels = [result["peers"][peer]["label"] for peer, _ in values]
     bars = axis.barh(
-        labels, [value for _, value in values], color=[OURS if p == "accel" else THEIRS for p, _ in values]
+        labels, [value for _, value in values], color=[OURS if is_ours(result, peer) else THEIRS for peer, _ in values]
     )
     axis.bar_label(bars, [format_figure(value) for _, value in values], fontsize=7, padding=2)
     axis.set_title(f"{metric}, {unit_of(metric, result)}", fontsize=9)
     axis.tick_params(labelsize=7)
     axis.margins(x=0.18)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def is_ours(result: Result, peer: str) -> bool:
+    """Whether a bar is accel's, in whatever variant."""
+    return peer == subject_of(result) or result["peers"][peer].get("ours", False)
 
 
 def unit_of(metric: str, result: Result) -> str:

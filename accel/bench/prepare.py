@@ -14,7 +14,7 @@ from accel.bench.client import PACKAGE_ROOT, WorkerFailure, WorkerProcess
 from accel.bench.models import model_folder
 from accel.bench.peers import PEERS
 
-EXPORT_LIMIT_S = 900.0
+EXPORT_LIMIT_S, OPEN_LIMIT_S = 900.0, 300.0
 
 
 @dataclass(frozen=True)

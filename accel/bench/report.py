@@ -9,6 +9,7 @@ from typing import Any
 
 from accel.bench.cases import TOLERANCE, Suite, Target
 from accel.bench.machine import describe_machine, today
+from accel.bench.peers import PEERS
 from accel.bench.runner import Outcome
 from accel.bench.stats import MIN_ROUNDS, Ratio, median, paired_ratio
 
@@ -21,6 +22,7 @@ def build_result(suite: Suite, outcome: Outcome, settings: dict[str, Any]) -> Re
     result: Result = {
         "schema": SCHEMA,
         "suite": suite.name,
+        "subject": suite.subject,
         "unit": suite.unit,
         "date": today(),
         "machine": describe_machine(),
@@ -63,8 +65,21 @@ def medians(result: Result, metric: str) -> dict[str, float]:
     return found
 
 
-def ratios(result: Result, metric: str, subject: str = "accel") -> dict[str, Ratio]:
+def subject_of(result: Result) -> str:
+    """The peer that the ratios and targets are about; results of before there was a choice are about fp32."""
+    return result.get("subject", "accel")
+
+
+def label_of(result: Result, peer: str) -> str:
+    """A peer's name for people; of one that was not measured (a reference) what it is called here."""
+    if peer in result["peers"]:
+        return result["peers"][peer]["label"]
+    return PEERS[peer].label if peer in PEERS else peer
+
+
+def ratios(result: Result, metric: str) -> dict[str, Ratio]:
     """The subject's time over each other peer's, paired within the rounds of the group that holds both."""
+    subject = subject_of(result)
     found: dict[str, Ratio] = {}
     for group in result["groups"]:
         ours = group.get(subject, {}).get(metric)
@@ -74,17 +89,21 @@ def ratios(result: Result, metric: str, subject: str = "accel") -> dict[str, Rat
     return found
 
 
-def judge(result: Result, target: Target, subject: str = "accel") -> dict[str, Any]:
+def judge(result: Result, target: Target) -> dict[str, Any]:
     """Whether a target is reached: ``reached`` is True, False, or None when it cannot be said, with the reason."""
-    own = medians(result, target.metric).get(subject)
+    subject = subject_of(result)
+    figures = result["peers"].get(subject, {}).get("figures", {})
+    own = figures.get(target.metric, medians(result, target.metric).get(subject))
     if own is None:
         return {"reached": None, "reason": f"{subject} was not measured"}
     if target.reference == "absolute":
-        return {"value": own, "reached": own <= target.limit, "reason": ""}
-    against = ratios(result, target.metric, subject)
+        reached = own >= target.limit if target.at_least else own <= target.limit
+        return {"value": own, "reached": reached, "reason": ""}
+    against = ratios(result, target.metric)
     if target.reference == "fastest":
         # The fastest peer is the one the subject does worst against: its own group's rounds decide.
-        peer = max(against, key=lambda name: against[name].median, default=None)
+        theirs = (name for name in against if not result["peers"][name].get("ours"))
+        peer = max(theirs, key=lambda name: against[name].median, default=None)
     else:
         peer = target.reference if target.reference in against else None
     if peer is None:
@@ -101,12 +120,12 @@ def markdown(result: Result) -> str:
     lines = [_heading(result), ""]
     names = metrics_of(result)
     reference = next((s["agreement"]["reference"] for s in result["peers"].values() if "agreement" in s), None)
-    heads = [*names, *([f"answers against {result['peers'][reference]['label']}"] if reference else [])]
+    heads = [*names, *([f"answers against {label_of(result, reference)}"] if reference else [])]
     lines += ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for peer, state in result["peers"].items():
         if state["status"] != "measured":
             continue
-        label = f"**{state['label']}**" if peer == "accel" else state["label"]
+        label = f"**{state['label']}**" if peer == subject_of(result) else state["label"]
         cells = [_cell(result, metric, peer) for metric in names] + ([_agreement(state)] if reference else [])
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines += ["", *_target_lines(result), *_missing_lines(result)]
@@ -114,10 +133,10 @@ def markdown(result: Result) -> str:
 
 
 def _heading(result: Result) -> str:
-    machine, settings = result["machine"], result["settings"]
+    machine, settings, label = result["machine"], result["settings"], label_of(result, subject_of(result))
     return (
         f"{result['suite']} ({result['unit']}), {result['date']}, {machine['cpu']}, {settings['threads']} threads, "
-        f"{settings['rounds']} rounds; medians, in brackets accel's time over the peer's (95 % upper bound)"
+        f"{settings['rounds']} rounds; medians, in brackets {label}'s time over the peer's (95 % upper bound)"
     )
 
 
@@ -149,7 +168,9 @@ def _target_lines(result: Result) -> list[str]:
     for target in result["targets"]:
         verdict = {True: "reached", False: "not reached", None: "open"}[target["reached"]]
         if "value" in target:
-            figure = f"{target['value']:.1f}, limit {target['limit']:.1f}"
+            digits = 4 if target.get("at_least") else 1
+            bound = "at least " if target.get("at_least") else ""
+            figure = f"{target['value']:.{digits}f}, limit {bound}{target['limit']:.{digits}f}"
         elif "ratio" in target:
             figure = (
                 f"{target['ratio']:.3f} x {result['peers'][target['against']]['label']} "

@@ -5,19 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from accel.bench.answers import collect_answers, compare_answers
 from accel.bench.cases import Case, Suite
 from accel.bench.client import WorkerFailure, WorkerProcess
 from accel.bench.machine import meminfo_bytes
 from accel.bench.peers import PEERS
-from accel.bench.prepare import Workspace, ensure_export
+from accel.bench.prepare import OPEN_LIMIT_S, Workspace, ensure_export
 from accel.bench.stats import median
 
-OPEN_LIMIT_S, TURN_LIMIT_S = 300.0, 300.0
+TURN_LIMIT_S = 300.0
 MEMORY_SHARE = 0.7  # of the available memory; the rest absorbs the peak of the peer that is just opening
 Rounds = dict[str, dict[str, list[float]]]  # peer -> metric -> one figure per round
 Say = Callable[[str], None]
@@ -41,19 +39,24 @@ class Outcome:
 
     def fail(self, peer: str, failure: WorkerFailure) -> None:
         status = "unsupported" if failure.unsupported else "failed"
-        self.peers.setdefault(peer, {"label": PEERS[peer].label}).update(status=status, reason=str(failure))
+        self.peers.setdefault(peer, describe(peer)).update(status=status, reason=str(failure))
+
+
+def describe(peer: str) -> dict[str, Any]:
+    """What is known of a peer before it runs."""
+    return {"label": PEERS[peer].label, **({"ours": True} if PEERS[peer].ours else {})}
 
 
 def run_suite(workspace: Workspace, suite: Suite, peers: Sequence[str], pace: Pace, refresh: bool, say: Say) -> Outcome:
     """Measures ``peers`` on the suite's cases.
 
     All peers that fit into memory together form one group, whose rounds are interleaved: in every round each peer
-    takes one turn, in a new random order. Peers that do not fit form a further group together with the anchors (accel
-    and the references of the targets), so that every ratio is between turns of the same rounds.
+    takes one turn, in a new random order. Peers that do not fit form a further group together with the anchors (the
+    subject and the references of the targets), so that every ratio is between turns of the same rounds.
     """
     outcome = Outcome()
     ready = [peer for peer in peers if _prepare(workspace, suite, peer, refresh, outcome, say)]
-    anchors = [p for p in ready if p == peers[0] or p in {target.reference for target in suite.targets}]
+    anchors = [p for p in ready if p == suite.subject or p in {target.reference for target in suite.targets}]
     pending = [peer for peer in ready if peer not in anchors]
     while pending or not outcome.groups:
         workers: dict[str, WorkerProcess] = {}
@@ -66,7 +69,7 @@ def run_suite(workspace: Workspace, suite: Suite, peers: Sequence[str], pace: Pa
                 worker.close()
         if not workers:
             break
-    _compare_outputs(workspace, suite, outcome)
+    compare_answers(workspace, suite, outcome.peers, say)
     return outcome
 
 
@@ -118,16 +121,13 @@ def _open_worker(workspace: Workspace, suite: Suite, peer: str) -> tuple[WorkerP
     worker = workspace.start(peer, suite.model)
     try:
         opened = worker.ask("open", limit_s=OPEN_LIMIT_S, role=suite.cases[0].role)
-        for case in suite.cases:
-            path = _output_path(workspace, suite, peer, case)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            worker.ask("output", limit_s=OPEN_LIMIT_S, case=case.to_json(), path=str(path))
+        collect_answers(workspace, suite, peer, worker)
         versions = worker.ask("versions")["versions"]
         memory = worker.ask("memory")
     except WorkerFailure:
         worker.close()
         raise
-    state = {"label": PEERS[peer].label, "status": "measured", "versions": versions, "open_seconds": opened["seconds"]}
+    state = {**describe(peer), "status": "measured", "versions": versions, "open_seconds": opened["seconds"]}
     return worker, {**state, **memory}
 
 
@@ -162,32 +162,3 @@ def take_turn(worker: WorkerProcess, case: Case, pace: Pace) -> dict[str, float]
         seconds=0.0 if case.role == "embedder" else pace.seconds,
     )
     return {metric: median(times) for metric, times in answer["times"].items()}
-
-
-def _output_path(workspace: Workspace, suite: Suite, peer: str, case: Case) -> Path:
-    return workspace.bench / "outputs" / suite.name / peer / f"{case.name.replace(' ', '_')}.npy"
-
-
-def _compare_outputs(workspace: Workspace, suite: Suite, outcome: Outcome) -> None:
-    """Records how far each peer's answers are from the reference's: a fast wrong answer must not pass unseen."""
-    measured = [peer for peer, state in outcome.peers.items() if state["status"] == "measured"]
-    reference = next((p for p in ("torch", "sentence-transformers") if p in measured), None)
-    if reference is None:
-        return
-    for peer in measured:
-        agreement: dict[str, Any] = {"reference": reference}
-        for case in suite.cases:
-            ours = np.load(_output_path(workspace, suite, peer, case))
-            expected = np.load(_output_path(workspace, suite, reference, case))
-            agreement[case.name] = compare(case, ours, expected)
-        outcome.peers[peer]["agreement"] = agreement
-
-
-def compare(case: Case, ours: np.ndarray, expected: np.ndarray) -> str:
-    """``n/m tokens`` up to the first difference for a decoder; else the largest absolute difference."""
-    if ours.shape != expected.shape:
-        return f"shape {list(ours.shape)} instead of {list(expected.shape)}"
-    if case.role == "decoder":
-        different = np.flatnonzero(ours != expected)
-        return f"{different[0] if different.size else ours.size}/{ours.size} tokens"
-    return f"max abs {np.abs(ours.astype(np.float64) - expected).max():.1e}"

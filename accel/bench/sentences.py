@@ -1,4 +1,4 @@
-"""Real sentences for the embedding rows: passages of the standard library's docstrings, 5 to 250 tokens long."""
+"""Real text: the standard library's docstrings, as sentences for the embedding rows and as whole passages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 MIN_TOKENS, MAX_TOKENS = 5, 250
+MIN_CHARACTERS = 80  # of a docstring that is a passage: shorter ones are a line without context
 MODULES = """
     argparse ast asyncio/base_events asyncio/streams asyncio/tasks calendar codecs collections/__init__
     concurrent/futures/_base configparser contextlib csv datetime dataclasses decimal difflib doctest email/message
@@ -44,6 +46,20 @@ def load_sentences(root: Path, count: int, count_tokens: Callable[[str], int]) -
     return chosen
 
 
+def docstring_passages(count: int | None = None) -> list[str]:
+    """The standard library's docstrings, whole: prose, lists and examples as their authors wrote them.
+
+    Each once, of at least ``MIN_CHARACTERS``, spread over the modules in an order that is always the same (that of
+    their sha256), so that any first part of the list is a sample of all. Which there are depends on Python's version.
+
+    Args:
+        count: How many; None: all.
+    """
+    found = {text for source in _sources() for text in _docstrings(source) if len(text) >= MIN_CHARACTERS}
+    ordered = sorted(found, key=lambda text: hashlib.sha256(text.encode()).digest())
+    return ordered[:count]
+
+
 def fingerprint(sentences: list[str]) -> str:
     """The first 16 hex digits of the sentences' sha256: equal fingerprints, equal work."""
     return hashlib.sha256("\n".join(sentences).encode()).hexdigest()[:16]
@@ -67,11 +83,7 @@ def choose_by_length(passages: list[str], tokens: list[int], count: int) -> list
 
 def _passages() -> Iterator[str]:
     """Single sentences and whole paragraphs of all docstrings; sources are parsed, never imported."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for module in MODULES.split():
-        source = library / f"{module}.py"
-        if not source.exists():  # some modules left the library in later versions
-            continue
+    for source in _sources():
         for docstring in _docstrings(source):
             for paragraph in re.split(r"\n\s*\n", docstring):
                 text = " ".join(paragraph.split())
@@ -81,9 +93,38 @@ def _passages() -> Iterator[str]:
                 yield from re.split(r"(?<=[.!?])\s+(?=[A-Z])", text)
 
 
+def _sources() -> Iterator[Path]:
+    """The modules that this Python has: some left the library in later versions."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return (path for module in MODULES.split() if (path := library / f"{module}.py").exists())
+
+
 def _docstrings(source: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node)
             if docstring:
                 yield docstring
+
+
+def tokenize(folder: Path, texts: list[str]) -> dict[str, NDArray[np.int64]]:
+    """Tokenizes a padded batch with the model's own ``tokenizer.json``.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` (0 on padding), ``token_type_ids``, int64 [B, longest].
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_padding()
+    rows = tokenizer.encode_batch(texts)
+    ids = np.array([row.ids for row in rows], np.int64)
+    mask = np.array([row.attention_mask for row in rows], np.int64)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+
+
+def mean_pool(hidden: NDArray[np.float32], mask: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sentence vectors: the mean of the hidden states [B, S, H] where ``mask`` [B, S] is 1, scaled to unit length."""
+    weights = mask[..., None].astype(np.float64)
+    vectors = (hidden * weights).sum(axis=1) / weights.sum(axis=1)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -27,8 +27,10 @@ from accel.bench.cases import Case
 from accel.bench.machine import process_status
 from accel.bench.models import VOCABULARY, encoder_inputs, prompt
 from accel.bench.peers import PEERS, Peer, Unsupported
+from accel.bench.sentences import mean_pool, tokenize
 
 Work = Callable[[], Any]
+POOLED_BATCH = 16  # sentences
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -55,6 +57,7 @@ class Worker:
     def _open(self, request: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         self._role = request["role"]
+        self.peer.selection = request.get("selection", {})
         self._opened = getattr(self.peer, f"open_{self._role}")()
         return {"seconds": time.perf_counter() - start, **memory_megabytes()}
 
@@ -94,6 +97,21 @@ class Worker:
         np.save(request["path"], result)
         return {"shape": list(result.shape)}
 
+    def _pooled(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Writes the pooled vectors of the first ``count`` real sentences, in padded batches, to ``path``."""
+        texts = self._texts()[: request["count"]]
+        vectors = []
+        for start in range(0, len(texts), POOLED_BATCH):
+            feeds = tokenize(self.peer.source, texts[start : start + POOLED_BATCH])
+            vectors.append(mean_pool(self._opened(feeds)(), feeds["attention_mask"]))
+        np.save(request["path"], np.concatenate(vectors))
+        return {"count": len(texts)}
+
+    def _gap(self, request: dict[str, Any]) -> dict[str, Any]:
+        """How far, on average, another peer's tokens are below this one's best choices (``Peer.token_gaps``)."""
+        ids = prompt(Case(**request["case"]).prompt, self._vocabulary)
+        return {"gap": float(self.peer.token_gaps(ids, request["tokens"]).mean())}
+
     def _memory(self, _: dict[str, Any]) -> dict[str, Any]:
         return memory_megabytes()
 
@@ -102,7 +120,7 @@ class Worker:
 
     def _work(self, case: Case) -> Work:
         if case.role == "embedder":
-            texts = json.loads(Path(os.environ["ACCEL_BENCH_SENTENCES"]).read_text(encoding="utf-8"))
+            texts = self._texts()
             return lambda: self._opened(texts[: case.sentences])
         if case.role == "decoder":
             return lambda: self._opened(prompt(case.prompt, self._vocabulary), 1 + case.new)
@@ -112,6 +130,10 @@ class Worker:
             names = self._manifest_inputs() if self.peer.model == "bundle" else set(feeds)
             self._forwards[shape] = self._opened({name: feeds[name] for name in feeds if name in names})
         return self._forwards[shape]
+
+    @staticmethod
+    def _texts() -> list[str]:
+        return json.loads(Path(os.environ["ACCEL_BENCH_SENTENCES"]).read_text(encoding="utf-8"))
 
     @cached_property
     def _vocabulary(self) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
-from accel.engines.kv_cache import check_count, resolve_cache
+from accel.engines.choice import FASTEST, Candidate, order_engines
+from accel.engines.kv_cache import check_count, integer_cache_bits, resolve_cache
+from accel.engines.registry import ENGINES, Engine, cache_item_bytes_of, pick_variant
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
 from accel.errors import (
     AccelError,
@@ -30,40 +31,20 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Engine:
-    """One entry of the registry.
-
-    Attributes:
-        name: What ``engine=`` takes and ``EngineInfo.name`` says.
-        device: The device it runs on.
-        probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
-        open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
-        installed: Whether its package is there at all.
-    """
-
-    name: str
-    device: str
-    probe: Callable[[Bundle, str], str | None]
-    open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
-    installed: Callable[[], bool] = lambda: True
-
-
-@dataclass(frozen=True)
 class Request:
     """What was asked of ``open_session``, checked and settled.
 
     Attributes:
-        bundle, device, variant, options, strict: Its arguments.
-        engines: The engines that were not tried yet, in order.
+        bundle, device, options, strict: Its arguments.
+        candidates: The engines that were not tried yet, in order, each with the variant that it is to run.
         named: Whether the caller chose the engine.
     """
 
     bundle: Bundle
     device: str
-    variant: str
     options: SessionOptions
     strict: bool
-    engines: tuple[Engine, ...]
+    candidates: tuple[Candidate, ...]
     named: bool
 
 
@@ -120,124 +101,6 @@ class OpenedSession:
             raise unavailable from error
 
 
-def pick_variant(bundle: Bundle, variant: str, target: str) -> str | None:
-    """The variant to run on a target: the one asked for, or fp32 first, then the manifest's order.
-
-    Returns:
-        None when there is none with a graph for this target.
-
-    Raises:
-        BundleError: The variant asked for does not exist.
-    """
-    if variant != "auto":
-        return variant if target in bundle.variant(variant).graphs else None
-    variants = bundle.manifest.variants
-    usable = [name for name in variants if target in variants[name].graphs]
-    return "fp32" if "fp32" in usable else next(iter(usable), None)
-
-
-def _probe_ort(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.ort.common import import_onnxruntime
-
-    try:
-        import_onnxruntime()
-    except DependencyError as error:
-        return str(error)
-    if pick_variant(bundle, variant, "ort-cpu") is None:
-        return f"the bundle has no ort-cpu graph for variant {variant!r}"
-    return None
-
-
-def _open_ort(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
-    from accel.engines.ort.decoder import OrtDecoderSession
-    from accel.engines.ort.encoder import OrtEncoderSession
-
-    name = pick_variant(bundle, variant, "ort-cpu")
-    assert name is not None, "probe comes first"
-    path = bundle.file(bundle.graph(name, "ort-cpu").file)
-    threads = options.threads or available_cores()
-    if bundle.manifest.arch.kind == "encoder":
-        return OrtEncoderSession(path, name, threads)
-    return OrtDecoderSession(path, bundle.manifest, name, threads, resolve_cache(bundle.manifest.arch, options))
-
-
-def _probe_torch(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.torch_reference import probe
-
-    return probe(bundle, variant)
-
-
-def _open_torch(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
-    from accel.engines.torch_reference import open_reference
-
-    return open_reference(bundle, variant, options)
-
-
-def _tensorrt(target: Literal["tensorrt", "rtx"]) -> Engine:
-    def probe(bundle: Bundle, variant: str) -> str | None:
-        from accel.engines.tensorrt.registry import probe_for
-
-        return probe_for(target)(bundle, variant)
-
-    def open_engine(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
-        from accel.engines.tensorrt.registry import open_for
-
-        return open_for(target)(bundle, variant, options)
-
-    def installed() -> bool:
-        from accel.engines.tensorrt.packages import is_installed
-
-        return is_installed(target)
-
-    return Engine(target, "cuda", probe, open_engine, installed)
-
-
-def _probe_cuda(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.cuda.registry import probe
-
-    return probe(bundle, variant)
-
-
-def _open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
-    from accel.engines.cuda.registry import open_cuda
-
-    return open_cuda(bundle, variant, options)
-
-
-def _has_triton() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("triton") is not None
-
-
-def _probe_ort_cuda(bundle: Bundle, variant: str) -> str | None:
-    from accel.engines.ort_cuda.registry import probe
-
-    return probe(bundle, variant)
-
-
-def _open_ort_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
-    from accel.engines.ort_cuda.registry import open_engine
-
-    return open_engine(bundle, variant, options)
-
-
-def _has_ort_cuda() -> bool:
-    from accel.engines.ort_cuda.package import is_installed
-
-    return is_installed()
-
-
-ENGINES: tuple[Engine, ...] = (
-    _tensorrt("tensorrt"),
-    _tensorrt("rtx"),
-    Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton),
-    Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda),
-    Engine("ort-cpu", "cpu", _probe_ort, _open_ort),
-    Engine("torch", "cpu", _probe_torch, _open_torch),
-)
-
-
 def open_session(
     bundle: Bundle,
     device: str = "auto",
@@ -252,8 +115,10 @@ def open_session(
         bundle: An opened bundle.
         device: ``auto`` (CUDA engines are tried where a GPU can be seen; one that is hidden from this process is an
             entry of the fallbacks), ``cpu`` or ``cuda``.
-        engine: ``auto``, or the name of the one engine to use: it is never replaced by another.
-        variant: ``auto``, or the precision to use.
+        engine: ``auto``: the fastest that ``accel bench`` measured for this bundle on this machine, else the first of
+            the documented order; or the name of the one engine to use: it is never replaced by another.
+        variant: ``auto``: what each engine runs unasked; ``fastest``: the fastest that was measured, which may be a
+            lossy one; or the precision to use.
         options: Threads, and for decoders cache rows and capacity.
         strict: Raise instead of falling back to a later engine. With ``auto``, a flavour of TensorRT that is not
             installed is passed over all the same if the other one is.
@@ -267,18 +132,21 @@ def open_session(
     options = options or SessionOptions()
     _check_threads(options.threads)
     hidden = hidden_gpu() if device == engine == "auto" else None
-    candidates = _candidates(device, engine, has_nvidia_device() and hidden is None)
-    if variant != "auto":
+    engines = _engines(device, engine, has_nvidia_device() and hidden is None)
+    if variant not in ("auto", FASTEST):
         bundle.variant(variant)
+    candidates = order_engines(bundle, engines, variant, options, named=engine != "auto")
     if bundle.manifest.arch.kind == "encoder":
         options = replace(options, capacity=None, max_batch=None)
-    elif candidates and candidates[0].device == "cpu":
-        resolve_cache(bundle.manifest.arch, options)  # raises before anything is probed
+    elif candidates and candidates[0].engine.device == "cpu":
+        first = candidates[0]
+        item = cache_item_bytes_of(bundle, first.variant) if first.engine.integer_caches else 4
+        resolve_cache(bundle.manifest.arch, options, item)  # raises before anything is probed
     else:
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
     known = () if hidden is None else (Fallback("cuda", hidden),)
-    return _open_first(Request(bundle, device, variant, options, strict, candidates, engine != "auto"), known)
+    return _open_first(Request(bundle, device, options, strict, candidates, engine != "auto"), known)
 
 
 def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: bool = False) -> OpenedSession:
@@ -291,39 +159,54 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
             reason to try on.
     """
     tolerated = (Exception,) if replacing else (EngineError, DependencyError)
-    passed_over = list(known)
-    logged = len(known) - 1 if replacing else 0  # the last one is news
-    for index, candidate in enumerate(request.engines):
+    old, news = (known[:-1], list(known[-1:])) if replacing else ((), list(known))
+    for index, candidate in enumerate(request.candidates):
+        engine = candidate.engine
         try:
-            reason = _reject_device(candidate, request.device) or candidate.probe(request.bundle, request.variant)
+            reason = _reject_device(engine, request.device) or _reject_cache(candidate, request.bundle)
+            reason = reason or engine.probe(request.bundle, candidate.variant)
             if reason is None:
                 session = _open(candidate, request, replacing)
         except tolerated as error:
             reason = str(error) if isinstance(error, AccelError) else f"{type(error).__name__}: {error}"
         if reason is None:
-            for fallback in passed_over[logged:]:
-                _log.warning("%s runs because %s cannot: %s", candidate.name, fallback.engine, fallback.reason)
-            return OpenedSession(session, tuple(passed_over), replace(request, engines=request.engines[index + 1 :]))
-        passed_over.append(Fallback(candidate.name, reason))
-        if request.strict and not _has_twin(candidate, request):
+            for fallback in news:
+                _log.warning("%s runs because %s cannot: %s", engine.name, fallback.engine, fallback.reason)
+            if candidate.why:
+                _log.info("%s runs, %s", engine.name, candidate.why)
+                session.info = replace(session.info, why=candidate.why)
+            rest = replace(request, candidates=request.candidates[index + 1 :])
+            others = [found for found in (*candidate.slower, *old, *news) if found.engine != engine.name]
+            return OpenedSession(session, _latest(others), rest)
+        news.append(Fallback(engine.name, reason))
+        if request.strict and not _has_twin(engine, request):
             break
-    raise _unavailable(request, passed_over)
+    raise _unavailable(request, _latest([*old, *news]))
+
+
+def _latest(passed_over: list[Fallback]) -> tuple[Fallback, ...]:
+    """One reason per engine: one that was measured to be slower may have failed since."""
+    reasons = {fallback.engine: fallback for fallback in passed_over}
+    return tuple(fallback for fallback in passed_over if reasons[fallback.engine] is fallback)
 
 
 def _has_twin(engine: Engine, request: Request) -> bool:
     """Whether the engine is not installed, but another one for the same device is, whose turn comes."""
     if request.named or engine.installed():
         return False
-    return any(other.device == engine.device and other.installed() for other in request.engines)
+    return any(
+        other.engine.device == engine.device and other.engine.installed() for other in request.candidates
+    )
 
 
-def _open(engine: Engine, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
+def _open(candidate: Candidate, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
+    open_session = candidate.engine.open
     try:
-        return engine.open(request.bundle, request.variant, request.options)
+        return open_session(request.bundle, candidate.variant, request.options)
     except CapacityError:
         if not replacing:
             raise
-        return engine.open(request.bundle, request.variant, replace(request.options, capacity=None))
+        return open_session(request.bundle, candidate.variant, replace(request.options, capacity=None))
 
 
 def _check_threads(threads: int | None) -> None:
@@ -332,18 +215,18 @@ def _check_threads(threads: int | None) -> None:
         raise InputError(what, where="threads", remedy=f"This process may use {available_cores()} cores")
 
 
-def _candidates(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
+def _engines(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
     from accel.schema import suggest
 
     if device not in DEVICES:
         raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
     if engine == "auto":
         gpu = device == "cuda" or (device == "auto" and sees_gpu)
-        return tuple(candidate for candidate in ENGINES if gpu or candidate.device != "cuda")
-    chosen = tuple(candidate for candidate in ENGINES if candidate.name == engine)
+        return tuple(known for known in ENGINES if gpu or known.device != "cuda")
+    chosen = tuple(known for known in ENGINES if known.name == engine)
     if not chosen:
-        known = ["auto", *(candidate.name for candidate in ENGINES)]
-        raise InputError(f"unknown engine {engine!r}", where="engine", remedy=suggest(str(engine), known))
+        names = ["auto", *(known.name for known in ENGINES)]
+        raise InputError(f"unknown engine {engine!r}", where="engine", remedy=suggest(str(engine), names))
     return chosen
 
 
@@ -353,7 +236,15 @@ def _reject_device(engine: Engine, device: str) -> str | None:
     return f"it runs on {engine.device} only, not on {device}"
 
 
-def _unavailable(request: Request, passed_over: list[Fallback]) -> EngineUnavailableError:
+def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:
+    if candidate.engine.integer_caches or candidate.variant == "auto":
+        return None
+    bits = integer_cache_bits(bundle, candidate.variant)
+    able = ", ".join(other.name for other in ENGINES if other.integer_caches)
+    return None if bits is None else f"it has no int{bits} KV cache; {candidate.variant!r} runs on {able}"
+
+
+def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineUnavailableError:
     reasons = "; ".join(f"{fallback.engine}: {fallback.reason}" for fallback in passed_over)
     first = request.strict and not request.named
     what = "the first engine cannot run this bundle here" if first else "no engine can run this bundle here"
@@ -361,4 +252,13 @@ def _unavailable(request: Request, passed_over: list[Fallback]) -> EngineUnavail
     return EngineUnavailableError(f"{what} ({reasons})", where=str(request.bundle.path), remedy=remedy)
 
 
-__all__ = ["DEVICES", "ENGINES", "Engine", "OpenedSession", "SessionOptions", "open_session", "pick_variant"]
+__all__ = [
+    "DEVICES",
+    "ENGINES",
+    "FASTEST",
+    "Engine",
+    "OpenedSession",
+    "SessionOptions",
+    "open_session",
+    "pick_variant",
+]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from accel.bundle import ITEM_BYTES, Bundle
 from accel.engines.session import SessionOptions
-from accel.errors import CapacityError, InputError
+from accel.errors import BundleError, CapacityError, InputError
 from accel.machine import available_memory
+from accel.manifest import GraphEntry
 from accel.spec import ArchSpec
 
 DEFAULT_MAX_BATCH = 8
@@ -22,13 +24,45 @@ class CacheShape:
     capacity: int
 
 
-def bytes_per_token(arch: ArchSpec, item_bytes: int = 4) -> int:
-    """Bytes that one position of one row takes in all layers' keys and values together."""
-    return sum(2 * layer.kv_heads * layer.head_dim * item_bytes for layer in arch.layers)
+def bytes_per_token(arch: ArchSpec, item_bytes: float = 4) -> int:
+    """Bytes that one position of one row takes in all layers' keys and values together.
+
+    Args:
+        arch: The model.
+        item_bytes: Of one number; 0.5: two share a byte.
+    """
+    return int(sum(2 * layer.kv_heads * layer.head_dim * item_bytes for layer in arch.layers))
+
+
+def cache_item_bytes(arch: ArchSpec, graph: GraphEntry) -> float:
+    """Bytes of one number in a graph's caches, as its inputs say: 4, 1, or 0.5 where a byte holds two.
+
+    Raises:
+        BundleError: The graph's entry lists no cache.
+    """
+    spec = next((spec for spec in graph.inputs if spec.name == "past.0.key"), None)
+    width = spec.shape[-1] if spec is not None and spec.shape else None
+    if spec is None or not isinstance(width, int) or spec.dtype not in ITEM_BYTES:
+        what = "The manifest lists no past.0.key of a known type among the graph's inputs"
+        raise BundleError(what, where=graph.file, remedy="Export the model again")
+    return ITEM_BYTES[spec.dtype] * width / arch.layers[0].head_dim
+
+
+def integer_cache_bits(bundle: Bundle, variant: str) -> int | None:
+    """Bits of the integers in a variant's caches; None: its caches are floats, or it has none.
+
+    Raises:
+        BundleError: No such variant.
+    """
+    arch = bundle.manifest.arch
+    for graph in bundle.variant(variant).graphs.values():
+        if any(spec.name == "past.0.key" and spec.dtype in ("int8", "uint8") for spec in graph.inputs):
+            return int(8 * cache_item_bytes(arch, graph))
+    return None
 
 
 def resolve_cache(
-    arch: ArchSpec, options: SessionOptions, item_bytes: int = 4, available: int | None = None
+    arch: ArchSpec, options: SessionOptions, item_bytes: float = 4, available: int | None = None
 ) -> CacheShape:
     """Rows and capacity for a decoder: what the caller asked for, checked, or defaults that fit.
 
@@ -39,7 +73,7 @@ def resolve_cache(
     Args:
         arch: The model.
         options: What was asked for.
-        item_bytes: Of one number in the cache.
+        item_bytes: Of one number in the cache; see ``bytes_per_token``.
         available: Bytes at hand; None: this machine's memory.
 
     Raises:
@@ -93,4 +127,11 @@ def _check_asked(arch: ArchSpec, asked: int, rows: int, row_bytes: int, memory: 
         )
 
 
-__all__ = ["CacheShape", "bytes_per_token", "check_count", "resolve_cache"]
+__all__ = [
+    "CacheShape",
+    "bytes_per_token",
+    "cache_item_bytes",
+    "check_count",
+    "integer_cache_bits",
+    "resolve_cache",
+]

@@ -24,9 +24,11 @@ TYPES = {
 
 
 def to_torch(array: NDArray) -> Tensor:
-    """A tensor of the same bytes (a copy where the array is read-only)."""
+    """A tensor of the same bytes (a copy where the array is read-only); int4 becomes int8."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype.name == "int4":
+        array = array.astype(np.int8)
     return torch.from_numpy(np.array(array) if not array.flags.writeable else array)
 
 

@@ -32,20 +32,19 @@ class StoredTensors:
                     self._whole.setdefault(value.name or "", []).append(tensor)
                     self._merged |= dict.fromkeys(parts.split("\n"), (tensor, parts.split("\n"))) if parts else {}
 
-    def find(self, value: ir.Value, data: np.ndarray) -> ir.ExternalTensor | None:
+    def find(self, value: ir.Value, raw: np.ndarray) -> ir.ExternalTensor | None:
         """Where an initializer's bytes lie: under its name, as a part of a merged one, or as its parts side by side.
 
         Args:
             value: The initializer, in its graph.
-            data: Its numbers. What merely has its name, type and shape is not taken for it.
+            raw: Its bytes, uint8 [n]. What merely has its name, type and shape is not taken for it.
         """
         candidates = [*self._whole.get(value.name or "", ()), self._part(value), self._joined(value)]
-        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
         for tensor in candidates:
             if tensor is None or tensor.dtype != value.dtype or tensor.length != raw.nbytes:
                 continue
             there = _window(tensor, tensor.offset or 0, value)
-            if np.array_equal(there.numpy().reshape(-1).view(np.uint8), raw):
+            if np.array_equal(_bytes(there), raw):
                 return _window(tensor, tensor.offset or 0, value)  # the other one keeps its file mapped
         return None
 
@@ -116,14 +115,14 @@ def write_external(
             if tensor.nbytes < INLINE_BYTES:
                 value.const_value = ir.tensor(np.array(tensor.numpy()), name=value.name)
                 continue
-            data = np.ascontiguousarray(tensor.numpy())
-            found = stored.find(value, data) if stored is not None else None
+            raw = _bytes(tensor)
+            found = stored.find(value, raw) if stored is not None else None
             if found is None:
                 stream = stream or path.open("wb")
                 padding = -position % (PAGE if tensor.nbytes >= PAGE_FROM else LINE)
                 stream.write(b"\0" * padding)
                 position += padding
-                stream.write(data.reshape(-1).view(np.uint8).data)
+                stream.write(raw.data)
                 found = ir.ExternalTensor(
                     path.name, position, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape),
                     name=value.name or "", base_dir=path.parent,
@@ -142,6 +141,13 @@ def external_files(model: ir.Model) -> tuple[str, ...]:
     """Names of the files that its initializers lie in, in the order of the first that does."""
     tensors = [value.const_value for value in model.graph.initializers.values()]
     return tuple(dict.fromkeys(str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)))
+
+
+def _bytes(tensor: ir.TensorProtocol) -> np.ndarray:
+    """As stored, uint8 [n]: two 4-bit numbers in one."""
+    if tensor.dtype.bitwidth < 8:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
 
 
 def _is_vector(value: ir.Value) -> bool:

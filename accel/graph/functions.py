@@ -27,6 +27,8 @@ def attach(model: ir.Model) -> int:
         "Linear": _linear,
         "Attention": _attention,
         "CachedAttention": _cached_attention,
+        "QuantizedLinear": _quantized_linear,
+        "QuantizedGather": _quantized_gather,
     }
     for node in model.graph:
         if node.domain != DOMAIN:
@@ -42,13 +44,17 @@ def attach(model: ir.Model) -> int:
 def _signature(node: ir.Node) -> str:
     """A short stable name of everything that the body depends on."""
     parts = {name: attribute.value for name, attribute in sorted(node.attributes.items())}
-    text = json.dumps([parts, len(node.inputs), _head_dim(node)], sort_keys=True)
+    shape = _head_dim(node) if "num_heads" in node.attributes else None
+    text = json.dumps([parts, len(node.inputs), shape, *_quantized_form(node)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _head_dim(node: ir.Node) -> int | None:
-    if node.op_type == "Linear":
-        return None
+def _quantized_form(node: ir.Node) -> list[bool]:
+    """Of a quantised product: which of its inputs are there."""
+    return [value is not None for value in node.inputs] if node.op_type.startswith("Quantized") else []
+
+
+def _head_dim(node: ir.Node) -> int:
     query = node.inputs[0]
     assert query is not None and query.shape is not None
     width = query.shape[-1]
@@ -101,6 +107,46 @@ def _linear(node: ir.Node) -> ir.Function:
     return body.function(node, [op.Add(product, bias[0]) if bias else product])
 
 
+def _dequantized(body: _Body, node: ir.Node, weight: ir.Value, scale: ir.Value) -> ir.Value:
+    """weight[n, k] * scale[n, k / block_size]; block_size 0: scale[n, 0]."""
+    block = node.attributes["block_size"].as_int()
+    if block:
+        return body.op.DequantizeLinear(weight, scale, axis=1, block_size=block)
+    return body.op.DequantizeLinear(weight, body.op.Squeeze(scale, body.ints(1)), axis=0)
+
+
+def _quantized_linear(node: ir.Node) -> ir.Function:
+    """y = r(x) W^T + b, W = weight * scale by blocks of a row, weight INT8 or INT4 [N, K].
+
+    r is the rounding of x that ``activation`` names. ``none``: x itself. ``static``: x_scale times the nearest
+    integers to x / x_scale (halves to the even one) in [-127, 127]. ``dynamic``: the same with a step for each row
+    (the last axis) of x: max|x| / 127, or 1 where all are zero.
+    """
+    body = _Body(["x", "weight", "scale", "bias", "x_scale"][: len(node.inputs)])
+    op, (x, weight, scale, *rest) = body.op, body.inputs
+    activation = node.attributes["activation"].as_string()
+    if activation != "none":
+        step = rest[1] if activation == "static" else _row_step(body, x)
+        limits = (body.const(limit, np.float32) for limit in (-127, 127))
+        x = op.Mul(op.Clip(op.Round(op.Div(x, step)), *limits), step)
+    product = op.MatMul(x, op.Transpose(_dequantized(body, node, weight, scale), perm=[1, 0]))
+    biased = len(node.inputs) > 3 and node.inputs[3] is not None
+    return body.function(node, [op.Add(product, rest[0]) if biased else product])
+
+
+def _row_step(body: _Body, x: ir.Value) -> ir.Value:
+    op = body.op
+    step = op.Div(op.ReduceMax(op.Abs(x), body.ints(-1)), body.const(127, np.float32))
+    return op.Where(op.Equal(step, body.const(0, np.float32)), body.const(1, np.float32), step)
+
+
+def _quantized_gather(node: ir.Node) -> ir.Function:
+    """Rows of weight * scale by blocks of a row: weight INT8 or INT4 [N, K], ids int64 of any shape."""
+    body = _Body(["weight", "scale", "ids"])
+    weight, scale, ids = body.inputs
+    return body.function(node, [body.op.Gather(_dequantized(body, node, weight, scale), ids, axis=0)])
+
+
 def _scores(body: _Body, node: ir.Node, query: ir.Value, key: ir.Value) -> ir.Value:
     """softcap(scale * q k^T)."""
     op = body.op
@@ -124,7 +170,6 @@ def _attention(node: ir.Node) -> ir.Function:
     body = _Body(names)
     op, dim = body.op, _head_dim(node)
     heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-    assert dim is not None
     query, key, value = body.inputs[:3]
     # [B, KV, G, S, D]: queries in groups that share a key head
     grouped = op.Transpose(op.Reshape(query, body.ints(0, 0, kv_heads, heads // kv_heads, dim)), perm=[0, 2, 3, 1, 4])
@@ -159,7 +204,6 @@ def _cached_attention(node: ir.Node) -> ir.Function:
     body = _Body(["query", "key", "value", "past_key", "past_value", "past_lengths", "query_lengths"])
     op, dim = body.op, _head_dim(node)
     heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
-    assert dim is not None
     query, key, value, past_key, past_value, past_lengths, query_lengths = body.inputs
     zero, one = body.const(0, np.int64), body.const(1, np.int64)
     fresh = op.Cast(query_lengths, to=ir.DataType.INT64)

@@ -6,7 +6,7 @@ import math
 
 from accel.inspection import wording
 from accel.inspection.report import PARTS, AttentionLayer, CacheReport, GraphReport, WeightReport
-from accel.inspection.svg import element, escape, line, picture, rectangle, text
+from accel.inspection.svg import element, escape, line, nice_step, picture, rectangle, shorten, text
 from accel.inspection.treemap import Box, squarify
 from accel.manifest import ParityResult, PassReport
 
@@ -27,7 +27,7 @@ def draw_passes(graph: GraphReport, base: GraphReport | None) -> str:
     for index, item in enumerate(passes):
         if base is not None and index == len(base.passes):
             parts += [line(0, y + 11, WIDTH, y + 11, "rule")]
-            parts.append(text(0, y + 27, f"on from {_shorten(base.target, 40)}:", "faint"))
+            parts.append(text(0, y + 27, f"on from {shorten(base.target, 40)}:", "faint"))
             y += 32
         parts.append(_draw_pass(item, y, left, scale))
         y += height
@@ -41,7 +41,7 @@ def _draw_pass(item: PassReport, y: float, left: float, scale: float) -> str:
     title = f"{item.name}: {item.nodes_before:,} nodes before, {item.nodes_after:,} after"
     change = item.nodes_after - item.nodes_before
     kind = "bar after" if change <= 0 else "bar grown"
-    parts = [text(left - 12, y + 17, _shorten(item.name, 20), "label end" if change else "label end faint")]
+    parts = [text(left - 12, y + 17, shorten(item.name, 20), "label end" if change else "label end faint")]
     if change < 0:
         parts.append(rectangle(left, y + 4, before, 16, "bar ghost", title))
     parts.append(rectangle(left, y + 4, after, 16, kind if change else "bar same", title))
@@ -50,7 +50,7 @@ def _draw_pass(item: PassReport, y: float, left: float, scale: float) -> str:
     parts.append(text(left + max(before, after) + 8, y + 17, number, "number" if change else "number faint"))
     if fused:
         room = (WIDTH - left - max(before, after) - 110) / 6.6
-        parts.append(text(WIDTH, y + 17, _shorten(fused, int(room)), "faint end"))
+        parts.append(text(WIDTH, y + 17, shorten(fused, int(room)), "faint end"))
     return element("g", *parts)
 
 
@@ -104,7 +104,7 @@ def draw_operators(graph: GraphReport, most_shown: int = 14) -> str:
     for index, (name, number) in enumerate(items):
         y = index * height
         length = number / most * (width - left - 50)
-        parts.append(text(left - 10, y + 15, _shorten(name.removeprefix("com.microsoft::"), 31), "label end"))
+        parts.append(text(left - 10, y + 15, shorten(name.removeprefix("com.microsoft::"), 31), "label end"))
         parts.append(rectangle(left, y + 3, length, 15, "bar after", f"{name}: {number:,}"))
         parts.append(text(left + length + 7, y + 15, f"{number:,}", "number"))
     about = ", ".join(f"{name} {number:,}" for name, number in items)
@@ -135,7 +135,7 @@ def _draw_tile(box: Box, part: str, name: str, size: str, title: str) -> str:
     parts = [rectangle(box.x + 0.75, box.y + 0.75, box.width - 1.5, box.height - 1.5, f"part {part}", title)]
     room = int((box.width - 14) / 6.9)
     if room >= 5 and box.height >= 22:
-        parts.append(text(box.x + 8, box.y + 18, _shorten(name, room), "on"))
+        parts.append(text(box.x + 8, box.y + 18, shorten(name, room), "on"))
         if box.height >= 40 and len(size) <= room:
             parts.append(text(box.x + 8, box.y + 34, size, "on dim"))
     return element("g", *parts)
@@ -152,7 +152,7 @@ def draw_cache(cache: CacheReport, weights: int) -> str:
     left, top, height = 80, 14, 220
     capacity = max(1, cache.rows[-1].capacity)
     largest = capacity * cache.bytes_per_token * max(CACHE_ROWS)
-    step = _nice_step(largest / 4)
+    step = nice_step(max(largest / 4, 1))
     ceiling = step * max(1, math.ceil(largest / step))
     right = WIDTH - 130
 
@@ -202,7 +202,7 @@ def draw_parity(parity: dict[str, ParityResult]) -> str:
     for index, (name, item) in enumerate(parity.items()):
         y, kind = index * height + 10, "bar good" if item.max_rel_error <= item.limit else "bar bad"
         title = f"{name}: error {item.max_rel_error:.2e}, limit {item.limit:.0e}, against {item.reference}"
-        parts.append(text(left - 12, y + 19, _shorten(name, 21), "label end"))
+        parts.append(text(left - 12, y + 19, shorten(name, 21), "label end"))
         parts.append(rectangle(left, y + 4, at(item.max_rel_error) - left, 22, kind, title))
         parts.append(text(at(item.max_rel_error) + 8, y + 19, f"{item.max_rel_error:.1e}", "number"))
         parts += [line(at(item.limit), y - 4, at(item.limit), y + 32, "limit")]
@@ -216,16 +216,6 @@ def _distance(item: ParityResult) -> str:
         return f"limit {item.limit:.0e}"
     ratio = item.limit / item.max_rel_error
     return f"{ratio:,.0f}x below limit" if ratio >= 1 else f"{1 / ratio:,.1f}x over limit"
-
-
-def _nice_step(value: float) -> float:
-    power = 10 ** math.floor(math.log10(max(value, 1)))
-    return float(next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value))
-
-
-def _shorten(name: str, room: int) -> str:
-    plain = wording.printable(name)
-    return plain if len(plain) <= room else plain[: max(1, room - 1)] + "…"
 
 
 __all__ = [

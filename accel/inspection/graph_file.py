@@ -13,6 +13,7 @@ from typing import Any
 
 from accel.errors import BundleError, DependencyError
 from accel.inspection.report import GraphNodes, Rotary
+from accel.spec import EMBEDDING
 
 ATTENTION = {"CachedAttention", "Attention", "CrossAttention", "GroupQueryAttention", "MultiHeadAttention"}
 PROJECTIONS = {"Linear", "MatMul", "FusedMatMul", "Gemm", "MatMulNBits"}  # where a search for rotary nodes ends
@@ -54,11 +55,18 @@ class AttentionNode:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """One graph file's content."""
+    """One graph file's content.
+
+    Attributes:
+        attention: By the name of the node in the main graph.
+        stored: What its initializers refer to.
+        embedding: The parameter whose rows are given to the graph as an input; None: it looks ids up itself.
+    """
 
     nodes: GraphNodes
-    attention: dict[str, AttentionNode]  # by the name of the node in the main graph
+    attention: dict[str, AttentionNode]
     stored: tuple[StoredTensor, ...]
+    embedding: str | None = None
 
 
 def read_graph(path: Path) -> GraphFile:
@@ -111,7 +119,8 @@ class _Reader:
         )
         attention = {node.name: found for node in graph.node if (found := self._attention(node)) is not None}
         stored = tuple(_stored(tensor) for tensor in initializers if tensor.external_data)
-        return GraphFile(counts, attention, stored)
+        metadata = {entry.key: entry.value for entry in self.model.metadata_props}
+        return GraphFile(counts, attention, stored, metadata.get(EMBEDDING))
 
     def _attention(self, node: Any) -> AttentionNode | None:
         kernels = [inner for graph in _subgraphs(node) for inner in _walk(graph) if inner.op_type in ATTENTION]

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import PurePath
 
-from accel.inspection import charts, wording
+from accel.inspection import charts, html, wording
 from accel.inspection.report import GraphReport, Inspection, WeightReport
-from accel.inspection.style import STYLE
 from accel.inspection.svg import escape
-
-# Names in the page come from files that may be hostile; should one ever slip through unescaped, this stops it.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def render_page(found: Inspection) -> str:
     """One page without any outside resource or script; every name in it is escaped."""
-    name = escape(PurePath(found.path).name)
     body = [_header(found), _cards(found), _messages(found), *_passes(found), _attention(found)]
     body += [_operators(found), *map(_weights, found.weights), _cache(found), _parity(found)]
     body += [*map(_io, found.graphs), _files(found)]
-    accel = escape(found.accel_version)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}: bundle</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><main>{''.join(body)}"
-        f"<footer>Bundle written by accel {accel}, schema {found.schema_version}. Sizes in decimal units.</footer>"
-        "</main></body></html>\n"
-    )
+    footer = f"Bundle written by accel {found.accel_version}, schema {found.schema_version}. Sizes in decimal units."
+    return html.document(f"{PurePath(found.path).name}: bundle", body, footer)
 
 
 def _header(found: Inspection) -> str:
     arch = found.arch
     tags = [arch.family, arch.kind, arch.task, *(f"{name}: {dtype}" for name, dtype in found.variants.items())]
     tags += [f"{shared} is {owner}" for shared, owner in found.tied.items()]
-    shown = "".join(f"<span>{escape(tag)}</span>" for tag in tags)
-    return (
-        f"<header><h1>{escape(arch.architecture)}</h1><p>from <code>{escape(found.source)}</code>, "
-        f'in <code>{escape(found.path)}</code></p><div class="tags">{shown}</div></header>'
-    )
+    return html.header(arch.architecture, found.source, found.path, tags)
 
 
 def _cards(found: Inspection) -> str:
@@ -56,21 +39,16 @@ def _cards(found: Inspection) -> str:
     for name, result in list(found.parity.items())[:1]:
         cards.append((f"{result.max_rel_error:.1e}", f"relative error of {name}"))
     cards += [(f"{arch.max_positions:,}", "positions"), (f"{arch.vocab_size:,}", "tokens in the vocabulary")]
-    shown = "".join(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in cards)
-    return f'<div class="cards">{shown}</div>'
+    return html.cards(cards)
 
 
 def _messages(found: Inspection) -> str:
-    blocks = []
-    for kind, title, items in (
+    blocks = (
         ("alert", "Warnings", found.warnings),
         ("hint", "Notes of the export", found.notes),
         ("hint", "Not shown", found.left_out),
-    ):
-        if items:
-            listed = "".join(f"<li>{escape(item)}</li>" for item in items)
-            blocks.append(f'<section class="{kind}"><h2>{title}</h2><ul>{listed}</ul></section>')
-    return "".join(blocks)
+    )
+    return "".join(html.messages(kind, title, items) for kind, title, items in blocks)
 
 
 def _ends(found: Inspection) -> list[GraphReport]:
@@ -88,12 +66,12 @@ def _passes(found: Inspection) -> list[str]:
             (item.name, f"{item.nodes_before:,}", f"{item.nodes_after:,}", wording.fused(item), "; ".join(item.notes))
             for item in graph.passes
         ]
-        table = _table(("pass", "nodes before", "nodes after", "fused", "notes"), rows, right=(1, 2))
+        table = html.table(("pass", "nodes before", "nodes after", "fused", "notes"), rows, right=(1, 2))
         keys = [("after", "nodes after the pass"), ("ghost", "removed"), ("grown", "after a pass that adds nodes")]
         drawn = charts.draw_passes(graph, wording.base_of(graph, found.graphs))
-        content = drawn + _legend([*keys, ("same", "no change")]) + _details("Passes as a table", table)
+        content = drawn + html.legend([*keys, ("same", "no change")]) + html.details("Passes as a table", table)
         note = f"Graph nodes of {graph.variant}/{graph.target}, from the trace through each pass; what it fused, right."
-        sections.append(_section("Nodes per pass", note, content))
+        sections.append(html.section("Nodes per pass", note, content))
     return sections
 
 
@@ -115,7 +93,7 @@ def _attention(found: Inspection) -> str:
     keys += [("window", "sliding window")] if any(layer.window is not None for layer in layers) else []
     keys += [("softcap", "softcap")] if any(layer.softcap is not None for layer in layers) else []
     note = "One tile per layer: rows are queries, columns are keys, filled where a query sees a key."
-    return _section("Attention", note, charts.draw_layers(shown[0]) + _legend(keys) + _table(head, rows))
+    return html.section("Attention", note, charts.draw_layers(shown[0]) + html.legend(keys) + html.table(head, rows))
 
 
 def _operators(found: Inspection) -> str:
@@ -131,9 +109,9 @@ def _operators(found: Inspection) -> str:
         title = f"{escape(graph.variant)}/{escape(graph.target)}"
         note = f"{nodes.top:,} nodes{inner}{functions}; {wording.size(nodes.inline_bytes)} of constants in the file"
         rows = [(name, f"{number:,}") for name, number in nodes.operators.items()]
-        table = _details("All operators", _table(("operator", "nodes"), rows, right=(1,)))
+        table = html.details("All operators", html.table(("operator", "nodes"), rows, right=(1,)))
         blocks.append(f'<div><h3>{title}</h3><p class="note">{note}</p>{charts.draw_operators(graph)}{table}</div>')
-    return _section("Operators", "How often each operator occurs in the graph files.", _columns(blocks))
+    return html.section("Operators", "How often each operator occurs in the graph files.", html.columns(blocks))
 
 
 def _weights(report: WeightReport) -> str:
@@ -145,19 +123,19 @@ def _weights(report: WeightReport) -> str:
             for name, share in shares.items()
         ]
         head = (kind, "tensors", "elements", "bytes", "share")
-        columns.append(f"<div>{_table(head, rows, right=(1, 2, 3, 4))}</div>")
+        columns.append(f"<div>{html.table(head, rows, right=(1, 2, 3, 4))}</div>")
     tensors = [
         (item.name, item.part, item.dtype, f"{item.share.tensors:,}", f"{item.share.elements:,}",
          f"{item.share.bytes:,}", wording.percent(item.share.bytes, whole))
         for item in report.groups
     ]  # fmt: skip
     names = ("tensors (* is the layer)", "part", "format", "count", "elements", "bytes", "share")
-    details = _details("Every tensor", _table(names, tensors, right=(3, 4, 5, 6)))
+    details = html.details("Every tensor", html.table(names, tensors, right=(3, 4, 5, 6)))
     unused = report.file_bytes - whole
     note = f"{', '.join(report.files)}: {report.file_bytes:,} bytes, {unused:,} of them unused. Areas are bytes."
-    legend = _legend([(part, part) for part in report.parts])
-    content = charts.draw_weights(report) + legend + _columns(columns) + details
-    return _section(f"Weights of {report.variant}", note, content)
+    legend = html.legend([(part, part) for part in report.parts])
+    content = charts.draw_weights(report) + legend + html.columns(columns) + details
+    return html.section(f"Weights of {report.variant}", note, content)
 
 
 def _cache(found: Inspection) -> str:
@@ -170,12 +148,12 @@ def _cache(found: Inspection) -> str:
     shapes = [(wording.span(numbers), wording.shape(dimensions)) for dimensions, numbers in kinds.items()]
     sizes = [(f"{row.capacity:,}", f"{row.bytes:,}", wording.size(row.bytes)) for row in cache.rows]
     columns = [
-        _table(("capacity", "bytes per row", ""), sizes, right=(0, 1, 2)),
-        _table(("layers", "keys and values, each"), shapes),
+        html.table(("capacity", "bytes per row", ""), sizes, right=(0, 1, 2)),
+        html.table(("layers", "keys and values, each"), shapes),
     ]
     weights = found.weights[0].file_bytes if found.weights else 0
     note = f"{cache.dtype}, {cache.bytes_per_token:,} bytes per token of a row; the dashed line is the weights' size."
-    return _section("KV cache", note, charts.draw_cache(cache, weights) + _columns(columns))
+    return html.section("KV cache", note, charts.draw_cache(cache, weights) + html.columns(columns))
 
 
 def _parity(found: Inspection) -> str:
@@ -189,59 +167,28 @@ def _parity(found: Inspection) -> str:
         rows.append((name, item.reference, f"{item.cases:,}", *errors, greedy))
     head = ("graph", "reference", "cases", "relative error", "limit", "absolute error", "greedy tokens equal")
     note = "Measured at export on random ids, relative to the largest reference value; the dashed line is the limit."
-    return _section("Parity", note, charts.draw_parity(found.parity) + _table(head, rows, right=(2, 3, 4, 5, 6)))
+    table = html.table(head, rows, right=(2, 3, 4, 5, 6))
+    return html.section("Parity", note, charts.draw_parity(found.parity) + table)
 
 
 def _io(graph: GraphReport) -> str:
     columns = [
-        f"<div>{_table((kind, 'dtype', 'shape'), wording.merge_layers(specs))}</div>"
+        f"<div>{html.table((kind, 'dtype', 'shape'), wording.merge_layers(specs))}</div>"
         for kind, specs in (("input", graph.inputs), ("output", graph.outputs))
     ]
     note = f"{graph.file}, {graph.size:,} bytes, opset {graph.opset}. Letters are sizes that vary."
-    return _section(f"Inputs and outputs of {graph.variant}/{graph.target}", note, _columns(columns))
+    return html.section(f"Inputs and outputs of {graph.variant}/{graph.target}", note, html.columns(columns))
 
 
 def _files(found: Inspection) -> str:
     files = [(file.name, f"{file.size:,}", file.sha256[:16]) for file in found.files]
     versions = list(found.versions.items())
     columns = [
-        f"<div>{_table(('file', 'bytes', 'sha256'), files, right=(1,))}</div>",
-        f"<div>{_table(('package', 'version at export'), versions)}</div>",
+        f"<div>{html.table(('file', 'bytes', 'sha256'), files, right=(1,))}</div>",
+        f"<div>{html.table(('package', 'version at export'), versions)}</div>",
     ]
     total = sum(file.size for file in found.files)
-    return _section("Files and versions", f"{len(files)} files, {total:,} bytes.", _columns(columns))
-
-
-def _section(title: str, note: str, content: str) -> str:
-    pictures = content.replace("<svg ", '<div class="scroll"><svg ').replace("</svg>", "</svg></div>")
-    return f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{pictures}</section>'
-
-
-def _columns(blocks: Sequence[str]) -> str:
-    return f'<div class="columns">{"".join(blocks)}</div>'
-
-
-def _details(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
-def _legend(keys: Sequence[tuple[str, str]]) -> str:
-    shown = "".join(f'<span><i class="swatch-{escape(kind)}"></i>{escape(label)}</span>' for kind, label in keys)
-    return f'<div class="legend">{shown}</div>'
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> str:
-    """A table; columns that are empty throughout are dropped. All cells are escaped here."""
-    shown = [index for index in range(len(head)) if any(row[index] for row in rows)]
-
-    def cell(tag: str, index: int, content: str) -> str:
-        kind = ' class="right"' if index in right else ""
-        scope = ' scope="col"' if tag == "th" else ""
-        return f"<{tag}{scope}{kind}>{escape(content)}</{tag}>"
-
-    top = "".join(cell("th", index, head[index]) for index in shown)
-    body = "".join("<tr>" + "".join(cell("td", index, row[index]) for index in shown) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return html.section("Files and versions", f"{len(files)} files, {total:,} bytes.", html.columns(columns))
 
 
 __all__ = ["render_page"]

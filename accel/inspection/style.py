@@ -68,6 +68,15 @@ details>*:not(summary){margin-top:10px}
 .swatch-mlp{background:var(--mlp)}.swatch-norm,.swatch-softcap{background:var(--norm)}.swatch-head{background:var(--head)}
 .swatch-other{background:var(--other)}.swatch-after{background:var(--accent)}.swatch-ghost{background:var(--ghost)}
 .swatch-same{background:var(--same)}.swatch-grown{background:var(--grown)}
+.bar.compute{fill:var(--accent)}.bar.prepost{fill:var(--attention)}.bar.system{fill:var(--same)}
+.swatch-compute{background:var(--accent)}.swatch-prepost{background:var(--attention)}.swatch-system{background:var(--same)}
+.point{fill:var(--accent);stroke:var(--card);stroke-width:1.5}.point.base{fill:var(--card);stroke:var(--accent);stroke-width:2.5}
+.whisker{stroke:var(--accent);stroke-width:1.5;opacity:.65}
+.heat{fill:var(--attention)}.cell{fill:var(--paper)}.kept{fill:var(--embedding);stroke:var(--card);stroke-width:1}
+.swatch-heat{background:var(--attention)}.swatch-kept{background:var(--embedding)}.swatch-point{background:var(--accent)}
+.swatch-ghost{background:var(--ghost)}
+.scroll+h3{margin-top:20px}.scroll+.scroll{margin-top:14px}
+.formula{margin:0;padding-left:20px}.formula li{margin:4px 0}
 footer{color:var(--soft);font-size:13px;margin-top:22px}
 @media (max-width:600px){main{padding:20px 12px}section{padding:16px 14px}.card b{font-size:20px}}
 @media print{section,.card{break-inside:avoid}body{background:#fff}}

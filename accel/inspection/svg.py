@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable
 
 from accel.inspection.wording import printable
@@ -58,4 +59,16 @@ def picture(width: Number, height: Number, title: str, description: str, parts: 
     )  # fmt: skip
 
 
-__all__ = ["element", "escape", "line", "picture", "rectangle", "text"]
+def nice_step(value: float) -> float:
+    """The round number (1, 2, 2.5 or 5 times a power of ten) at or above a positive value: a step of an axis."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return float(next(step * power for step in (1, 2, 2.5, 5, 10) if step * power >= value))
+
+
+def shorten(name: str, room: int) -> str:
+    """A name in at most ``room`` characters."""
+    plain = printable(name)
+    return plain if len(plain) <= room else plain[: max(1, room - 1)] + "…"
+
+
+__all__ = ["element", "escape", "line", "nice_step", "picture", "rectangle", "shorten", "text"]

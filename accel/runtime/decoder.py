@@ -18,7 +18,7 @@ from accel.errors import EngineError, InputError
 from accel.runtime.driver import Client, SlotDriver
 from accel.runtime.failover import Failover, Opened
 from accel.runtime.requests import GenerationOptions, RequestReader, check_texts
-from accel.runtime.results import GenerateResult
+from accel.runtime.results import GenerateResult, TeacherForced
 from accel.runtime.sampling import Sampler
 from accel.runtime.sequence import Clock, TextWatch
 from accel.runtime.sequence import Sequence as Slot
@@ -209,6 +209,19 @@ class Decoder:
         Raises:
             InputError, CapacityError, EngineError: as ``generate``.
         """
+        forced = self.teacher_force(input_ids, attention_mask)
+        return [item.logprobs for item in forced] if isinstance(forced, list) else forced.logprobs
+
+    def teacher_force(self, input_ids: Any, attention_mask: Any = None) -> TeacherForced | list[TeacherForced]:
+        """As ``score``, with the token that the model would have chosen in each place.
+
+        Args:
+            input_ids: As in ``generate``; at least two tokens each.
+            attention_mask: As in ``generate``.
+
+        Raises:
+            InputError, CapacityError, EngineError: as ``generate``.
+        """
         clock = Clock()
         prompts, single = self._prompts(input_ids, attention_mask)
         for prompt in prompts:
@@ -217,8 +230,8 @@ class Decoder:
             self._reader.check_fits(len(prompt), self.capacity)
         slots = [Slot(prompt=prompt, sampler=None, clock=clock) for prompt in prompts]
         self._run(slots)
-        scores = [np.array(slot.scores) for slot in slots]
-        return scores[0] if single else scores
+        forced = [TeacherForced(np.array(slot.scores), np.array(slot.best, np.int64)) for slot in slots]
+        return forced[0] if single else forced
 
     def close(self) -> None:
         """Ends calls under way with an EngineError and frees the engine and the cache. Safe to call twice.

@@ -47,6 +47,22 @@ def load(
                     f"{name} sizes a decoder's cache, and this model is an encoder", where=name, remedy=remedy
                 )
     options = SessionOptions(threads=threads, capacity=capacity, max_batch=max_batch, store=store)
+    return open_model(bundle, device, engine, variant, options, strict)
+
+
+def open_model(
+    bundle: Bundle,
+    device: str = "auto",
+    engine: str = "auto",
+    variant: str = "auto",
+    options: SessionOptions | None = None,
+    strict: bool = False,
+) -> Encoder | Decoder:
+    """Starts an engine on an opened bundle; the arguments are those of ``accel.engines.open_session``.
+
+    Raises:
+        EngineUnavailableError, CapacityError, InputError, BundleError: as ``load``.
+    """
     opened = open_session(bundle, device, engine, variant, options, strict)
     try:
         if bundle.manifest.arch.kind == "encoder":
@@ -61,4 +77,4 @@ def load(
         raise
 
 
-__all__ = ["load"]
+__all__ = ["load", "open_model"]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FinishReason = Literal["eos", "stop", "length"]
 
@@ -91,6 +95,18 @@ class TokenLogprob:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+class TeacherForced(NamedTuple):
+    """What a model says of a text that is given to it token by token (teacher forcing). Entry t is for token t + 1.
+
+    Attributes:
+        logprobs: float64 [S - 1], natural logarithm of the probability of each token given those before it.
+        best: int64 [S - 1], the token that the model finds most probable in its place.
+    """
+
+    logprobs: NDArray[np.float64]
+    best: NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ class Sequence:
     finish_reason: EndReason | None = None
     error: AccelError | None = None
     scores: list[float] = field(default_factory=list)
+    best: list[int] = field(default_factory=list)  # the most probable token at each place that was scored
     records: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -159,6 +160,7 @@ class Sequence:
         """Takes it out of the cache. Its tokens, and what chose and recorded them, stay as they are."""
         self.row, self.computed = None, 0
         self.scores.clear()  # nothing of a scored prompt was handed out yet: all of it runs again
+        self.best.clear()
 
     def choose(self, logits: NDArray[np.float32]) -> int:
         """The next token, from logits [V]. Changes no state but the random one and the log probabilities."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from accel.engines.session import DecoderSession, GreedySession, GreedyTokens, StepInputs
 from accel.errors import AccelError, EngineBrokenError, EngineError, InputError
 from accel.runtime.failover import too_long
-from accel.runtime.sampling import log_softmax
+from accel.runtime.sampling import score_targets
 from accel.runtime.sequence import Event, Sequence
 
 DEFAULT_CHUNK = 256  # prompt tokens per step, all rows together
@@ -370,8 +370,9 @@ class SlotLoop:
     def _score(sequence: Sequence, logits: NDArray[np.float32]) -> None:
         at = sequence.computed
         targets = sequence.tokens[at + 1 : at + 1 + len(logits)]
-        for row, target in zip(logits, targets, strict=True):  # row by row: float64 copies of V values stay small
-            sequence.scores.append(float(log_softmax(row)[target]))
+        scores, best = score_targets(logits, targets)
+        sequence.scores += scores.tolist()
+        sequence.best += best.tolist()
 
     def _end(self, sequence: Sequence, error: AccelError | None = None) -> None:
         """Frees the row and marks the sequence finished."""

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from accel.errors import InputError
 from accel.runtime.driver import Client, SlotDriver
-from accel.runtime.results import GenerateResult
+from accel.runtime.results import GenerateResult, Timings
 from accel.runtime.sequence import Sequence
 
 Piece = TypeVar("Piece", str, int)
@@ -40,6 +40,11 @@ class TokenStream(Iterator[Piece]):
         if self._result is None:
             raise InputError("the stream has not come to its end", remedy="Read it to the end first")
         return self._result
+
+    @property
+    def timings(self) -> Timings:
+        """Where the time went from the call until now."""
+        return self._sequence.clock.timings()
 
     def __next__(self) -> Piece:
         while not self._closed:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from accel.bench.bundle import BenchReport, BenchRow, cases_of
 from accel.bench.limits import Limits
 from accel.bench.stats import Ratio
 from accel.errors import InputError
+from accel.measurements import Measured
 from accel.spec import ArchSpec, Kind, Task
 
 
@@ -54,4 +56,23 @@ def test_report_as_table_and_as_data() -> None:
     assert lines[3].split() == ["forward", "1x128", "20.00", "-", "-", "-"]
     assert "torch not installed" in lines[4]
     assert "28.0 GB/s" in lines[5] and "215 GFLOP/s" in lines[5]
+    assert len(lines) == 6
     assert report.to_json()["rows"][0]["ratio"]["upper"] == 0.26
+
+
+def test_report_of_the_engines() -> None:
+    rows = (BenchRow("forward 1x8", 2.0, None, None, None),)
+    engines = (
+        Measured("ort-cpu", "fp32", "", 3.0, {"forward 1x8": 3.0}),
+        Measured("openvino", "fp32", "", 2.0, {"forward 1x8": 2.0}),
+    )
+    known = BenchReport(
+        "minilm", 7, 2, rows, "eager PyTorch", None, {"cpu": "a CPU"},
+        engines, "openvino fp32", {"torch": "it is absent"}, True,
+    )  # fmt: skip
+    lines = str(known).splitlines()
+    assert lines[4].startswith("Engines, medians in ms")
+    assert [line.split() for line in lines[5:7]] == [["ort-cpu", "fp32", "3.00"], ["openvino", "fp32", "2.00", "<"]]
+    assert lines[7:] == ["Not measured: torch: it is absent", "From now on accel.load takes openvino fp32 here"]
+    unknown = dataclasses.replace(known, remembered=False, unremembered="the disk is full")
+    assert str(unknown).splitlines()[-1] == "Not remembered for accel.load: the disk is full"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from accel.bench import isolated
-from accel.bench.cases import EXPORT_RSS, SUITES
+from accel.bench.cases import EXPORT_RSS, PEAK_ANONYMOUS, PEAK_RSS, SUITES
 from accel.bench.client import WorkerFailure
 from accel.bench.isolated import PeakSampler, folder_megabytes, run_isolated
 from accel.bench.machine import describe_machine, meminfo_bytes, tree_resident
@@ -52,3 +52,31 @@ def test_figures_collect_over_rounds_and_a_failing_peer_is_asked_once(monkeypatc
     assert asked == ["accel", "genai", "accel"]
     assert outcome.groups == [{"accel": {EXPORT_RSS: [1.0, 3.0]}}]
     assert outcome.peers["genai"]["reason"] == "no"
+
+
+@pytest.mark.parametrize(("suite", "case"), [("memory", "Qwen2.5-0.5B fp32"), ("int4-memory", "Qwen2.5-0.5B int4")])
+def test_memory_is_reported_under_the_suites_own_case(suite: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Worker:
+        pid = os.getpid()
+
+        def ask(self, op: str, **fields: Any) -> dict[str, Any]:
+            asked.append(op)
+            return {"peak_rss": 7.0, "versions": {"pkg": "1"}}
+
+        def close(self) -> None:
+            asked.append("close")
+
+    class Workspace:
+        def start(self, peer: str, model: str) -> Worker:
+            return Worker()
+
+    monkeypatch.setattr(isolated, "ensure_export", lambda *arguments: None)
+    workspace: Any = Workspace()
+    chosen = SUITES[suite]
+    outcome = run_isolated(workspace, chosen, [chosen.subject], 1, False, lambda message: None)
+    figures = outcome.groups[0][chosen.subject]
+    assert list(figures) == [f"{case}: {PEAK_RSS}", f"{case}: {PEAK_ANONYMOUS}"]
+    assert figures[f"{case}: {PEAK_RSS}"] == [7.0]
+    assert asked == ["open", "measure", "memory", "versions", "close"]

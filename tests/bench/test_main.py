@@ -14,6 +14,14 @@ def test_suite_is_cut_down_to_the_peers_asked_for() -> None:
     assert len(choose("decoder", None).peers) > 2
 
 
+def test_subject_takes_the_place_of_the_suites_own() -> None:
+    suite = choose("int8-decoder", None, "accel")
+    assert suite.subject == suite.peers[0] == "accel" and "accel-w8a8-dyn" not in suite.peers
+    assert suite.targets == choose("int8-decoder", None).targets
+    with pytest.raises(InputError, match="'genai' is no variant of accel.*accel-w4g32"):
+        choose("int8-decoder", None, "genai")
+
+
 def test_unknown_names_list_the_known_ones() -> None:
     with pytest.raises(InputError, match="no suite is called 'train'.*encoder, embed"):
         choose("train", None)

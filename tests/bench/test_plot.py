@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from accel.bench.plot import plot_results, unit_of
+from accel.bench.plot import is_ours, plot_results, unit_of
 
 
 def test_a_panel_per_metric_is_drawn(tmp_path: Path) -> None:
@@ -23,3 +23,9 @@ def test_a_panel_per_metric_is_drawn(tmp_path: Path) -> None:
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert path.stat().st_size > 10_000
     assert (unit_of("x: wall time", result), unit_of("x: peak RSS", result)) == ("s", "MB")
+
+
+def test_bars_of_all_of_accels_variants_are_ours() -> None:
+    result = {"subject": "new", "peers": {"new": {}, "accel": {"ours": True}, "peer": {}}}
+    assert [is_ours(result, peer) for peer in ("new", "accel", "peer")] == [True, True, False]
+    assert is_ours({"peers": {"accel": {}}}, "accel")  # results of before there was a choice

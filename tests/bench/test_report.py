@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,34 @@ def test_missing_measurements_leave_a_target_open() -> None:
     assert judge(result_of({"peer": {"m": STEADY}}), target)["reason"] == "accel was not measured"
     assert judge(result_of({"accel": {"m": STEADY}}), target)["reason"] == "no genai peer was measured"
     assert judge(result_of({"accel": {"m": STEADY}}), Target("m", 1.0, "fastest"))["reached"] is None
+
+
+def test_other_variants_of_accel_are_not_the_fastest_peer() -> None:
+    result = result_of({"new": {"m": scaled(9)}, "accel": {"m": scaled(2)}, "peer": {"m": scaled(10)}})
+    result["subject"] = "new"
+    result["peers"]["accel"]["ours"] = True
+    assert judge(result, Target("m", 0.9, "fastest"))["against"] == "peer"
+    assert ratios(result, "m")["accel"].median == pytest.approx(4.5)
+    assert "in brackets new's time" in markdown(result) and "| **new** |" in markdown(result)
+
+
+@pytest.mark.parametrize(("figure", "reached"), [(0.998, True), (0.996, False)])
+def test_a_figure_beside_the_times_is_held_to_a_limit_from_above(figure: float, reached: bool) -> None:
+    result = result_of({"accel": {"m": STEADY}})
+    result["peers"]["accel"]["figures"] = {"cosine": figure}
+    target = Target("cosine", 0.997, "absolute", at_least=True)
+    result["targets"] = [{**asdict(target), **judge(result, target)}]
+    verdict = "reached" if reached else "not reached"
+    assert f"- cosine: {figure:.4f}, limit at least 0.9970: {verdict}\n" in markdown(result)
+
+
+def test_a_reference_that_was_not_timed_is_named() -> None:
+    result = result_of({"accel": {"m": STEADY}})
+    agreement = {"reference": "torch", "m": "cosine 0.9980 (least 0.9950)", "n": "max abs 1e-1"}
+    result["peers"]["accel"]["agreement"] = agreement
+    text = markdown(result)
+    assert "answers against eager PyTorch" in text
+    assert "| cosine 0.9980 (least 0.9950), max abs 1e-1 |" in text
 
 
 def test_markdown_shows_medians_ratios_verdicts_and_failures() -> None:

@@ -9,7 +9,7 @@ import pytest
 from accel.bench import runner
 from accel.bench.cases import Case, Suite, Target
 from accel.bench.client import WorkerFailure
-from accel.bench.runner import Pace, compare, run_suite
+from accel.bench.runner import Pace, run_suite
 
 CASE = Case("m 1x8", "encoder", batch=1, seq=8)
 
@@ -109,8 +109,13 @@ def test_answers_are_compared_with_the_reference(tmp_path: Path) -> None:
     assert outcome.peers["accel"]["agreement"] == {"reference": "torch", CASE.name: "max abs 5.0e-01"}
 
 
-def test_compare_counts_tokens_up_to_the_first_difference() -> None:
-    case = Case("m", "decoder", prompt=4, new=3)
-    assert compare(case, np.array([5, 6, 9, 8]), np.array([5, 6, 7, 8])) == "2/4 tokens"
-    assert compare(case, np.array([5, 6]), np.array([5, 6])) == "2/2 tokens"
-    assert compare(case, np.array([5]), np.array([5, 6])) == "shape [1] instead of [2]"
+def test_peers_are_timed_beside_the_subject_and_the_reference_is_not_timed(tmp_path: Path) -> None:
+    workspace = FakeWorkspace(tmp_path, accel={}, accel_w8a8_dyn={"output": 3.0}, genai={}, torch={"output": 1.0})
+    peers = ("accel-w8a8-dyn", "genai")
+    suite = Suite("s", "minilm", (CASE,), peers, (), subject="accel-w8a8-dyn", reference="torch")
+    outcome = run_suite(workspace, suite, peers, Pace(2), False, lambda message: None)  # type: ignore[arg-type]
+    assert [sorted(group) for group in outcome.groups] == [["accel-w8a8-dyn", "genai"]]
+    assert outcome.peers["accel-w8a8-dyn"]["agreement"] == {"reference": "torch", CASE.name: "max abs 2.0e+00"}
+    assert outcome.peers["accel-w8a8-dyn"]["ours"] and "ours" not in outcome.peers["genai"]
+    assert [worker.name for worker in workspace.started] == ["accel-w8a8-dyn", "genai", "torch"]
+    assert all(worker.closed for worker in workspace.started)

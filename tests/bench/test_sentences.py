@@ -5,7 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accel.bench.sentences import MAX_TOKENS, MIN_TOKENS, choose_by_length, fingerprint, load_sentences
+from accel.bench.sentences import (
+    MAX_TOKENS,
+    MIN_TOKENS,
+    choose_by_length,
+    fingerprint,
+    load_sentences,
+    mean_pool,
+    tokenize,
+)
 
 
 def count_words(text: str) -> int:
@@ -41,3 +49,20 @@ def test_sentences_are_kept_and_reread(tmp_path: Path) -> None:
 
 def test_fingerprint_follows_the_text() -> None:
     assert fingerprint(["a", "b"]) == fingerprint(["a", "b"]) != fingerprint(["b", "a"])
+
+
+def test_batches_are_padded_and_masked(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "a": 1, "b": 2}, unk_token="[PAD]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    feeds = tokenize(tmp_path, ["a b a", "b"])
+    assert feeds["input_ids"].tolist() == [[1, 2, 1], [2, 0, 0]]
+    assert feeds["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert feeds["token_type_ids"].shape == (2, 3) and feeds["input_ids"].dtype == np.int64
+
+
+def test_pooling_leaves_padding_out_and_scales_to_unit_length() -> None:
+    hidden = np.array([[[3.0, 0.0], [5.0, 8.0]], [[0.0, 2.0], [9.0, 9.0]]], np.float32)
+    vectors = mean_pool(hidden, np.array([[1, 1], [1, 0]]))
+    assert vectors == pytest.approx(np.array([[2**-0.5, 2**-0.5], [0.0, 1.0]]))

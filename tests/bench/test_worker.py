@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from numpy.typing import NDArray
 
 from accel.bench.cases import Case
 from accel.bench.models import VOCABULARY, encoder_inputs
-from accel.bench.peers.base import BindForward, Feeds, Forward, Generate, Peer
-from accel.bench.worker import Worker
+from accel.bench.peers.base import BindForward, Feeds, Forward, Generate, Peer, Unsupported
+from accel.bench.worker import POOLED_BATCH, Worker
 
 
 class SlowPeer(Peer):
@@ -72,6 +73,33 @@ def test_output_is_what_the_peer_computed(worker: Worker, tmp_path: Path) -> Non
     saved = np.load(tmp_path / "out.npy")
     assert answer["shape"] == [2, 8, 1]
     assert np.array_equal(saved[..., 0], encoder_inputs(2, 8, VOCABULARY["gpt2"])["input_ids"])
+
+
+def test_pooled_vectors_of_real_sentences(worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = tmp_path / "sentences.json"
+    texts.write_text(json.dumps([f"text {number}" for number in range(20)]))
+    monkeypatch.setenv("ACCEL_BENCH_SENTENCES", str(texts))
+    seen: list[str] = []
+
+    def tokenize(folder: Path, batch: list[str]) -> dict[str, NDArray[np.int64]]:
+        seen.extend(batch)
+        assert folder == worker.peer.source and len(batch) <= POOLED_BATCH
+        ids = np.array([[len(seen), 7]] * len(batch))
+        return {"input_ids": ids, "attention_mask": np.array([[1, 0]] * len(batch))}
+
+    monkeypatch.setattr("accel.bench.worker.tokenize", tokenize)
+    worker.answer({"op": "open", "role": "encoder"})
+    assert worker.answer({"op": "pooled", "count": 18, "path": str(tmp_path / "p.npy")}) == {"count": 18}
+    assert seen == [f"text {number}" for number in range(18)]
+    assert np.array_equal(np.load(tmp_path / "p.npy"), np.ones((18, 1)))
+
+
+def test_gap_is_the_mean_over_another_peers_tokens(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("m", "decoder", prompt=4, new=1)
+    with pytest.raises(Unsupported, match="slow judges no tokens"):
+        worker.answer({"op": "gap", "case": case.to_json(), "tokens": [1, 2]})
+    monkeypatch.setattr(worker.peer, "token_gaps", lambda ids, tokens: np.array(tokens) / ids.shape[1])
+    assert worker.answer({"op": "gap", "case": case.to_json(), "tokens": [1, 2]}) == {"gap": 0.375}
 
 
 def test_memory_and_versions(worker: Worker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from accel.bundle import Bundle, BundleWriter
+from accel.kv_quantization import KvQuantization
 from accel.manifest import GraphEntry, Manifest, ParameterEntry, Variant
 from accel.spec import ArchSpec, AttentionSpec, TensorSpec
 
@@ -80,8 +82,10 @@ def rotary_tables() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.cos(angles), np.sin(angles)
 
 
-def reference_logits(weights: dict[str, NDArray[np.float32]], ids: list[int]) -> NDArray[np.float64]:
-    """Logits [S, V] of one sequence in float64, without a cache."""
+def reference_logits(
+    weights: dict[str, NDArray[np.float32]], ids: list[int], kv: KvQuantization | None = None
+) -> NDArray[np.float64]:
+    """Logits [S, V] of one sequence in float64, without a cache; ``kv``: keys and values rounded as a cache's are."""
     w = {name: value.astype(np.float64) for name, value in weights.items()}
     cos, sin = (table[: len(ids), None] for table in rotary_tables())
 
@@ -98,7 +102,10 @@ def reference_logits(weights: dict[str, NDArray[np.float32]], ids: list[int]) ->
         p = f"model.layers.{i}."
         h = norm(x, f"{p}input_layernorm.weight")
         q, k, v = ((h @ w[f"{p}self_attn.{n}_proj.weight"].T).reshape(len(ids), -1, HEAD_DIM) for n in ("q", "k", "v"))
-        k, v = (np.repeat(t, HEADS // KV_HEADS, axis=1) for t in (rotate(k), v))
+        k = rotate(k)
+        if kv is not None:
+            k, v = rounded(k, kv.keys[i], kv.bits), rounded(v, kv.values[i], kv.bits)
+        k, v = (np.repeat(t, HEADS // KV_HEADS, axis=1) for t in (k, v))
         scores = np.einsum("qhd,khd->hqk", rotate(q), k) * SCALE
         scores[:, future] = -np.inf
         weight = np.exp(scores - scores.max(-1, keepdims=True))
@@ -109,6 +116,19 @@ def reference_logits(weights: dict[str, NDArray[np.float32]], ids: list[int]) ->
         gate = h @ w[f"{p}mlp.gate_proj.weight"].T
         x = x + (gate / (1 + np.exp(-gate)) * (h @ w[f"{p}mlp.up_proj.weight"].T)) @ w[f"{p}mlp.down_proj.weight"].T
     return norm(x, "model.norm.weight") @ w["lm_head.weight"].T
+
+
+def rounded(x: NDArray, scales: NDArray[np.float32], bits: int) -> NDArray:
+    """[S, KV, D] cut off and rounded to integers times their scales."""
+    limit = 1 << bits - 1
+    return np.clip(np.round(x / scales), -limit, limit - 1) * scales
+
+
+def draw_scales(bits: int, reach: float = 6.0) -> KvQuantization:
+    """Scales per channel of every layer that reach to some ``reach`` in an integer's largest value."""
+    spread = np.random.default_rng(bits).uniform(0.8, 1.2, (2, LAYERS, KV_HEADS, HEAD_DIM))
+    keys, values = (spread * reach / ((1 << bits - 1) - 1)).astype(np.float32)
+    return KvQuantization(bits, tuple(keys), tuple(values))
 
 
 def greedy(weights: dict[str, NDArray[np.float32]], prompt: list[int], count: int, eos: int | None = None) -> list[int]:
@@ -141,7 +161,7 @@ class _Graph:
         return name
 
 
-def lowered_graph(weights: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
+def lowered_graph(weights: dict[str, NDArray[np.float32]], kv: KvQuantization | None = None) -> onnx.ModelProto:
     """The ``ort-cpu`` form: packed tokens, padded around GroupQueryAttention alone."""
     g = _Graph()
     for name, table in zip(("cos", "sin"), rotary_tables(), strict=True):
@@ -160,11 +180,15 @@ def lowered_graph(weights: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
         h = norm(x, f"{p}input_layernorm.weight")
         packed = np.concatenate([weights[f"{p}self_attn.{n}_proj.weight"] for n in ("q", "k", "v")]).T
         qkv = g.add("Gather", g.add("MatMul", h, g.constant(f"{p}qkv", packed)), "pad_index")
+        scales, types = ["", ""], {}
+        if kv is not None:
+            scales = [g.constant(f"{p}key_scale", kv.keys[i]), g.constant(f"{p}value_scale", kv.values[i])]
+            types = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": kv.bits}
         attention = g.add(
             "GroupQueryAttention", qkv, "", "", f"past.{i}.key", f"past.{i}.value", "seqlens_k", "total_length",
-            "cos", "sin", "", "", "", "", "", "", "", "query_seqlens",
+            "cos", "sin", "", "", "", *scales, "", "", "query_seqlens",
             outputs=(f"attention.{i}", f"present.{i}.key", f"present.{i}.value"), domain="com.microsoft",
-            num_heads=HEADS, kv_num_heads=KV_HEADS, scale=SCALE, do_rotary=1,
+            num_heads=HEADS, kv_num_heads=KV_HEADS, scale=SCALE, do_rotary=1, **types,
         )  # fmt: skip
         tokens = g.add("Gather", g.add("Reshape", attention, flat), "unpad_index")
         x = g.add("Add", x, linear(tokens, f"{p}self_attn.o_proj.weight"))
@@ -175,14 +199,19 @@ def lowered_graph(weights: dict[str, NDArray[np.float32]]) -> onnx.ModelProto:
         x = g.add("Add", x, linear(up, f"{p}mlp.down_proj.weight"))
     chosen = g.add("Gather", norm(x, "model.norm.weight"), "logits_positions")
     g.add("MatMul", chosen, g.constant("lm_head", weights["lm_head.weight"].T), outputs=("logits",))
-    return _finish(g)
+    return _finish(g, kv.bits if kv is not None else 32)
 
 
-def _finish(g: _Graph) -> onnx.ModelProto:
+CACHES = {32: ("float32", HEAD_DIM), 8: ("int8", HEAD_DIM), 4: ("uint8", HEAD_DIM // 2)}  # type, width of a position
+
+
+def _finish(g: _Graph, bits: int) -> onnx.ModelProto:
     def value(name: str, kind: int, shape: list[int | str]) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, kind, shape)
 
-    cache: list[int | str] = ["B", KV_HEADS, "C", HEAD_DIM]
+    dtype, width = CACHES[bits]
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    cache: list[int | str] = ["B", KV_HEADS, "C", width]
     names = [f"{i}.{part}" for i in range(LAYERS) for part in ("key", "value")]
     inputs = [
         value("input_ids", TensorProto.INT64, ["T"]),
@@ -192,10 +221,10 @@ def _finish(g: _Graph) -> onnx.ModelProto:
         value("total_length", TensorProto.INT32, []),
         value("query_seqlens", TensorProto.INT32, ["B"]),
         value("logits_positions", TensorProto.INT64, ["R"]),
-        *(value(f"past.{name}", TensorProto.FLOAT, cache) for name in names),
+        *(value(f"past.{name}", kind, cache) for name in names),
     ]
     outputs = [value("logits", TensorProto.FLOAT, ["R", VOCAB])]
-    outputs += [value(f"present.{name}", TensorProto.FLOAT, cache) for name in names]
+    outputs += [value(f"present.{name}", kind, cache) for name in names]
     graph = helper.make_graph(g.nodes, "tiny", inputs, outputs, g.initializers)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -206,10 +235,12 @@ def write_bundle(
     weights: dict[str, NDArray[np.float32]],
     generation: dict[str, object] | None = None,
     tokenizer: bool = False,
+    caches: Mapping[str, KvQuantization] = {},
 ) -> Bundle:
-    """A bundle that both engines can open."""
+    """A bundle that both engines can open; ``caches``: variants with integer caches, by name."""
     with BundleWriter(out) as writer:
-        onnx.save(lowered_graph(weights), writer.path / "ort-cpu.onnx")
+        kinds: dict[str, KvQuantization | None] = {"fp32": None, **caches}
+        variants = {name: _write_variant(writer.path, name, weights, kv) for name, kv in kinds.items()}
         (writer.path / "config.json").write_text(json.dumps(CONFIG))
         if generation is not None:
             (writer.path / "generation_config.json").write_text(json.dumps(generation))
@@ -220,18 +251,29 @@ def write_bundle(
             for name, value in weights.items():
                 parameters[name] = ParameterEntry("fp32.weights", offset, value.shape, "float32")
                 offset += stream.write(value.tobytes())
-        graph = GraphEntry("ort-cpu.onnx", 23, (TensorSpec("input_ids", "int64", ("T",)),), (), ())
         manifest = Manifest(
             schema_version=1,
             accel_version="0",
             source="tiny",
             arch=ARCH,
-            variants={"fp32": Variant("float32", ("fp32.weights",), {"ort-cpu": graph})},
+            variants=variants,
             files={},
             versions={},
             parameters=parameters,
         )
         return writer.commit(manifest)
+
+
+def _write_variant(
+    folder: Path, name: str, weights: dict[str, NDArray[np.float32]], kv: KvQuantization | None
+) -> Variant:
+    file = "ort-cpu.onnx" if kv is None else f"{name}.ort-cpu.onnx"
+    onnx.save(lowered_graph(weights, kv), folder / file)
+    dtype, width = CACHES[kv.bits if kv is not None else 32]
+    parts = [f"past.{layer}.{part}" for layer in range(LAYERS) for part in ("key", "value")]
+    pasts = [TensorSpec(part, dtype, ("B", KV_HEADS, "C", width)) for part in parts]
+    graph = GraphEntry(file, 23, (TensorSpec("input_ids", "int64", ("T",)), *pasts), (), ())
+    return Variant("float32", ("fp32.weights",), {"ort-cpu": graph})
 
 
 def _write_tokenizer(folder: Path) -> None:

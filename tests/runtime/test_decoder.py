@@ -160,8 +160,8 @@ def test_score(lm: Decoder) -> None:
     expected = table[np.arange(30), PROMPTS[2][1:]]
     scores = lm.score(PROMPTS[2])
     assert isinstance(scores, np.ndarray) and np.abs(scores - expected).max() < 5e-5
-    both = lm.score([PROMPTS[2], PROMPTS[0]])
-    assert isinstance(both, list) and [len(each) for each in both] == [30, 8]
+    both: Any = lm.teacher_force([PROMPTS[2], PROMPTS[0]])
+    assert [len(each.logprobs) for each in both] == [30, 8] and (both[0].best == logits[:-1].argmax(-1)).all()
     with pytest.raises(InputError, match="at least two tokens"):
         lm.score([5])
 

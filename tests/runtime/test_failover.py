@@ -164,14 +164,14 @@ def test_log_probabilities_are_recorded_once(load: Load, shelf: Shelf) -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_scores_are_not_doubled(load: Load, shelf: Shelf, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(ORT) as lm:
-        expected: Any = lm.score([PROMPTS[2], PROMPTS[0]])
+        expected: Any = lm.teacher_force([PROMPTS[2], PROMPTS[0]])
     with load(shelf.engine("gpu", steps=steps), TORCH) as lm:
         monkeypatch.setattr(lm._driver.loop, "_score_chunk", 13)  # several steps
-        found: Any = lm.score([PROMPTS[2], PROMPTS[0]])
+        found: Any = lm.teacher_force([PROMPTS[2], PROMPTS[0]])
     assert lm.engine.name == "torch"
-    assert [len(each) for each in found] == [30, 8]
+    assert [len(each.best) for each in found] == [30, 8]
     for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=5e-5)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=5e-5)
 
 
 @pytest.mark.parametrize("how", [{"steps": 0}, {"copies": 0}, {"copies": 1}, {"copies": 2}, {"steps": 1}, {"steps": 7}])

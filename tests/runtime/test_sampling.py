@@ -10,7 +10,8 @@ import torch
 from transformers.generation import logits_process as reference
 
 from accel.errors import EngineError, InputError
-from accel.runtime.sampling import Sampler, SamplingParams, log_softmax, top_logprobs
+from accel.runtime import sampling
+from accel.runtime.sampling import Sampler, SamplingParams, log_softmax, score_targets, top_logprobs
 
 VOCAB = 500
 
@@ -203,6 +204,24 @@ def test_log_softmax_matches_torch() -> None:
     logits = np.stack([_logits(0), _logits(1, scale=50.0) + 1e4])
     expected = torch.tensor(logits).double().log_softmax(-1).numpy()
     np.testing.assert_allclose(log_softmax(logits), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_scored_targets_match_the_whole_table(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_CACHED_VALUES", 3 * VOCAB)  # rows are taken three at a time
+    logits = np.stack([_logits(seed, scale=20.0) + 100 * seed for seed in range(rows)])
+    targets = np.arange(rows) * 31 % VOCAB
+    scores, best = score_targets(logits, targets)
+    np.testing.assert_allclose(scores, log_softmax(logits)[np.arange(rows), targets], rtol=1e-7, atol=1e-6)
+    assert best.tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_scored_targets_must_be_finite(value: float) -> None:
+    logits = np.zeros((3, 5), np.float32)
+    logits[1, 4] = value
+    with pytest.raises(EngineError, match="NaN or infinity"):
+        score_targets(logits, np.zeros(3, np.int64))
 
 
 def test_top_logprobs() -> None:

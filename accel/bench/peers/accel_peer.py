@@ -1,9 +1,9 @@
-"""accel itself, through its public interface."""
+"""accel itself, through its public interface: fp32 and its quantised variants."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +17,28 @@ class AccelPeer(Peer):
     name = "accel"
     label = "accel"
     packages = ("accelrt", "onnxruntime")
+    ours = True
+    variant: ClassVar[str] = "auto"
+    target: ClassVar[str] = "ort-cpu"  # what the variant is lowered for
+    engine: ClassVar[str] = "auto"
 
     def export(self) -> None:
         import accel
 
         shutil.rmtree(self.artifact, ignore_errors=True)
         accel.export(str(self.source), str(self.artifact))
+        if self.variant != "auto":
+            from accel.variants import Quantizing, add_variant
+
+            # What it costs on text says nothing about random weights, and the benchmark compares answers itself.
+            quantizing = Quantizing(measure=False)
+            add_variant(self.artifact, self.variant, target=self.target, quantizing=quantizing)
 
     def _load(self) -> Any:
         import accel
 
-        return accel.load(str(self.artifact), threads=self.threads)
+        chosen: dict[str, Any] = {"engine": self.engine, "variant": self.variant, **self.selection}
+        return accel.load(str(self.artifact), threads=self.threads, **chosen)
 
     def open_encoder(self) -> BindForward:
         model = self._load()
@@ -49,6 +60,22 @@ class AccelPeer(Peer):
             return list((result[0] if isinstance(result, list) else result).ids)
 
         return generate
+
+
+class AccelW8A8(AccelPeer):
+    """int8 weights per row, activations in int8 with scales found per token."""
+
+    name = "accel-w8a8-dyn"
+    label = "accel w8a8-dyn"
+    variant = "w8a8-dyn"
+
+
+class AccelW4G32(AccelPeer):
+    """int4 weights in groups of 32."""
+
+    name = "accel-w4g32"
+    label = "accel w4g32"
+    variant = "w4g32"
 
 
 class TorchBundlePeer(Peer):

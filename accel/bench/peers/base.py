@@ -38,10 +38,12 @@ class Peer:
     environment: ClassVar[str] = "host"  # "host": the benchmark's own; else a name of scripts/peers.sh
     packages: ClassVar[tuple[str, ...]] = ()  # distributions whose versions are recorded
     exports: ClassVar[bool] = True
+    ours: ClassVar[bool] = False  # accel itself, in whatever variant
     export_of: ClassVar[str] = ""  # the peer whose export it runs, where that is not its own
 
     def __init__(self, model: str, source: Path, artifact: Path, threads: int) -> None:
         self.model, self.source, self.artifact, self.threads = model, source, artifact, threads
+        self.selection: dict[str, str | None] = {}  # accel's own engine, variant and store, where they are chosen
 
     @property
     def decodes(self) -> bool:
@@ -63,6 +65,14 @@ class Peer:
     def open_decoder(self) -> Generate:
         """Returns greedy generation: (prompt int64 [1, P], n) -> exactly n tokens, end-of-sequence ignored."""
         raise Unsupported(f"{self.label} generates no text")
+
+    def token_gaps(self, prompt: NDArray[np.int64], tokens: list[int]) -> NDArray[np.float64]:
+        """How far each of ``tokens``, which another peer chose after ``prompt``, is from this peer's best choice.
+
+        Returns:
+            float64 [N]: at each position, given the tokens before it, the largest logit less the token's (in nats).
+        """
+        raise Unsupported(f"{self.label} judges no tokens")
 
 
 def run_tool(*arguments: str) -> None:

@@ -1,8 +1,9 @@
-"""onnxruntime-genai, fp32 on CPU."""
+"""onnxruntime-genai on CPU: fp32, and its block-quantised weights."""
 
 from __future__ import annotations
 
 import json
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,12 @@ class Genai(Peer):
     label = "onnxruntime-genai"
     environment = "current"
     packages = ("onnxruntime-genai", "onnxruntime", "transformers")
+    precision: ClassVar[str] = "fp32"  # the builder's name for it
 
     def export(self) -> None:
         fresh_folder(self.artifact)
         where = ("-i", str(self.source), "-o", str(self.artifact), "-c", str(self.artifact / "builder_cache"))
-        run_tool("onnxruntime_genai.models.builder", *where, "-p", "fp32", "-e", "cpu")
+        run_tool("onnxruntime_genai.models.builder", *where, "-p", self.precision, "-e", "cpu")
 
     def open_decoder(self) -> Generate:
         import onnxruntime_genai as genai  # type: ignore[import-not-found]
@@ -42,3 +44,19 @@ class Genai(Peer):
             return [int(token) for token in generator.get_sequence(0)[prompt.shape[1] :]]
 
         return generate
+
+
+class GenaiInt8(Genai):
+    """MatMulNBits in 8 bits, blocks of 32, accuracy level 4 (the builder's choice), the embedding in fp32."""
+
+    name = "genai-int8"
+    label = "onnxruntime-genai int8"
+    precision = "int8"
+
+
+class GenaiInt4(Genai):
+    """MatMulNBits and GatherBlockQuantized in 4 bits, blocks of 32, accuracy level 4 (the builder's choice)."""
+
+    name = "genai-int4"
+    label = "onnxruntime-genai int4"
+    precision = "int4"

@@ -1,4 +1,4 @@
-"""ONNX Runtime through optimum-onnx: its O2 graph for encoders, ``ORTModelForCausalLM`` for decoders."""
+"""ONNX Runtime through optimum-onnx: encoders at O2 and in dynamic int8, ``ORTModelForCausalLM`` for decoders."""
 
 from __future__ import annotations
 
@@ -23,6 +23,33 @@ class OrtO2(Peer):
 
     def open_encoder(self) -> BindForward:
         return bind_session_forward(open_session(self.artifact / "model.onnx", self.threads))
+
+
+class OrtInt8(Peer):
+    """``quantize_dynamic`` on optimum's plain export, per channel (on the optimised graph it fails); no wrapper."""
+
+    name = "ort-int8"
+    label = "ONNX Runtime dynamic int8"
+    environment = "optimum"
+    packages = ("onnxruntime", "optimum-onnx", "onnx", "transformers", "torch")
+
+    def export(self) -> None:
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        shutil.rmtree(self.artifact, ignore_errors=True)
+        what = ("--task", "feature-extraction", "--library-name", "transformers")
+        run_tool("optimum-cli", "export", "onnx", "-m", str(self.source), *what, str(self.artifact))
+        plain, quantized = self.artifact / "model.onnx", self.artifact / "model_int8.onnx"
+        quantize_dynamic(
+            plain,
+            quantized,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},  # products of two activations stay as they are
+        )
+
+    def open_encoder(self) -> BindForward:
+        return bind_session_forward(open_session(self.artifact / "model_int8.onnx", self.threads))
 
 
 class Optimum(Peer):

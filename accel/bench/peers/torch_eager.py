@@ -39,7 +39,15 @@ class TorchEager(Peer):
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(self.threads)
-        model = AutoModelForCausalLM.from_pretrained(
+        self._model = AutoModelForCausalLM.from_pretrained(
             self.source, dtype=torch.float32, attn_implementation="sdpa"
         ).eval()
-        return transformers_generate(model)
+        return transformers_generate(self._model)
+
+    def token_gaps(self, prompt: NDArray[np.int64], tokens: list[int]) -> NDArray[np.float64]:
+        import torch
+
+        ids = torch.from_numpy(np.concatenate([prompt[0], tokens])[None, :-1])
+        with torch.inference_mode():
+            logits = self._model(ids, logits_to_keep=len(tokens)).logits[0].double().numpy()
+        return logits.max(axis=-1) - logits[np.arange(len(tokens)), tokens]

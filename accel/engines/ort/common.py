@@ -9,8 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import accel_cpu
+
 from accel.engines.huge_pages import huge_pages
 from accel.errors import DependencyError, EngineError
+from accel.scheme import stores_integers
 
 MINIMUM_VERSION = (1, 32)  # GroupQueryAttention takes query_seqlens from here on
 INSTALL = 'pip install "accelrt[cpu]"'
@@ -45,12 +48,18 @@ def parse_version(text: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
 
 
-def open_graph(path: Path, threads: int) -> Any:
+def missing_operators(variant: str) -> str | None:
+    """Why a variant's graphs cannot run here although ONNX Runtime is there, or None."""
+    return accel_cpu.unavailable_reason() if stores_integers(variant) else None
+
+
+def open_graph(path: Path, threads: int, variant: str) -> Any:
     """Opens an ``onnxruntime.InferenceSession`` on the CPU.
 
     Args:
         path: The graph; its external data lies beside it and is mapped.
         threads: Intra-op threads, the caller's own included.
+        variant: The graph's; integers take operators of our own.
 
     Raises:
         DependencyError: see ``import_onnxruntime``.
@@ -68,6 +77,9 @@ def open_graph(path: Path, threads: int) -> Any:
         # Long enough for the gap between two decode steps, where waking the workers would cost more
         # than the gap itself; short enough not to keep the cores from another session's workers.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    if stores_integers(variant):
+        with translated_errors("loading the CPU operators"):
+            options.register_custom_ops_library(str(accel_cpu.library_path()))
     with translated_errors(f"opening {path.name}"), huge_pages():
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -101,6 +113,7 @@ __all__ = [
     "NAME",
     "engine_error",
     "import_onnxruntime",
+    "missing_operators",
     "open_graph",
     "translated_errors",
 ]

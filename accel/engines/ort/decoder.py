@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from accel.engines.ort.embedding import EmbeddingRows
 from accel.engines.session import EngineInfo, StepInputs
 from accel.errors import BundleError
 from accel.manifest import Manifest
-from accel.spec import EMBEDDING, EMBEDDING_INPUT
+from accel.spec import EMBEDDING, EMBEDDING_INPUT, ArchSpec
+
+# Types of a graph's caches: NumPy's type, and how many numbers share one of it.
+CACHE_TYPES: dict[str, tuple[type[np.generic], int]] = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(int8)": (np.int8, 1),
+    "tensor(uint8)": (np.uint8, 2),
+}
 
 
 class StepBuffers:
@@ -107,7 +115,7 @@ class StepBuffers:
 class RowBinding:
     """The IO binding over the first ``rows`` cache rows: past and present are the same memory, bound once."""
 
-    def __init__(self, ort: Any, session: Any, rows: int, caches: dict[str, NDArray[np.float32]]) -> None:
+    def __init__(self, ort: Any, session: Any, rows: int, caches: dict[str, NDArray]) -> None:
         self.rows = rows
         self.io = session.io_binding()
         for name, cache in caches.items():
@@ -139,7 +147,8 @@ class OrtDecoderSession:
     """Implements ``accel.engines.session.DecoderSession`` on the lowered ``ort-cpu`` graph.
 
     Steps run on the shortest prefix of rows that holds every active one, so a single
-    sequence in row 0 pays for one row whatever ``max_batch`` is.
+    sequence in row 0 pays for one row whatever ``max_batch`` is. The graph says whether caches are float32, int8, or
+    int4 in pairs.
     """
 
     mixed_steps = True
@@ -160,16 +169,15 @@ class OrtDecoderSession:
         """
         self._ort = import_onnxruntime()
         arch = manifest.arch
-        self._session: Any = open_graph(path, threads)
+        self._session: Any = open_graph(path, threads, variant)
         self.info = EngineInfo(NAME, self._ort.__version__, "cpu", variant, threads)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
         self._names = {node.name for node in self._session.get_inputs()}
+        self._check_names(path, arch)
         self._caches = {
-            f"{index}.{part}": np.zeros((shape.rows, layer.kv_heads, shape.capacity, layer.head_dim), np.float32)
-            for index, layer in enumerate(arch.layers)
-            for part in ("key", "value")
+            name: np.zeros((shape.rows, heads, shape.capacity, width), dtype)
+            for name, heads, width, dtype in _cache_layouts(self._session, path, arch)
         }
-        self._check_names(path)
         self._logits = np.zeros((shape.rows, self.vocab_size), np.float32)
         self._bindings: dict[int, RowBinding] = {}
         self._lifetime = Lifetime("decoder")
@@ -196,6 +204,15 @@ class OrtDecoderSession:
         self._lifetime.check()
         for cache in self._caches.values():
             cache[target, :, :length] = cache[source, :, :length]
+
+    def read_row(self, row: int, length: int) -> dict[str, NDArray]:
+        """Copies of a row's first ``length`` positions, [kv_heads, length, W] in the cache's own type.
+
+        Returns:
+            By layer and part: ``0.key`` (rotated, where the model rotates keys), ``0.value``, ``1.key`` ...
+        """
+        self._lifetime.check()
+        return {name: cache[row, :, :length].copy() for name, cache in self._caches.items()}
 
     def cache_pointers(self) -> dict[str, int]:
         """Address of each layer's key and value buffer, by name; they never change."""
@@ -227,10 +244,11 @@ class OrtDecoderSession:
                 binding.keep(buffers)
         return binding, buffers
 
-    def _check_names(self, path: Path) -> None:
+    def _check_names(self, path: Path, arch: ArchSpec) -> None:
         outputs = {node.name for node in self._session.get_outputs()}
-        missing = [f"past.{name}" for name in self._caches if f"past.{name}" not in self._names]
-        missing += [f"present.{name}" for name in self._caches if f"present.{name}" not in outputs]
+        caches = _cache_names(arch)
+        missing = [f"past.{name}" for name in caches if f"past.{name}" not in self._names]
+        missing += [f"present.{name}" for name in caches if f"present.{name}" not in outputs]
         needed = {"pad_index", "unpad_index", "seqlens_k", "query_seqlens", "logits_positions"}
         missing += sorted(needed - self._names)
         if self._names.isdisjoint({"input_ids", EMBEDDING_INPUT}):
@@ -239,6 +257,26 @@ class OrtDecoderSession:
             raise BundleError(
                 f"The decoder graph lacks {', '.join(missing[:4])}", where=path.name, remedy="Export the model again"
             )
+
+
+def _cache_names(arch: ArchSpec) -> list[str]:
+    return [f"{index}.{part}" for index in range(len(arch.layers)) for part in ("key", "value")]
+
+
+def _cache_layouts(session: Any, path: Path, arch: ArchSpec) -> Iterator[tuple[str, int, int, type[np.generic]]]:
+    """(layer and part, heads, width of a position, type) of every cache, as the graph says.
+
+    Raises:
+        BundleError: A type or a shape that no lowered decoder has.
+    """
+    inputs = {node.name: node for node in session.get_inputs()}
+    for name in _cache_names(arch):
+        node, layer = inputs[f"past.{name}"], arch.layers[int(name.partition(".")[0])]
+        dtype, per_byte = CACHE_TYPES.get(node.type, (None, 1))
+        if dtype is None or list(node.shape[1::2]) != [layer.kv_heads, layer.head_dim // per_byte]:
+            what = f"past.{name} is {node.type} {node.shape}, no cache of {layer.kv_heads} heads of {layer.head_dim}"
+            raise BundleError(what, where=path.name, remedy="Export the model again")
+        yield name, layer.kv_heads, layer.head_dim // per_byte, dtype
 
 
 def _open_embedding(path: Path, session: Any, names: set[str], manifest: Manifest) -> EmbeddingRows | None:

@@ -97,7 +97,7 @@ class OrtEncoderSession:
         ort = self._ort = import_onnxruntime()
         self.info = EngineInfo(NAME, ort.__version__, "cpu", variant, threads)
         self._path, self._threads = path, threads
-        self._whole: Any = open_graph(path, threads)
+        self._whole: Any = open_graph(path, threads, variant)
         self._single: Any = self._whole if threads == 1 else None  # opened by the first batch
         self._short_rows: defaultdict[int, list[ShortRow]] = defaultdict(list)  # by length; one per thread at most
         self._pool: ThreadPoolExecutor | None = None
@@ -256,7 +256,7 @@ class OrtEncoderSession:
         with self._lock:
             self._lifetime.check()
             if self._single is None:
-                self._single = open_graph(self._path, 1)
+                self._single = open_graph(self._path, 1, self.info.variant)
             if self._pool is None and self._threads > 1:
                 self._pool = ThreadPoolExecutor(self._threads - 1, thread_name_prefix="accel-encoder")
             return self._single, self._pool

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from accel.engines.torch_operators import FIXED, OPERATORS, Tensor, to_numpy, to_torch
 from accel.errors import FusionError
+from accel.graph.evaluation.canonical import CANONICAL
 from accel.graph.evaluation.contrib import CONTRIB, CONTRIB_FIXED
 from accel.graph.evaluation.fused import FUSED
 
 TABLES: dict[str, dict[str, Callable[..., Any]]] = {
     "": OPERATORS,
+    "accel": CANONICAL,
     "com.microsoft": CONTRIB,
     "accel.kernels": FUSED,
 }
@@ -29,7 +31,7 @@ class TorchGraph:
     """A graph and its weights as tensors.
 
     Args:
-        model: In the dialect of TensorRT, of ONNX Runtime's CUDA provider, or of the cuda engine.
+        model: Canonical, or in the dialect of TensorRT, of ONNX Runtime's CUDA provider, or of the cuda engine.
 
     Raises:
         FusionError: An operator, or an attribute of one, that none of them uses.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from accel.graph.edit import producer
+from accel.graph.quantized import QuantizedWeight, concatenated, quantized_of
 from accel.spec import PARTS, ROWS
 
 
@@ -47,11 +48,11 @@ def merge_rows(graph: ir.Graph, values: Sequence[ir.Value], name: str) -> ir.Val
     merged.metadata_props[PARTS] = "\n".join(value.name or "" for value in values)
     tensors = [value.const_value for value in values]
     assert all(tensor is not None for tensor in tensors)
-    merged.const_value = ir.LazyTensor(
+    merged.const_value = concatenated(tensors, name) or ir.LazyTensor(
         lambda: ir.tensor(_concatenate(tensors)),
-        dtype=tensors[0].dtype,
+        dtype=tensors[0].dtype,  # type: ignore[union-attr]
         shape=merged.shape,
-        name=name,  # type: ignore[union-attr]
+        name=name,
     )
     graph.register_initializer(merged)
     return merged
@@ -66,8 +67,11 @@ def rows_of(graph: ir.Graph, value: ir.Value, start: int, stop: int) -> ir.Value
     tensor = value.const_value
     part = ir.Value(name=name, type=value.type, shape=ir.Shape([stop - start, *value.shape[1:]]))
     part.metadata_props[ROWS] = f"{value.name}\n{start}\n{stop}"
-    part.const_value = ir.LazyTensor(
-        lambda: ir.tensor(tensor.numpy()[start:stop]), dtype=tensor.dtype, shape=part.shape, name=name
+    quantized = quantized_of(value)
+    part.const_value = (
+        ir.LazyTensor(lambda: ir.tensor(tensor.numpy()[start:stop]), dtype=tensor.dtype, shape=part.shape, name=name)
+        if quantized is None
+        else QuantizedWeight(quantized.rows(start, stop), 1, name)
     )
     graph.register_initializer(part)
     return part

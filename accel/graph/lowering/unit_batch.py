@@ -19,6 +19,7 @@ _ROW_WISE = {
     "Cast",
     "FusedMatMul",
     "Linear",
+    "GatedLinear",
     "MatMul",
     "LayerNormalization",
     "SimplifiedLayerNormalization",

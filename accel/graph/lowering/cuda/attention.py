@@ -10,7 +10,7 @@ import onnx_ir as ir
 from accel.graph.checks import attention_nodes
 from accel.graph.edit import make_constant, producer, replace_value, through_reshapes
 from accel.graph.fusions.rotary import column_range
-from accel.graph.lowering.cuda.linear import DOMAIN, join_linears
+from accel.graph.lowering.fused_linear import DOMAIN, join_linears
 from accel.graph.lowering.rotary_tables import RotaryTables
 from accel.spec import ArchSpec
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 from accel.errors import FusionError
 from accel.graph.clean import clean
 from accel.graph.lowering.cuda.attention import lower_attention, lower_cached_attention
-from accel.graph.lowering.cuda.linear import DOMAIN, drop_row_reshapes, fuse_activations, fuse_gates, lower_linear
 from accel.graph.lowering.cuda.weights import lower_weights
+from accel.graph.lowering.fused_linear import DOMAIN, drop_row_reshapes, fuse_activations, fuse_gates, lower_linear
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from accel.graph.lowering.cuda.linear import DOMAIN
+from accel.graph.lowering.fused_linear import DOMAIN
 from accel.graph.lowering.tensorrt.precision import narrow
 
 FLOAT = ir.DataType.FLOAT

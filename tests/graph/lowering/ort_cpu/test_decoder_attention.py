@@ -8,14 +8,16 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from accel.errors import FusionError
+from accel.errors import FusionError, InputError
 from accel.graph.lowering.ort_cpu import lower
+from accel.kv_quantization import KvQuantization
 from accel.spec import ArchSpec, AttentionSpec
 from tests.graph.small import assert_close, count, make, normal, run
 
 HEADS, KV, CAPACITY = 4, 2, 16
 LAYER = AttentionSpec(heads=HEADS, kv_heads=KV, head_dim=16, scale=0.4, causal=True)
 ARCH = ArchSpec("llama", "LlamaForCausalLM", "decoder", "text-generation", 24, 11, 32, 100, False, (LAYER,))
+LIMITS = {8: (-128, 127), 4: (-8, 7)}
 STEPS = [(5, 2), (1, 3), (0, 1), (4, 1)]
 
 ROTATED = """
@@ -34,8 +36,30 @@ ROTATED = """
 """
 
 
-def decoder(layer: AttentionSpec, rotary: int = 0, other_sine: bool = False, biased: bool = True) -> ir.Model:
-    """One layer: projections of x [T, 24], their rotation by position, cached attention."""
+# What the kernel does to the keys and values that it appends.
+ROUNDED = """
+  k_scaled = Div (%s, key_scales)
+  k_near = Round (k_scaled)
+  k_cut = Clip (k_near, lowest, highest)
+  kd = Mul (k_cut, key_scales)
+  v_scaled = Div (v, value_scales)
+  v_near = Round (v_scaled)
+  v_cut = Clip (v_near, lowest, highest)
+  vd = Mul (v_cut, value_scales)
+"""
+
+
+def decoder(
+    layer: AttentionSpec,
+    rotary: int = 0,
+    other_sine: bool = False,
+    biased: bool = True,
+    rounded: KvQuantization | None = None,
+) -> ir.Model:
+    """One layer: projections of x [T, 24], their rotation by position, cached attention.
+
+    ``rounded``: keys and values are replaced by what their integers stand for.
+    """
     dim = layer.head_dim
     widths = {"q": HEADS * dim, "k": KV * dim, "v": KV * dim}
     weights: dict[str, Any] = {f"w{part}": normal(width, 24) * 0.3 for part, width in widths.items()}
@@ -44,6 +68,13 @@ def decoder(layer: AttentionSpec, rotary: int = 0, other_sine: bool = False, bia
     weights |= {"flat_q": np.array([-1, widths["q"]]), "flat_k": np.array([-1, widths["k"]])}
     weights |= {"batched_q": np.array([1, -1, widths["q"]]), "batched_k": np.array([1, -1, widths["k"]])}
     weights["frequencies"] = (3.0 ** -np.arange((rotary or dim) // 2)).astype(np.float32)
+    attended = ["qt" if rotary else "q", "kt" if rotary else "k", "v"]
+    rounding = ""
+    if rounded is not None:
+        rounding, attended[1:] = ROUNDED % attended[1], ["kd", "vd"]
+        weights["lowest"], weights["highest"] = (np.float32(limit) for limit in LIMITS[rounded.bits])
+        for part, scales in (("key", rounded.keys[0]), ("value", rounded.values[0])):
+            weights[f"{part}_scales"] = np.broadcast_to(scales.reshape(-1), KV * dim)
     kinds = {np.dtype(np.int64): "int64", np.dtype(np.float32): "float"}
     inputs = ", ".join(
         f"{kinds[value.dtype]}[{','.join(map(str, value.shape))}] {name}" for name, value in weights.items()
@@ -62,8 +93,9 @@ def decoder(layer: AttentionSpec, rotary: int = 0, other_sine: bool = False, bia
       <float[T,{widths["q"]}] q, float[T,{widths["k"]}] k, float[T,{widths["v"]}] v, float[T,{widths["q"]}] a> {{
       {projections}
       {turned}
+      {rounding}
       a, key, value = accel.CachedAttention <num_heads = {HEADS}, kv_num_heads = {KV}, scale = 0.4{extra}>
-        ({"qt, kt" if rotary else "q, k"}, v, past_key, past_value, past_lengths, query_lengths)
+        ({", ".join(attended)}, past_key, past_value, past_lengths, query_lengths)
       y = Relu (a)
     }}"""
     return make(text, **weights)
@@ -84,12 +116,28 @@ def lowered_feeds(lengths: tuple[int, ...], past: NDArray[np.int32]) -> dict[str
     }
 
 
-def check(layer: AttentionSpec, **options: Any) -> tuple[ir.Model, dict[str, int]]:
+def unpacked(cache: NDArray, kv: KvQuantization, part: int) -> NDArray[np.float32]:
+    """The numbers that an integer cache [B, KV, C, W] stands for; int4 pairs: the even channel in the lower half."""
+    if kv.bits == 4:
+        assert cache.dtype == np.uint8
+        cache = np.stack([cache & 15, cache >> 4], -1).reshape(*cache.shape[:-1], -1).astype(np.int8) - 8
+    assert cache.dtype == np.int8
+    scales = (kv.keys, kv.values)[part][0]
+    return cache * (scales[:, None] if kv.per_channel else scales)
+
+
+def check(
+    layer: AttentionSpec, kv: KvQuantization | None = None, **options: Any
+) -> tuple[ir.Model, dict[str, int]]:
     """Lowers, and compares outputs and caches over ragged steps; returns the model and what was fused."""
-    model = decoder(layer, **options)
-    lowered, reports = lower(model, dataclasses.replace(ARCH, layers=(layer,)), 32)
+    arch = dataclasses.replace(ARCH, layers=(layer,))
+    lowered, reports = lower(decoder(layer, **options), arch, 32, kv=kv)
+    model = decoder(layer, **options, rounded=kv)
     shape = (2, KV, CAPACITY, layer.head_dim)
     caches = [[np.zeros(shape, np.float32)] * 2 for _ in range(2)]
+    if kv is not None:
+        packed = (*shape[:-1], layer.head_dim * kv.bits // 8)
+        caches[1] = [np.zeros(packed, np.int8 if kv.bits == 8 else np.uint8)] * 2
     past = np.zeros(2, np.int32)
     for seed, lengths in enumerate(STEPS):
         x = normal(sum(lengths), 24, seed=seed)
@@ -104,6 +152,9 @@ def check(layer: AttentionSpec, **options: Any) -> tuple[ir.Model, dict[str, int
         )
         assert_close([after], [before])
         past = past + np.array(lengths, np.int32)
+        found = caches[1] if kv is None else [unpacked(cache, kv, part) for part, cache in enumerate(caches[1])]
+        for row, stop in enumerate(past):
+            assert_close([cache[row, :, :stop] for cache in found], [cache[row, :, :stop] for cache in caches[0]])
     return lowered, reports[0].fused
 
 
@@ -143,3 +194,46 @@ def test_head_size_that_the_kernel_refuses() -> None:
     layer = dataclasses.replace(LAYER, head_dim=12)
     with pytest.raises(FusionError, match=r"head size 12 is not a multiple of 8.*layer 0"):
         lower(decoder(layer), dataclasses.replace(ARCH, layers=(layer,)), 32)
+
+
+def draw_scales(layer: AttentionSpec, bits: int, per_channel: bool = True) -> KvQuantization:
+    """Scales of 4 standard deviations of what the test's projections give: some values are cut off."""
+    shape = (KV, layer.head_dim) if per_channel else (1,)
+    spread = np.random.default_rng(bits).uniform(0.8, 1.2, (2, *shape)) * 7 / LIMITS[bits][1]
+    return KvQuantization(bits, (spread[0].astype(np.float32),), (spread[1].astype(np.float32),))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("window,softcap,per_channel", [(None, None, False), (3, 1.5, True), (None, 1.5, True)])
+def test_integer_caches(bits: int, window: int | None, softcap: float | None, per_channel: bool) -> None:
+    layer = dataclasses.replace(LAYER, window=window, softcap=softcap)
+    lowered, fused = check(layer, draw_scales(layer, bits, per_channel))
+    assert fused == {
+        "GroupQueryAttention": 1, "packed_qkv": 1, "rotary_in_attention": 0, f"int{bits}_cache": 1,
+    }  # fmt: skip
+    dtype, width = (ir.DataType.INT8, 16) if bits == 8 else (ir.DataType.UINT8, 8)
+    caches = [value for value in (*lowered.graph.inputs, *lowered.graph.outputs) if "key" in value.name]  # type: ignore[operator]
+    assert [value.dtype for value in caches] == [dtype] * 2 and [value.shape[3] for value in caches] == [width] * 2  # type: ignore[index]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dim,rotary", [(16, 16), (32, 16), (24, 24), (8, 0), (40, 0)])
+def test_integer_caches_hold_rotated_keys(bits: int, dim: int, rotary: int) -> None:
+    layer = dataclasses.replace(LAYER, head_dim=dim)
+    check(layer, draw_scales(layer, bits), rotary=rotary)
+
+
+def test_scales_that_do_not_fit() -> None:
+    good = draw_scales(LAYER, 8)
+
+    def refuses(match: str, **changes: Any) -> None:
+        with pytest.raises(InputError, match=match):
+            arch = dataclasses.replace(ARCH, layers=(LAYER,))
+            lower(decoder(LAYER), arch, 32, kv=dataclasses.replace(good, **changes))
+
+    refuses("8 or 4 bits, not 6", bits=6)
+    refuses("scales of 2 layers for a model of 1", keys=good.keys * 2)
+    refuses(r"\[2, 8\], not float32 \[2, 16\].*kv.values, layer 0", values=(good.values[0][:, :8],))
+    refuses(r"\[1\], not float32 \[2, 16\]", values=(good.values[0][0, :1],))
+    refuses("not a positive number", keys=(np.zeros((KV, 16), np.float32),))
+    refuses("not a positive number", values=(np.full((KV, 16), np.nan, np.float32),))

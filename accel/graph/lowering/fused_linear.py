@@ -83,7 +83,7 @@ def fuse_activations(model: ir.Model) -> int:
     for node in list(model.graph):
         source, kind = _activation(node.outputs[0]) if len(node.outputs) == 1 else (None, "")
         linear = producer(source, "Linear") if source is not None else None
-        if linear is None or "activation" in linear.attributes or source is None:
+        if linear is None or linear.domain != DOMAIN or "activation" in linear.attributes or source is None:
             continue
         readers = {use.node for use in source.uses()}
         sigmoid = {item for item in readers if item.op_type == "Sigmoid"}

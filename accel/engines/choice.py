@@ -1,0 +1,136 @@
+"""The order in which engines are tried: the documented one, unless ``accel bench`` measured which are faster here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from accel.engines.registry import Engine
+from accel.engines.session import Fallback, SessionOptions
+from accel.measurements import Device, Measured, Measurements, current, recall
+
+if TYPE_CHECKING:
+    from accel.bundle import Bundle
+
+_log = logging.getLogger(__name__)
+FASTEST = "fastest"  # as a variant: the fastest one that was measured, lossy or not
+MARGIN = 0.02  # an engine must be so much faster than one before it in the order: less is noise
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An engine that may run, and what is to be said when it does.
+
+    Attributes:
+        engine: The engine.
+        variant: What it is asked for: a variant's name or ``auto``.
+        why: What was measured; empty: it has its place by the documented order.
+        slower: Engines that come before it in the documented order, and what was measured of them.
+    """
+
+    engine: Engine
+    variant: str
+    why: str = ""
+    slower: tuple[Fallback, ...] = ()
+
+
+def order_engines(
+    bundle: Bundle, engines: Sequence[Engine], variant: str, options: SessionOptions, named: bool = False
+) -> tuple[Candidate, ...]:
+    """The engines in the order in which they are to be tried.
+
+    Engines on a GPU stay before those on the CPU. Among the engines of one device those that were measured come
+    first, the fastest before the others; the rest keeps the documented order.
+
+    Args:
+        bundle: The bundle.
+        engines: In the documented order.
+        variant: ``auto``: each engine runs the variant that it would run unmeasured; measuring changes the engine,
+            never the precision. ``fastest``: each engine runs its fastest measured variant, lossy or not. Else the one
+            to run.
+        options: Threads and store, as the session will have them.
+        named: Whether the caller chose the engine; then only ``fastest`` has anything to choose.
+    """
+    asked = "auto" if variant == FASTEST else variant
+    documented = [Candidate(engine, asked) for engine in engines]
+    if named and variant != FASTEST:
+        return tuple(documented)
+    found: list[Candidate] = []
+    for device in dict.fromkeys(engine.device for engine in engines):
+        group = [candidate for candidate in documented if candidate.engine.device == device]
+        targets = {candidate.engine.name: candidate.engine.target for candidate in group if candidate.engine.target}
+        known = recall(bundle, cast(Device, device), options.threads, options.store) if targets else None
+        known = None if known is None else current(known, bundle, targets)
+        found += group if known is None else _by_time(bundle, group, known, variant)
+    if variant == FASTEST and not any(candidate.why for candidate in found):
+        said = Fallback(FASTEST, f"nothing was measured of this bundle here: accel bench {bundle.path} does it")
+        _log.warning("variant='fastest' runs what 'auto' would: %s", said.reason)
+        found = [Candidate(c.engine, c.variant, c.why, (said,)) for c in found]
+    return tuple(found)
+
+
+def _by_time(bundle: Bundle, group: list[Candidate], known: Measurements, variant: str) -> list[Candidate]:
+    """The candidates of one device, those that were measured first."""
+    names = [candidate.engine.name for candidate in group]
+    eligible: list[Measured] = []
+    for engine in (candidate.engine for candidate in group):
+        wanted = engine.pick(bundle, variant) if engine.target and variant != FASTEST else None
+        own = [row for row in known.rows if row.engine == engine.name]
+        eligible += own if variant == FASTEST else [row for row in own if row.variant == wanted]
+    best = {name: min((row for row in eligible if row.engine == name), key=_cost, default=None) for name in names}
+    rows = fastest_first([row for row in best.values() if row is not None])
+    found = []
+    for row in rows:
+        candidate = next(c for c in group if c.engine.name == row.engine)
+        before = names[: names.index(row.engine)]
+        slower = tuple(Fallback(name, _passed(name, row, rows, known)) for name in before)
+        asked = row.variant if variant == FASTEST else candidate.variant
+        found.append(Candidate(candidate.engine, asked, _why(row, eligible), slower))
+    measured = {row.engine for row in rows}
+    return found + [candidate for candidate in group if candidate.engine.name not in measured]
+
+
+def fastest_first(rows: Sequence[Measured]) -> list[Measured]:
+    """The rows by their cost; one that comes earlier stays before a later one that is hardly faster."""
+    rest, found = list(rows), []
+    while rest:
+        best = rest[0]
+        for row in rest[1:]:
+            if row.cost < best.cost * (1 - MARGIN):
+                best = row
+        rest.remove(best)
+        found.append(best)
+    return found
+
+
+def _cost(row: Measured) -> float:
+    return row.cost
+
+
+def _why(row: Measured, eligible: Sequence[Measured]) -> str:
+    others = [other for other in eligible if other is not row]
+    if not others:
+        return f"measured: {_shown(row.cost)}; no other engine was"
+    other = min(others, key=_cost)
+    name = other.engine if other.variant == row.variant else f"{other.engine} in {other.variant}"
+    return f"measured: {_shown(row.cost)} against {_shown(other.cost)} of {name}"
+
+
+def _passed(name: str, chosen: Measured, rows: Sequence[Measured], known: Measurements) -> str:
+    """Why an engine that comes first by the documented order does not run."""
+    own = next((row for row in rows if row.engine == name), None)
+    against = f"{_shown(chosen.cost)} of {chosen.engine}"
+    if own is not None:
+        return f"measured: {_shown(own.cost)} against {against}"
+    if name in known.passed_over:
+        return f"not measured: {known.passed_over[name]}"
+    return f"not measured, and {chosen.engine} was: accel bench measures again"
+
+
+def _shown(milliseconds: float) -> str:
+    return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
+
+
+__all__ = ["FASTEST", "Candidate", "fastest_first", "order_engines"]

@@ -1,0 +1,92 @@
+"""A variant's name as data: ``w4g32+kv8`` says how its weights, activations and caches are stored."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from accel.errors import InputError
+from accel.schema import suggest
+
+Base = Literal["fp32", "fp16", "bf16", "fp8"]
+Activations = Literal["none", "dynamic", "static"]
+
+BASES: tuple[Base, ...] = ("fp32", "fp16", "bf16", "fp8")
+GROUPS = (32, 64, 128)
+QUANTIZED = ("w8a8-dyn", "w8a8", *(f"w{bits}g{group}" for bits in (8, 4) for group in GROUPS))
+CACHES = {"kv8": 8, "kv4": 4}
+_GROUPED = re.compile(r"w([48])g(\d+)")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a variant's name says.
+
+    Attributes:
+        name: The name itself, in canonical order.
+        base: The type of what is not quantised; ``fp8`` products take 8-bit floats on both sides.
+        weight_bits: 8 or 4; None: weights are in ``base``.
+        group: Input channels that share a scale; 0: one scale per output row.
+        activations: Whether products round their input to int8: ``dynamic`` with scales found at run time, per token;
+            ``static`` with calibrated ones; ``none``: that is left to the kernel.
+        kv_bits: 8 or 4 for integer caches; None: caches are in ``base``.
+    """
+
+    name: str
+    base: Base = "fp32"
+    weight_bits: int | None = None
+    group: int = 0
+    activations: Activations = "none"
+    kv_bits: int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights are integers."""
+        return self.weight_bits is not None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether it is the model itself, in fp32."""
+        return self.base == "fp32" and not self.quantized and self.kv_bits is None
+
+
+def parse_scheme(name: str) -> Scheme:
+    """Reads a variant's name.
+
+    Raises:
+        InputError: No such scheme; says the nearest.
+    """
+    weights, *rest = name.split("+")
+    caches = [part for part in rest if part in CACHES]
+    if len(rest) > 1 or len(caches) != len(rest):
+        raise _unknown(name)
+    kv_bits = CACHES[caches[0]] if caches else None
+    if weights in CACHES and not rest:  # the cache alone
+        return Scheme(f"fp32+{weights}", kv_bits=CACHES[weights])
+    for base in BASES:
+        if weights == base:
+            return Scheme(name, base, kv_bits=kv_bits)
+    if weights in ("w8a8", "w8a8-dyn"):
+        activations: Activations = "dynamic" if weights.endswith("dyn") else "static"
+        return Scheme(name, weight_bits=8, activations=activations, kv_bits=kv_bits)
+    found = _GROUPED.fullmatch(weights)
+    if found is None or int(found[2]) not in GROUPS:
+        raise _unknown(name)
+    return Scheme(name, weight_bits=int(found[1]), group=int(found[2]), kv_bits=kv_bits)
+
+
+def stores_integers(name: str) -> bool:
+    """Whether a variant of this name has integer weights; not for names that are no schemes."""
+    try:
+        return parse_scheme(name).quantized
+    except InputError:
+        return False
+
+
+def _unknown(name: str) -> InputError:
+    remedy = f"{suggest(name, [*BASES, *QUANTIZED, *CACHES])}; + joins one with a cache: w4g32+kv8"
+    return InputError(f"unknown variant {name!r}", where="variant", remedy=remedy)
+
+
+__all__ = ["BASES", "CACHES", "GROUPS", "QUANTIZED", "Activations", "Base", "Scheme", "parse_scheme", "stores_integers"]

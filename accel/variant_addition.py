@@ -1,0 +1,243 @@
+"""One variant's graph for one target on its way into a bundle: lowered, written, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accel.bundle import Bundle
+from accel.bundle_extension import BundleExtension
+from accel.errors import BundleError
+from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
+from accel.quality import Gate, TextSet
+from accel.scheme import Scheme
+from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated
+from accel.variant_targets import CPU, Plan, Target, float_type
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from accel.compress.report import QuantizationReport
+    from accel.exporter.progress import ExportProgress
+    from accel.kv_quantization import KvQuantization
+
+_log = logging.getLogger("accel")
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizing:
+    """How a variant with integer weights is made and judged.
+
+    Attributes:
+        algorithm: ``auto``, or one of ``accel.compress``.
+        calibration: What the algorithm, and caches, look at: see ``accel.compress``. None: the built-in text.
+        measure: Measure what the variant costs, and keep the record in the manifest.
+        gate: What it may lose; needs ``measure``.
+        text: To measure on; None: the built-in texts.
+        options: Passed on to ``accel.compress.quantize.quantize_graph``.
+    """
+
+    algorithm: str = "auto"
+    calibration: Any = None
+    measure: bool = True
+    gate: Gate = field(default_factory=Gate)
+    text: TextSet | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Addition:
+    """Writes a variant's graph, and the weights that lie in no file yet, into a folder.
+
+    Attributes:
+        extension: Where new files go, and the bundle as it stands.
+        scheme: The variant's.
+        target: Of its graph.
+        quantizing: How, where the scheme has integers.
+        progress: Shows stages.
+    """
+
+    extension: BundleExtension
+    scheme: Scheme
+    target: Target
+    quantizing: Quantizing
+    progress: ExportProgress
+    quantization: Quantization | None = None
+    _input_scales: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle as it stands."""
+        return self.extension.bundle
+
+    @property
+    def variant(self) -> str:
+        """Its name in the bundle."""
+        return self.scheme.name
+
+    def make(self, check: bool) -> Manifest:
+        """Writes the files; returns the manifest with them.
+
+        Raises:
+            ParityError: With ``check``: the graph differs from what it stands for by more than the limit.
+            QualityError: The variant loses more than it may.
+        """
+        with _links_in_words():
+            canonical, model, entry = self._write()
+        manifest = self._with(entry)
+        if check:
+            self.progress.stage("Checking parity")
+            result = self._check(canonical, model, manifest)
+            manifest = dataclasses.replace(manifest, parity={**manifest.parity, self._key(): result})
+        if self.target.name == CPU and self.quantizing.measure:
+            manifest = self._measured(manifest)
+        return manifest
+
+    def _key(self) -> str:
+        return f"{self.variant}/{self.target.name}"
+
+    def _with(self, entry: GraphEntry) -> Manifest:
+        """The manifest with the new graph, not checked yet."""
+        manifest = self.bundle.manifest
+        parity = {key: result for key, result in manifest.parity.items() if key != self._key()}
+        dtype = DTYPES[self.scheme.base]
+        old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
+        kept = [file for file in old.weights if file not in self.outdated()]
+        weights = tuple(dict.fromkeys((*kept, *(entry.weights or ()))))
+        graphs = {**old.graphs, self.target.name: entry}
+        quantization = self.quantization or old.quantization
+        new = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+
+    def outdated(self) -> tuple[str, ...]:
+        """The files of the graph that is lowered again; weights that other graphs read are left."""
+        entry = self._graphs().get(self.target.name)
+        if entry is None:
+            return ()
+        read = {name for _, target in self._others() for name in self.bundle.weights(self.variant, target)}
+        read |= {parameter.file for parameter in self.bundle.manifest.parameters.values()}
+        own = self.bundle.weights(self.variant, self.target.name)
+        return (entry.file, *(name for name in own if name not in read))
+
+    def _others(self) -> list[tuple[Path, str]]:
+        """The variant's graphs for other targets, and these."""
+        graphs = self._graphs().items()
+        return [(self.bundle.file(graph.file), name) for name, graph in graphs if name != self.target.name]
+
+    def _graphs(self) -> dict[str, GraphEntry]:
+        found = self.bundle.manifest.variants.get(self.variant)
+        return {} if found is None else found.graphs
+
+    def _stem(self) -> str:
+        """What the names of the weights that only this target reads begin with."""
+        return f"{self.variant}.{self.target.name}" if self._others() else self.variant
+
+    def _free(self, stem: str, ending: str) -> Path:
+        """A file whose name the bundle has not: readers of the old one go on with it until the manifest is new."""
+        numbers = (f".{number}" for number in itertools.count(2))
+        names = (f"{stem}{number}{ending}" for number in itertools.chain([""], numbers))
+        return self.extension.path / next(name for name in names if not self.bundle.has(name))
+
+    def _write(self) -> tuple[ir.Model, ir.Model, GraphEntry]:
+        """(canonical graph with the weights as they are now, lowered graph, its entry)."""
+        from accel import __version__
+        from accel.graph.external import StoredTensors, external_files, write_external
+        from accel.graph.save import load_canonical, save_graph
+
+        arch = self.bundle.manifest.arch
+        entry = self.bundle.graph(BASE, CANONICAL)
+        canonical = load_canonical(self.bundle.file(entry.file))
+        canonical, plan = self._plan(canonical)
+        self.progress.stage(f"Lowering to {self.target.title}, {self.variant}")
+        model, passes = self.target.lower(canonical, arch, plan)
+        self.progress.stage("Writing the weights")
+        # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
+        keep = self.bundle.path if self._reads_base() else None
+        stored = StoredTensors(path for path, _ in self._others())
+        write_external(model, self._free(self._stem(), ".weights"), keep, self.progress.advance, stored)
+        names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
+        graph = self._free(f"{self.variant}.{self.target.name}", ".onnx")
+        saved = save_graph(model, graph, names, (*entry.passes, *passes), __version__)
+        saved = dataclasses.replace(saved, lowering=self.target.version, weights=external_files(model))
+        return canonical, model, saved
+
+    def _plan(self, canonical: ir.Model) -> tuple[ir.Model, Plan]:
+        """The canonical graph with the scheme's weights, and what the lowering is told."""
+        parameters = frozenset(self.bundle.manifest.parameters) if self._reads_base() else frozenset[str]()
+        if not self.scheme.quantized:
+            return canonical, Plan(self.scheme, parameters=parameters, kv=self._kv(canonical))
+        from accel.compress.quantize import quantize_graph
+
+        canonical, report = quantize_graph(
+            canonical, self.bundle.manifest.arch, self.scheme, progress=self.progress, **self.quantizing.options
+        )
+        self.quantization, self._input_scales = _record(report), report.input_scales
+        return canonical, Plan(self.scheme, report.input_scales, parameters, self._kv(canonical))
+
+    def _kv(self, canonical: ir.Model) -> KvQuantization | None:
+        if self.scheme.kv_bits is None:
+            return None
+        raise NotImplementedError
+
+    def _reads_base(self) -> bool:
+        """Whether the weights are fp32's own."""
+        return self.scheme.base == BASE and not self.scheme.quantized
+
+    def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
+        if self.target.name == CPU:
+            with ExitStack() as stack:
+
+                def preview() -> Bundle:
+                    return stack.enter_context(self.extension.preview(manifest))
+
+                result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+        else:
+            session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
+            result = check_precision(self.bundle, self.scheme, self.target, session)
+        name = f"{self.variant} for {self.target.title}"
+        _log.info("%s: error %.1e of the largest value, limit %.1e", name, result.max_rel_error, result.limit)
+        return result
+
+    def _measured(self, manifest: Manifest) -> Manifest:
+        from accel.quality import measure_reference, measure_variant
+
+        gate = self.quantizing.gate
+        self.progress.stage("Measuring quality")
+        with self.extension.preview(manifest) as preview:
+            reference = measure_reference(preview, self.quantizing.text)
+            quality = measure_variant(
+                preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
+            )
+        variant = dataclasses.replace(manifest.variants[self.variant], quality=quality)
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant})
+
+
+def _record(report: QuantizationReport) -> Quantization:
+    """What the manifest keeps of a quantisation."""
+    layers = tuple(QuantizedLayer(layer.name, layer.bits, layer.group, layer.error) for layer in report.layers)
+    return Quantization(
+        report.scheme, report.algorithm, None, report.calibration_tokens, layers,
+        report.bytes_before, report.bytes_after, report.scales, report.error_of,
+    )  # fmt: skip
+
+
+@contextmanager
+def _links_in_words() -> Iterator[None]:
+    """onnx_ir reads no weights from files with several names: another could lie anywhere."""
+    try:
+        yield
+    except ValueError as error:
+        if "External data path" not in str(error):
+            raise
+        remedy = "Copy the bundle so that its files are files of their own: cp -r"
+        raise BundleError(f"The weights cannot be read: {error}", where="fp32.weights", remedy=remedy) from error
+
+
+__all__ = ["DTYPES", "Addition", "Quantizing"]

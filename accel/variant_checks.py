@@ -1,0 +1,189 @@
+"""Whether a new variant's graph computes what it should: compared with the bundle's fp32 engine, or with PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from accel.bundle import Bundle
+from accel.errors import ParityError
+from accel.manifest import ParityResult
+from accel.recipe import ParityRecipe
+from accel.scheme import Scheme
+from accel.variant_targets import CPU, DEFAULT, Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+CANONICAL, BASE = "canonical", "fp32"
+# Largest error against fp32, relative to the largest value. Rounding alone costs MiniLM and SmolLM2 some 2e-3 in fp16
+# and 2e-2 in bf16; a wrong graph costs more than half.
+LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+ROUNDING = 0.5  # an error above it is no rounding
+# Integers against PyTorch on the same integers. Kernels round the inputs of products where the scheme leaves it to them,
+# and an encoder's lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers by up to
+# 2e-1. A wrong graph costs more than half here too.
+INTEGERS = 3e-1
+
+
+def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Callable[[int, int], Any]) -> ParityResult:
+    """Compares a variant in floats with the fp32 engine.
+
+    Args:
+        bundle: Has the engine's graph.
+        scheme: The variant's.
+        target: Of its graph.
+        session: (rows, capacity) -> the session under test.
+
+    Raises:
+        ParityError: It differs by more than its precision may.
+    """
+    from accel.engines import open_session
+    from accel.engines.session import SessionOptions
+
+    def reference(rows: int, capacity: int) -> Any:
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(bundle, engine="ort-cpu", variant=BASE, options=options).session
+
+    try:
+        result = compare(bundle, reference, session, LIMITS[scheme.base])
+    except ParityError as error:
+        raise _in_words(error, bundle, scheme, target) from error
+    return dataclasses.replace(result, reference="ort-cpu fp32")
+
+
+def check_integers(
+    bundle: Bundle,
+    scheme: Scheme,
+    canonical: ir.Model,
+    input_scales: Mapping[str, float],
+    preview: Callable[[], Bundle],
+) -> ParityResult:
+    """Compares a variant with integers, in its engine, with what its integers mean, evaluated by PyTorch.
+
+    Rounding the weights, which the quality measures judge, is on both sides; the graph and the kernels are compared.
+
+    Args:
+        bundle: The bundle as it stands.
+        scheme: The variant's.
+        canonical: The canonical graph with the quantised weights.
+        input_scales: Of static activations, by weight.
+        preview: The bundle with the variant's graph for ``ort-cpu``. Called when the canonical graph has been
+            evaluated: while a preview gives files a second name, onnx_ir reads no weights from them.
+
+    Raises:
+        ParityError: They differ by more than rounding does.
+    """
+    from accel.engines import open_session
+    from accel.engines.session import SessionOptions
+    from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
+    from accel.graph.evaluation.torch_graph import TorchGraph
+    from accel.graph.quantized_nodes import spell_quantized
+
+    spelled, arch = canonical.clone(), bundle.manifest.arch
+    spell_quantized(spelled, scheme.activations, input_scales)
+
+    def reference(rows: int, capacity: int) -> Any:
+        run = TorchGraph(spelled).run
+        return PackedDecoder(run, arch, rows, capacity) if arch.kind == "decoder" else GraphEncoder(run)
+
+    def session(rows: int, capacity: int) -> Any:
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
+
+    try:
+        result = compare(bundle, reference, session, INTEGERS)
+    except ParityError as error:
+        what = error.what.replace("The exported graph", f"The {scheme.name} graph")
+        what = what.replace("PyTorch", "PyTorch on the same integers")
+        remedy = "Rounding does not cost this much: the graph is wrong. Please report it"
+        raise ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy) from error
+    return dataclasses.replace(result, reference="PyTorch on the same integers")
+
+
+def compare(
+    bundle: Bundle, reference: Callable[[int, int], Any], session: Callable[[int, int], Any], limit: float
+) -> ParityResult:
+    """Runs the cases of the export's gate, on random ids, through both sessions.
+
+    Args:
+        bundle: The model's.
+        reference: (rows, capacity) -> the session whose outputs are right.
+        session: Likewise, the one under test.
+        limit: Largest error, relative to the largest value.
+
+    Raises:
+        ParityError: The limit is exceeded.
+    """
+    from accel.graph.parity import ROWS, capacity_of, check_parity, make_cases, references_from
+
+    arch = bundle.manifest.arch
+    recipe = ParityRecipe(limit=limit, greedy_tokens=0)
+    cases = make_cases(arch, recipe, **_ids(bundle))
+    capacity = min(capacity_of(cases), arch.max_positions)
+    opened = reference(ROWS, capacity)
+    try:
+        references_from(opened, arch, cases)
+    finally:
+        opened.close()
+    opened = session(ROWS, capacity)
+    try:
+        return check_parity(opened, arch, cases, recipe)
+    finally:
+        opened.close()
+
+
+def evaluated(model: ir.Model, bundle: Bundle, target: Target, dtype: ir.DataType) -> Callable[[int, int], Any]:
+    """(rows, capacity) -> a session over a lowered graph that PyTorch evaluates in its own precision."""
+
+    def session(rows: int, capacity: int) -> Any:
+        from accel.graph.evaluation.torch_graph import TorchGraph
+
+        return target.session(TorchGraph(model).run, bundle.manifest.arch, rows, capacity, dtype)
+
+    return session
+
+
+def quantize_command(bundle: Bundle, variant: str, target: str) -> str:
+    """The command that adds a variant."""
+    return f"accel quantize {bundle.path} --variant {variant}" + ("" if target == DEFAULT else f" --target {target}")
+
+
+def _in_words(error: ParityError, bundle: Bundle, scheme: Scheme, target: Target) -> ParityError:
+    """The error as this comparison's: what differs from what, in which bundle, and what helps."""
+    what = error.what.replace("The exported graph", f"The {scheme.name} graph").replace("PyTorch", "the fp32 engine")
+    remedy = _remedy(error.value or 0.0, bundle, scheme, target)
+    return ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy)
+
+
+def _remedy(value: float, bundle: Bundle, scheme: Scheme, target: Target) -> str:
+    if scheme.base == "fp16" and math.isinf(value):
+        return "Values overflow fp16: take bf16, whose range is fp32's, or fp32"
+    if scheme.base == BASE or value > ROUNDING:
+        return "Rounding does not cost this much: the graph is wrong. Export the bundle again with this accel"
+    finer = f"fp32, or bf16 (rounds more, limit {LIMITS['bf16']:g})" if scheme.base == "fp16" else "fp32"
+    anyway = f"{quantize_command(bundle, scheme.name, target.name)} --no-parity"
+    return f"Take {finer}; or, if this much is well for you: {anyway}"
+
+
+def _ids(bundle: Bundle) -> dict[str, int]:
+    """The padding id, and how many token types the graph takes."""
+    config = bundle.read_json("config.json") if bundle.has("config.json") else {}
+    inputs = {spec.name for spec in bundle.graph(BASE, CANONICAL).inputs}
+    types = int(config.get("type_vocab_size") or 0) if "token_type_ids" in inputs else 0
+    return {"pad_id": int(config.get("pad_token_id") or 0), "token_types": types}
+
+
+__all__ = [
+    "BASE",
+    "CANONICAL",
+    "LIMITS",
+    "ROUNDING",
+    "check_integers",
+    "check_precision",
+    "compare",
+    "evaluated",
+    "quantize_command",
+]

@@ -1,0 +1,84 @@
+"""What ``accel quantize`` does, given its options. Returns the exit code."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+
+import accel
+from accel.errors import InputError
+from accel.manifest import Manifest, Quality
+from accel.schema import to_dict
+
+_PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text", "max_q_drop", "min_cosine")
+
+
+def quantize(options: Namespace) -> int:
+    """Adds variants to a bundle, for the targets asked for or all that run its model in them."""
+    from accel.bundle import Bundle
+    from accel.scheme import parse_scheme
+    from accel.variant_targets import sensible_targets
+
+    bundle = Bundle.open(options.bundle)
+    before = {name: entry.size for name, entry in bundle.manifest.files.items()}
+    names = [parse_scheme(variant).name for variant in options.variant]
+    choices = {name: getattr(options, name) for name in _PASSED}
+    for name in names:
+        for target in options.target or sensible_targets(bundle.manifest.arch, name):
+            bundle = accel.add_variant(
+                bundle, name, target=target, check=not options.no_parity, measure=not options.no_quality,
+                keep=_read_keep(options.keep), **choices,
+            )  # fmt: skip
+    manifest = bundle.manifest
+    added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
+    if options.json:
+        print(json.dumps({"variants": list(manifest.variants), "added": added, **_records(manifest, names)}))
+        return 0
+    print(f"{bundle.path}: {', '.join(manifest.variants)}; {sum(added.values()) / 1e6:.1f} MB added")
+    for name, result in _parity(manifest, names).items():
+        print(f"{name}: error {result.max_rel_error:.1e} against {result.reference} (limit {result.limit:.0e})")
+    for name in names:
+        quality = manifest.variants[name].quality
+        if quality is not None:
+            print(f"{name}: {_cost(quality)}; accel report {bundle.path} shows more")
+    return 0
+
+
+def _records(manifest: Manifest, names: Sequence[str]) -> dict[str, object]:
+    quality = {name: manifest.variants[name].quality for name in names}
+    return {
+        "parity": to_dict(_parity(manifest, names)),
+        "quality": {name: to_dict(found) for name, found in quality.items() if found is not None},
+    }
+
+
+def _parity(manifest: Manifest, names: Sequence[str]) -> dict:
+    return {name: result for name, result in manifest.parity.items() if name.partition("/")[0] in names}
+
+
+def _cost(quality: Quality) -> str:
+    """What a variant costs, in a line."""
+    smaller = f"{quality.reference_size.bytes / quality.size.bytes:.2f} x smaller"
+    if quality.likelihood is not None:
+        return f"{smaller}, Q {quality.likelihood.difference:+.4f} per token over {quality.likelihood.tokens:,} tokens"
+    if quality.encoder is not None:
+        return f"{smaller}, mean cosine to fp32 {quality.encoder.cosine_mean:.4f} over {quality.encoder.texts} texts"
+    return smaller
+
+
+def _read_keep(given: Sequence[str] | None) -> dict[str, int] | None:
+    """``PATTERN=BITS`` arguments."""
+    if not given:
+        return None
+    kept = {}
+    for text in given:
+        pattern, _, bits = text.rpartition("=")
+        if not pattern or not bits.isdigit():
+            remedy = "Write PATTERN=BITS, for example --keep '*.down_proj.weight=8'"
+            raise InputError(f"{text!r} keeps nothing", where="--keep", remedy=remedy)
+        kept[pattern] = int(bits)
+    return kept
+
+
+__all__ = ["quantize"]

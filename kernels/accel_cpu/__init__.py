@@ -1,0 +1,52 @@
+"""Quantised weights on CPUs: operators for ONNX Runtime in the domain ``accel.cpu``, and how their weights are packed.
+
+``QuantizedMatMul(x, weight, scales, bias?, x_scale?, residual?) -> y``
+    y = activation(x @ dequantised(weight).T + bias) + residual, float32 ``[..., N]`` from float32 ``[..., K]``.
+    Attributes, all required: ``N``, ``K``, ``bits`` (8 or 4), ``block_size`` (0: one float32 scale per output; 32, 64,
+    128: one float16 scale per output and group of that many inputs), ``activation`` ("", "gelu", "gelu_tanh", "silu"),
+    ``gated`` (1: the weight holds a gate and an up projection, see ``interleave_gated``;
+    y = activation(gate(x)) * up(x) + residual).
+
+``QuantizedGather(ids, weight, scales) -> y``
+    Rows of the same packed weight, dequantised: float32 ``[..., K]`` from int64 ``[...]``. Attributes ``N``, ``K``,
+    ``bits``, ``block_size``.
+
+Activations are quantised at run time to int8 in [-127, 127], symmetric, rounded to even: one scale per row of x where
+``block_size`` is 0, else one per row and group of inputs; or the given ``x_scale`` for all. Products are summed up in
+int32, exactly, and scaled in float32. A row of x that holds NaN or infinity gives a row of NaN.
+
+The environment variable ACCEL_CPU_ISA (avx512vnni, avx2, portable) forces an instruction set, for tests.
+"""
+
+from accel_cpu.library import instruction_set, library_path, unavailable_reason
+from accel_cpu.packing import (
+    PANEL,
+    TILE,
+    interleave_gated,
+    pack,
+    pack_scales,
+    packed_size,
+    unpack,
+    unpack_scales,
+)
+
+DOMAIN = "accel.cpu"
+MATMUL = "QuantizedMatMul"
+GATHER = "QuantizedGather"
+
+__all__ = [
+    "DOMAIN",
+    "GATHER",
+    "MATMUL",
+    "PANEL",
+    "TILE",
+    "instruction_set",
+    "interleave_gated",
+    "library_path",
+    "pack",
+    "pack_scales",
+    "packed_size",
+    "unavailable_reason",
+    "unpack",
+    "unpack_scales",
+]

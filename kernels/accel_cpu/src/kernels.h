@@ -1,0 +1,80 @@
+// What each instruction set offers, as a table of functions; dispatch.cc picks one.
+#pragma once
+
+#include "layout.h"
+
+// Before a loop of few turns over registers, which must not become memory.
+#if defined(__clang__)
+#define ACCEL_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define ACCEL_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+namespace accel_cpu {
+
+enum class Activation { kNone, kGelu, kGeluTanh, kSilu };
+
+// Quantised rows of activations, and how to read them.
+struct QuantizedRows {
+  int8_t* values = nullptr;   // [rows, stride], zeros behind the inputs
+  int64_t stride = 0;
+  float* scales = nullptr;    // [rows, blocks]
+  int32_t* starts = nullptr;  // [rows, blocks]: what an accumulator starts from, minus zero point times the sum of values
+};
+
+// The result's side of a product.
+struct Epilogue {
+  const float* bias = nullptr;      // [features], of a gated weight [outputs], interleaved as its rows are
+  const float* residual = nullptr;  // [rows, features], added last
+  float* result = nullptr;          // [rows, features]
+  int64_t features = 0;
+  Activation activation = Activation::kNone;
+  bool gated = false;               // tiles alternate: gate, up; result = activation(gate) * up
+};
+
+struct Weight {
+  WeightShape shape;
+  const uint8_t* values = nullptr;
+  const void* scales = nullptr;  // float32 [outputs] or float16 [panels][blocks][outputs of the panel]
+};
+
+struct KernelTable {
+  const char* name;
+
+  // Quantises rows [first, last) of x [rows, inputs]. fixed_scale 0: from each row's (block's) largest magnitude.
+  void (*quantize_rows)(const float* x, int64_t first, int64_t last, const WeightShape& shape, float fixed_scale,
+                        const QuantizedRows& rows);
+
+  // Computes the outputs of panels [first_panel, last_panel) for rows [first_row, last_row).
+  void (*multiply)(const Weight& weight, const QuantizedRows& rows, int64_t first_row, int64_t last_row,
+                   int64_t first_panel, int64_t last_panel, const Epilogue& epilogue);
+};
+
+const KernelTable* portable_kernels();
+const KernelTable* avx2_kernels();    // nullptr: not in this build
+const KernelTable* avx512_kernels();  // nullptr: not in this build
+
+// The best table that this CPU runs, or the one that ACCEL_CPU_ISA names; nullptr and a message if that cannot be.
+const KernelTable* choose_kernels(const char** error);
+
+// Rows of the table, dequantised: result [count, inputs]. Every id is in range.
+void gather_rows(const Weight& weight, const int64_t* ids, int64_t first, int64_t last, float* result);
+
+inline float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t magnitude = half & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = sign | 0x7f800000u | (magnitude & 0x3ff) << 13;
+  } else if (magnitude >= 0x400) {
+    bits = sign | ((magnitude << 13) + 0x38000000u);
+  } else {  // subnormal: a multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign != 0 ? -value : value;
+  }
+  float result;
+  __builtin_memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+}  // namespace accel_cpu

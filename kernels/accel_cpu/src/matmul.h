@@ -1,0 +1,24 @@
+// A product with a quantised weight, cut into tasks for threads.
+#pragma once
+
+#include "kernels.h"
+
+namespace accel_cpu {
+
+// Threads: run calls task(data, index) for every index below count, in any order, and returns when all are done.
+struct Pool {
+  using Task = void (*)(void* data, size_t index);
+  bool (*run)(const Pool& pool, Task task, size_t count, void* data);  // false: the threads refused
+  const void* api;
+  const void* context;
+};
+
+enum class Outcome { kDone, kOutOfMemory, kPoolFailed };
+
+// x [rows, inputs] times the weight; fixed_scale 0: activations are quantised by their own magnitude.
+Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const float* x, int64_t rows,
+                         float fixed_scale, const Epilogue& epilogue, const Pool& pool);
+
+Outcome quantized_gather(const Weight& weight, const int64_t* ids, int64_t count, float* result, const Pool& pool);
+
+}  // namespace accel_cpu

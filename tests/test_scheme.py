@@ -1,0 +1,41 @@
+"""Names of variants."""
+
+from __future__ import annotations
+
+import pytest
+
+from accel.errors import InputError
+from accel.scheme import BASES, CACHES, QUANTIZED, Scheme, parse_scheme
+
+
+@pytest.mark.parametrize("cache", ["", *(f"+{name}" for name in CACHES)])
+@pytest.mark.parametrize("weights", [*BASES, *QUANTIZED])
+def test_every_name_is_kept(weights: str, cache: str) -> None:
+    scheme = parse_scheme(weights + cache)
+    assert scheme.name == weights + cache
+    assert scheme.kv_bits == CACHES.get(cache[1:])
+    assert scheme.quantized == (weights in QUANTIZED)
+    assert scheme.lossless == (weights == "fp32" and not cache)
+
+
+def test_parts() -> None:
+    assert parse_scheme("w4g32+kv8") == Scheme("w4g32+kv8", weight_bits=4, group=32, kv_bits=8)
+    assert parse_scheme("w8a8-dyn") == Scheme("w8a8-dyn", weight_bits=8, activations="dynamic")
+    assert parse_scheme("w8a8").activations == "static"
+    assert parse_scheme("kv4") == Scheme("fp32+kv4", kv_bits=4)
+    assert parse_scheme("bf16").base == "bf16"
+
+
+UNKNOWN = ["", "w4", "w4g33", "w4g", "w3g32", "kv8+kv4", "w4g32+kv8+kv8", "w8a8+fp16", "W4g32", "+kv8"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_names_point_to_known_ones(name: str) -> None:
+    with pytest.raises(InputError, match="unknown variant") as caught:
+        parse_scheme(name)
+    assert "w4g32+kv8" in str(caught.value)
+
+
+def test_nearest_name() -> None:
+    with pytest.raises(InputError, match="Did you mean 'w4g32'"):
+        parse_scheme("w4g33")
