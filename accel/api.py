@@ -163,6 +163,7 @@ class _Export:
         with self._stage("Reading the layers"):
             layers = probe_layers(model, kind_of(self.task))
             arch = read_arch(model, layers, self.task, self.max_positions)
+            self._check_profiles(arch)
             self.notes += copy_files(self.source, model, self.tokenizer, self.writer.path)
         cases = self._references(model, arch)
         with self._stage("Tracing"):
@@ -178,6 +179,13 @@ class _Export:
             {CANONICAL: names, ORT_CPU: _lowered_names(lowered, names)},
             cases,
         )  # fmt: skip
+
+    def _check_profiles(self, arch: ArchSpec) -> None:
+        """Raises InputError where no engine could be built for the recipe's profiles."""
+        from accel.builder.profiles import check_ranges, recorded_profiles
+
+        if self.recipe.profiles:
+            check_ranges(recorded_profiles(self.recipe.profiles), arch, capacity=None)
 
     def _references(self, model: PreTrainedModel, arch: ArchSpec) -> list[Case]:
         from accel.exporter.tracer import takes_token_types
@@ -221,6 +229,7 @@ class _Export:
             parameters=parameters,
             tied=tied,
             notes=tuple(self.notes),
+            profiles=self.recipe.profiles,
         )
 
     def _check(self, arch: ArchSpec, cases: list[Case], manifest: Manifest) -> dict[str, ParityResult]:

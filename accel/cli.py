@@ -192,7 +192,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", help="fp16, bf16, fp32; default: what the bundle has, or fp16")
     parser.add_argument("--capacity", type=int, metavar="N", help="decoders: cache positions per row (default 2048)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="most rows (default 8, encoders 32)")
-    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML, see docs/build.md; default: usual ones")
+    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML, see docs/build.md; default: the bundle's")
     parser.add_argument("--optimization-level", type=int, default=3, metavar="N", help="0 to 5 (default 3)")
     parser.add_argument("--workspace", metavar="SIZE", help="scratch memory of a layer, e.g. 2G")
     parser.add_argument("--refittable", action="store_true", help="keep the weights replaceable")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from accel.errors import EngineBuildError, InputError
 from accel.spec import TensorSpec
 
 CAPACITY = "C"  # the symbol of the cache slots in a decoder's shapes
-_TRIM_SECONDS = 0.002
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -128,28 +125,14 @@ class GraphSource:
                 wanted.update(node.input)
         return kept[::-1]
 
-    @contextmanager
-    def trimmed(self) -> Iterator[None]:
-        """Meanwhile gives pages of the weights back to the system again and again; they are read again when touched.
+    def drop_pages(self) -> None:
+        """Gives pages of the weights back to the system; they are read again when touched.
 
         The builder reads a weight, copies it, and never returns to it: mapped pages that stay would count as memory.
         """
-        done = threading.Event()
-
-        def trim() -> None:
-            while not done.wait(_TRIM_SECONDS):
-                for mapped in self._maps.values():
-                    mapped.madvise(mmap.MADV_DONTNEED)
-
-        worker = threading.Thread(target=trim, name="accel-trim", daemon=True)
-        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
-            worker.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if worker.ident is not None:
-                worker.join()
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in list(self._maps.values()):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _view(self, tensor: Any) -> np.ndarray:
         entries = {entry.key: entry.value for entry in tensor.external_data}
