@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accel.compress.texts import Calibration
     from accel.exporter.progress import ExportProgress
     from accel.kv_quantization import KvQuantization
+    from accel.runtime.text import Tokenizer
 
 _log = logging.getLogger("accel")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -74,7 +75,7 @@ class Addition:
     quantizing: Quantizing
     progress: ExportProgress
     quantization: Quantization | None = None
-    _input_scales: Mapping[str, float] = field(default_factory=dict)
+    _told: Plan | None = None
 
     @property
     def bundle(self) -> Bundle:
@@ -162,6 +163,7 @@ class Addition:
         entry = self.bundle.graph(BASE, CANONICAL)
         canonical = load_canonical(self.bundle.file(entry.file))
         canonical, plan = self._plan(canonical)
+        self._told = plan
         self.progress.stage(f"Lowering to {self.target.title}, {self.variant}")
         model, passes = self.target.lower(canonical, arch, plan)
         self.progress.stage("Writing the weights")
@@ -190,26 +192,39 @@ class Addition:
             budget=None if chosen.max_bytes is None else Budget(max_bytes=chosen.max_bytes),
         )  # fmt: skip
         sha256 = None if calibration is None else calibration.sha256
-        self.quantization, self._input_scales = _record(report, sha256), report.input_scales
+        self.quantization = _record(report, sha256)
         return canonical, Plan(self.scheme, report.input_scales, parameters, self._kv(canonical))
 
     def _calibration(self) -> Calibration | None:
         """What algorithms look at; None: nothing is needed, or the model has no tokenizer and none was given."""
         from accel.compress.texts import resolve_calibration
-        from accel.runtime.text import TOKENIZER_FILE, Tokenizer
 
         asked, arch = self.quantizing.calibration, self.bundle.manifest.arch
         if asked is None and self.quantizing.algorithm == "rtn" and self.scheme.activations != "static":
             return None
-        tokenizer = Tokenizer.from_bundle(self.bundle) if self.bundle.has(TOKENIZER_FILE) else None
+        tokenizer = self._tokenizer()
         if asked is None and tokenizer is None:
             return None
         return resolve_calibration(asked, arch, tokenizer)
 
+    def _tokenizer(self) -> Tokenizer | None:
+        from accel.runtime.text import TOKENIZER_FILE, Tokenizer
+
+        return Tokenizer.from_bundle(self.bundle) if self.bundle.has(TOKENIZER_FILE) else None
+
     def _kv(self, canonical: ir.Model) -> KvQuantization | None:
+        """Calibrated scales of the caches."""
         if self.scheme.kv_bits is None:
             return None
-        raise NotImplementedError
+        from accel.compress.kv_scales import calibrate_cache
+        from accel.compress.texts import resolve_calibration
+
+        bundle = self.bundle
+        calibration = resolve_calibration(self.quantizing.calibration, bundle.manifest.arch, self._tokenizer())
+        self.progress.stage("Calibrating the cache", calibration.tokens)
+        return calibrate_cache(
+            bundle, canonical, calibration.samples, self.scheme.kv_bits, advance=self.progress.advance
+        )
 
     def _reads_base(self) -> bool:
         """Whether the weights are fp32's own."""
@@ -222,7 +237,8 @@ class Addition:
                 def preview() -> Bundle:
                     return stack.enter_context(self.extension.preview(manifest))
 
-                result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+                assert self._told is not None
+                result = check_integers(self.bundle, self._told, canonical, preview)
         elif self.target.rounds:
             with self.extension.preview(manifest) as whole:
                 session = opened(whole, self.scheme, self.target)

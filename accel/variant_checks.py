@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
@@ -12,7 +12,7 @@ from accel.errors import ParityError
 from accel.manifest import ParityResult
 from accel.recipe import ParityRecipe
 from accel.scheme import Scheme
-from accel.variant_targets import CPU, DEFAULT, Target
+from accel.variant_targets import CPU, DEFAULT, Plan, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,22 +54,15 @@ def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Cal
     return dataclasses.replace(result, reference="ort-cpu fp32")
 
 
-def check_integers(
-    bundle: Bundle,
-    scheme: Scheme,
-    canonical: ir.Model,
-    input_scales: Mapping[str, float],
-    preview: Callable[[], Bundle],
-) -> ParityResult:
+def check_integers(bundle: Bundle, plan: Plan, canonical: ir.Model, preview: Callable[[], Bundle]) -> ParityResult:
     """Compares a variant with integers, in its engine, with what its integers mean, evaluated by PyTorch.
 
     Rounding the weights, which the quality measures judge, is on both sides; the graph and the kernels are compared.
 
     Args:
         bundle: The bundle as it stands.
-        scheme: The variant's.
+        plan: What the lowering was told.
         canonical: The canonical graph with the quantised weights.
-        input_scales: Of static activations, by weight.
         preview: The bundle with the variant's graph for ``ort-cpu``. Called when the canonical graph has been
             evaluated: while a preview gives files a second name, onnx_ir reads no weights from them.
 
@@ -80,10 +73,13 @@ def check_integers(
     from accel.engines.session import SessionOptions
     from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
     from accel.graph.evaluation.torch_graph import TorchGraph
+    from accel.graph.quantized_cache import spell_cache
     from accel.graph.quantized_nodes import spell_quantized
 
-    spelled, arch = canonical.clone(), bundle.manifest.arch
-    spell_quantized(spelled, scheme.activations, input_scales)
+    spelled, arch, scheme = canonical.clone(), bundle.manifest.arch, plan.scheme
+    spell_quantized(spelled, scheme.activations, plan.static_scales)
+    if plan.kv is not None:
+        spell_cache(spelled, plan.kv)
 
     def reference(rows: int, capacity: int) -> Any:
         run = TorchGraph(spelled).run

@@ -94,7 +94,7 @@ def _checked(samples: Sequence[NDArray[np.int64]], arch: ArchSpec) -> list[NDArr
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             what = f"a sample is {row.dtype} {list(row.shape)}, not a sequence of token ids"
             raise InputError(what, where=f"calibration sample {index}")
-        if len(row) and not (0 <= row.min() and row.max() < arch.vocab_size):
+        if len(row) and not (row.min() >= 0 and row.max() < arch.vocab_size):
             what = f"token ids reach from {row.min()} to {row.max()}, the vocabulary from 0 to {arch.vocab_size - 1}"
             raise InputError(what, where=f"calibration sample {index}", remedy="Use this model's tokenizer")
         row = row[: min(arch.max_positions, MAX_TOKENS - total)].astype(np.int64)
@@ -160,12 +160,12 @@ def _shared(largest: Values, per_channel: bool) -> Values:
     return largest if per_channel else largest.max(keepdims=True).reshape(1)
 
 
-def _positive(scales: Values) -> Values:
+def _positive(scales: NDArray) -> Values:
     """A channel that is always 0 gets a scale all the same."""
     return np.where(scales > 0, scales, 1).astype(np.float32)
 
 
-def _least_square(samples: Values, scales: Values, highest: int) -> Values:
+def _least_square(samples: Values, scales: NDArray, highest: int) -> NDArray:
     """The scale [...] among ``RATIOS`` times ``scales`` that loses least on the samples [..., n]."""
     best, least = scales, np.full(scales.shape, np.inf)
     for ratio in RATIOS:

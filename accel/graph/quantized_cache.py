@@ -34,7 +34,8 @@ def spell_cache(model: ir.Model, kv: KvQuantization) -> int:
             width = last_dim(value) if value is not None else None
             if value is None or width is None or (kv.per_channel and width != scales[index].size):
                 raise FusionError(f"{part}s are {value}, no rows of {heads} heads", where=f"layer {index}")
-            node.replace_input_with(place, _round(model.graph, node, value, f"layers.{index}.{part}", scales[index], kv))
+            name = f"layers.{index}.{part}"
+            node.replace_input_with(place, _round(model.graph, node, value, name, scales[index], kv))
     return len(nodes)
 
 
@@ -44,7 +45,7 @@ def _round(
     """clip(round(value / scale)) * scale; halves go to the even neighbour."""
     lowest, highest = kv.range
     scale = make_constant(graph, f"{name}_scale_row", scales.reshape(-1))
-    limits = [make_constant(graph, f"int{kv.bits}_{end}", np.float32(limit)) for end, limit in
+    limits = [make_constant(graph, f"int{kv.bits}_{end}", np.array(limit, np.float32)) for end, limit in
               (("lowest", lowest), ("highest", highest))]  # fmt: skip
     made = value
     for op, operand in (("Div", scale), ("Round", None), ("Max", limits[0]), ("Min", limits[1]), ("Mul", scale)):

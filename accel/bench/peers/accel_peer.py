@@ -71,6 +71,14 @@ class AccelW8A8(AccelPeer):
     variant = "w8a8-dyn"
 
 
+class AccelW8G128(AccelPeer):
+    """int8 weights in groups of 128, activations in int8 with scales found per token and group."""
+
+    name = "accel-w8g128"
+    label = "accel w8g128"
+    variant = "w8g128"
+
+
 class AccelW4G32(AccelPeer):
     """int4 weights in groups of 32."""
 
