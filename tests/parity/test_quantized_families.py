@@ -15,7 +15,7 @@ from accel.scheme import parse_scheme
 from accel.variants import add_variant
 from tests.parity.families import ALL, FAMILIES
 
-VARIANTS = ("w8a8-dyn", "w8g32", "w4g32")
+VARIANTS = ("w8a8-dyn", "w4g32")
 
 
 def operators(bundle: Bundle, variant: str) -> list[ir.Node]:
