@@ -26,6 +26,7 @@ ROUNDING = 0.5  # an error above it is no rounding
 # them, and an encoder's lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers
 # by up to 2e-1. A wrong graph costs more than half here too.
 INTEGERS = 3e-1
+FLOAT8 = 3e-1  # against fp32: products of two numbers with three bits behind the point each
 
 
 def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Callable[[int, int], Any]) -> ParityResult:
@@ -48,7 +49,7 @@ def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Cal
         return open_session(bundle, engine="ort-cpu", variant=BASE, options=options).session
 
     try:
-        result = compare(bundle, reference, session, LIMITS[scheme.base])
+        result = compare(bundle, reference, session, {**LIMITS, "fp8": FLOAT8}[scheme.base])
     except ParityError as error:
         raise _in_words(error, bundle, scheme, target) from error
     return dataclasses.replace(result, reference="ort-cpu fp32")
@@ -78,6 +79,40 @@ def check_integers(
     """
     from accel.engines import open_session
     from accel.engines.session import SessionOptions
+
+    def session(rows: int, capacity: int) -> Any:
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
+
+    return _compare_integers(bundle, scheme, canonical, input_scales, session, INTEGERS)
+
+
+def check_evaluated(
+    bundle: Bundle,
+    scheme: Scheme,
+    canonical: ir.Model,
+    input_scales: Mapping[str, float],
+    session: Callable[[int, int], Any],
+) -> ParityResult:
+    """The same for a lowered graph that is evaluated in its own precision, see ``evaluated``.
+
+    Where only weights are rounded, both sides hold the same numbers, and the limit is that of the precision itself.
+
+    Raises:
+        ParityError: They differ by more than rounding does.
+    """
+    limit = LIMITS[scheme.gpu_base] if scheme.activations == "none" else INTEGERS
+    return _compare_integers(bundle, scheme, canonical, input_scales, session, limit)
+
+
+def _compare_integers(
+    bundle: Bundle,
+    scheme: Scheme,
+    canonical: ir.Model,
+    input_scales: Mapping[str, float],
+    session: Callable[[int, int], Any],
+    limit: float,
+) -> ParityResult:
     from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
     from accel.graph.evaluation.torch_graph import TorchGraph
     from accel.graph.quantized_nodes import spell_quantized
@@ -89,12 +124,8 @@ def check_integers(
         run = TorchGraph(spelled).run
         return PackedDecoder(run, arch, rows, capacity) if arch.kind == "decoder" else GraphEncoder(run)
 
-    def session(rows: int, capacity: int) -> Any:
-        options = SessionOptions(capacity=capacity, max_batch=rows)
-        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
-
     try:
-        result = compare(bundle, reference, session, INTEGERS)
+        result = compare(bundle, reference, session, limit)
     except ParityError as error:
         what = error.what.replace("The exported graph", f"The {scheme.name} graph")
         what = what.replace("PyTorch", "PyTorch on the same integers")
@@ -181,6 +212,7 @@ __all__ = [
     "CANONICAL",
     "LIMITS",
     "ROUNDING",
+    "check_evaluated",
     "check_integers",
     "check_precision",
     "compare",

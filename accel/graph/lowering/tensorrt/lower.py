@@ -76,7 +76,7 @@ def lower(
     return lowered, tuple(reports)
 
 
-def _quantized(model: ir.Model, scheme: Scheme, static_scales: Mapping[str, float]) -> tuple[Pass, ...]:
+def _quantized(model: ir.Model, scheme: Scheme, static_scales: Mapping[str, float]) -> tuple[tuple[str, Pass], ...]:
     """A pass that graphs in floats do not have."""
     if not scheme.quantized and scheme.base != "fp8":
         return ()

@@ -101,7 +101,7 @@ class _Stored:
     shape: tuple[int, int]
     values: Callable[[], NDArray[Any]]
     scales: NDArray[np.float32]
-    attributes: Mapping[str, int]
+    attributes: Mapping[str, Any]
 
     def dequantized(self, graph: ir.Graph, before: ir.Node) -> ir.Value:
         """Adds the initializers and the node; the weight in float32."""
