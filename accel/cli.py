@@ -165,7 +165,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     variants = "fp16, bf16, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, w4g32+kv8, ...; may be repeated"
-    targets = "ort-cpu, tensorrt, cuda, ort-cuda; may be repeated"
+    targets = "ort-cpu, openvino, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
         "--target", action="append", metavar="NAME", help=f"{targets}; default: all that run this model in the variant"
@@ -264,7 +264,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch"
+    engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, openvino, torch"
     default = "the fastest that accel bench measured, else the first that runs"
     group.add_argument("--engine", default="auto", help=f"{engines}; default: {default}")
     group.add_argument("--device", default="auto")

@@ -17,15 +17,17 @@ from accel.errors import BundleError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated
+from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from accel.compress.report import QuantizationReport
+    from accel.compress.texts import Calibration
     from accel.exporter.progress import ExportProgress
     from accel.kv_quantization import KvQuantization
+    from accel.runtime.text import Tokenizer
 
 _log = logging.getLogger("accel")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -41,7 +43,8 @@ class Quantizing:
         measure: Measure what the variant costs, and keep the record in the manifest.
         gate: What it may lose; needs ``measure``.
         text: To measure on; None: the built-in texts.
-        options: Passed on to ``accel.compress.quantize.quantize_graph``.
+        keep, head_bits: See ``accel.compress.quantize.quantize_graph``.
+        max_bytes: A budget of bytes, see ``accel.compress.sensitivity``; None: there is none.
     """
 
     algorithm: str = "auto"
@@ -49,7 +52,9 @@ class Quantizing:
     measure: bool = True
     gate: Gate = field(default_factory=Gate)
     text: TextSet | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, int] | None = None
+    head_bits: int | None = None
+    max_bytes: int | None = None
 
 
 @dataclasses.dataclass
@@ -70,7 +75,7 @@ class Addition:
     quantizing: Quantizing
     progress: ExportProgress
     quantization: Quantization | None = None
-    _input_scales: Mapping[str, float] = field(default_factory=dict)
+    _told: Plan | None = None
 
     @property
     def bundle(self) -> Bundle:
@@ -110,11 +115,14 @@ class Addition:
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
         kept = [file for file in old.weights if file not in self.outdated()]
-        weights = tuple(dict.fromkeys((*kept, *(entry.weights or ()))))
+        # fp32's own file, read by another precision's graph, is no file of that precision: engines' keys would change.
+        lent = manifest.variants[BASE].weights if self.variant != BASE and self.target.rounds else ()
+        new = [file for file in entry.weights or () if file not in lent]
+        weights = tuple(dict.fromkeys((*kept, *new)))
         graphs = {**old.graphs, self.target.name: entry}
         quantization = self.quantization or old.quantization
-        new = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
-        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)
 
     def outdated(self) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that other graphs read are left."""
@@ -155,6 +163,7 @@ class Addition:
         entry = self.bundle.graph(BASE, CANONICAL)
         canonical = load_canonical(self.bundle.file(entry.file))
         canonical, plan = self._plan(canonical)
+        self._told = plan
         self.progress.stage(f"Lowering to {self.target.title}, {self.variant}")
         model, passes = self.target.lower(canonical, arch, plan)
         self.progress.stage("Writing the weights")
@@ -174,21 +183,52 @@ class Addition:
         if not self.scheme.quantized:
             return canonical, Plan(self.scheme, parameters=parameters, kv=self._kv(canonical))
         from accel.compress.quantize import quantize_graph
+        from accel.compress.sensitivity import Budget
 
+        calibration, chosen = self._calibration(), self.quantizing
         canonical, report = quantize_graph(
-            canonical, self.bundle.manifest.arch, self.scheme, progress=self.progress, **self.quantizing.options
-        )
-        self.quantization, self._input_scales = _record(report), report.input_scales
+            canonical, self.bundle.manifest.arch, self.scheme, chosen.algorithm, calibration,
+            keep=chosen.keep, head_bits=chosen.head_bits, progress=self.progress,
+            budget=None if chosen.max_bytes is None else Budget(max_bytes=chosen.max_bytes),
+        )  # fmt: skip
+        sha256 = None if calibration is None else calibration.sha256
+        self.quantization = _record(report, sha256)
         return canonical, Plan(self.scheme, report.input_scales, parameters, self._kv(canonical))
 
+    def _calibration(self) -> Calibration | None:
+        """What algorithms look at; None: nothing is needed, or the model has no tokenizer and none was given."""
+        from accel.compress.texts import resolve_calibration
+
+        asked, arch = self.quantizing.calibration, self.bundle.manifest.arch
+        if asked is None and self.quantizing.algorithm == "rtn" and self.scheme.activations != "static":
+            return None
+        tokenizer = self._tokenizer()
+        if asked is None and tokenizer is None:
+            return None
+        return resolve_calibration(asked, arch, tokenizer)
+
+    def _tokenizer(self) -> Tokenizer | None:
+        from accel.runtime.text import TOKENIZER_FILE, Tokenizer
+
+        return Tokenizer.from_bundle(self.bundle) if self.bundle.has(TOKENIZER_FILE) else None
+
     def _kv(self, canonical: ir.Model) -> KvQuantization | None:
+        """Calibrated scales of the caches."""
         if self.scheme.kv_bits is None:
             return None
-        raise NotImplementedError
+        from accel.compress.kv_scales import calibrate_cache
+        from accel.compress.texts import resolve_calibration
+
+        bundle = self.bundle
+        calibration = resolve_calibration(self.quantizing.calibration, bundle.manifest.arch, self._tokenizer())
+        self.progress.stage("Calibrating the cache", calibration.tokens)
+        return calibrate_cache(
+            bundle, canonical, calibration.samples, self.scheme.kv_bits, advance=self.progress.advance
+        )
 
     def _reads_base(self) -> bool:
         """Whether the weights are fp32's own."""
-        return self.scheme.base == BASE and not self.scheme.quantized
+        return self.target.rounds or (self.scheme.base == BASE and not self.scheme.quantized)
 
     def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
         if self.target.name == CPU:
@@ -197,7 +237,12 @@ class Addition:
                 def preview() -> Bundle:
                     return stack.enter_context(self.extension.preview(manifest))
 
-                result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+                assert self._told is not None
+                result = check_integers(self.bundle, self._told, canonical, preview)
+        elif self.target.rounds:
+            with self.extension.preview(manifest) as whole:
+                session = opened(whole, self.scheme, self.target)
+                result = check_precision(self.bundle, self.scheme, self.target, session)
         else:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
             result = check_precision(self.bundle, self.scheme, self.target, session)
@@ -219,11 +264,11 @@ class Addition:
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant})
 
 
-def _record(report: QuantizationReport) -> Quantization:
+def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
     """What the manifest keeps of a quantisation."""
     layers = tuple(QuantizedLayer(layer.name, layer.bits, layer.group, layer.error) for layer in report.layers)
     return Quantization(
-        report.scheme, report.algorithm, None, report.calibration_tokens, layers,
+        report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
         report.bytes_before, report.bytes_after, report.scales, report.error_of,
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
@@ -12,7 +12,7 @@ from accel.errors import ParityError
 from accel.manifest import ParityResult
 from accel.recipe import ParityRecipe
 from accel.scheme import Scheme
-from accel.variant_targets import CPU, DEFAULT, Target
+from accel.variant_targets import CPU, DEFAULT, Plan, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,9 +22,9 @@ CANONICAL, BASE = "canonical", "fp32"
 # and 2e-2 in bf16; a wrong graph costs more than half.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 ROUNDING = 0.5  # an error above it is no rounding
-# Integers against PyTorch on the same integers. Kernels round the inputs of products where the scheme leaves it to them,
-# and an encoder's lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers by up to
-# 2e-1. A wrong graph costs more than half here too.
+# Integers against PyTorch on the same integers. Kernels round the inputs of products where the scheme leaves it to
+# them, and an encoder's lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers
+# by up to 2e-1. A wrong graph costs more than half here too.
 INTEGERS = 3e-1
 
 
@@ -54,22 +54,15 @@ def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Cal
     return dataclasses.replace(result, reference="ort-cpu fp32")
 
 
-def check_integers(
-    bundle: Bundle,
-    scheme: Scheme,
-    canonical: ir.Model,
-    input_scales: Mapping[str, float],
-    preview: Callable[[], Bundle],
-) -> ParityResult:
+def check_integers(bundle: Bundle, plan: Plan, canonical: ir.Model, preview: Callable[[], Bundle]) -> ParityResult:
     """Compares a variant with integers, in its engine, with what its integers mean, evaluated by PyTorch.
 
     Rounding the weights, which the quality measures judge, is on both sides; the graph and the kernels are compared.
 
     Args:
         bundle: The bundle as it stands.
-        scheme: The variant's.
+        plan: What the lowering was told.
         canonical: The canonical graph with the quantised weights.
-        input_scales: Of static activations, by weight.
         preview: The bundle with the variant's graph for ``ort-cpu``. Called when the canonical graph has been
             evaluated: while a preview gives files a second name, onnx_ir reads no weights from them.
 
@@ -80,10 +73,13 @@ def check_integers(
     from accel.engines.session import SessionOptions
     from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
     from accel.graph.evaluation.torch_graph import TorchGraph
+    from accel.graph.quantized_cache import spell_cache
     from accel.graph.quantized_nodes import spell_quantized
 
-    spelled, arch = canonical.clone(), bundle.manifest.arch
-    spell_quantized(spelled, scheme.activations, input_scales)
+    spelled, arch, scheme = canonical.clone(), bundle.manifest.arch, plan.scheme
+    spell_quantized(spelled, scheme.activations, plan.static_scales)
+    if plan.kv is not None:
+        spell_cache(spelled, plan.kv)
 
     def reference(rows: int, capacity: int) -> Any:
         run = TorchGraph(spelled).run
@@ -146,6 +142,19 @@ def evaluated(model: ir.Model, bundle: Bundle, target: Target, dtype: ir.DataTyp
     return session
 
 
+def opened(bundle: Bundle, scheme: Scheme, target: Target) -> Callable[[int, int], Any]:
+    """(rows, capacity) -> a session of the target's own engine over a bundle that has the variant."""
+
+    def session(rows: int, capacity: int) -> Any:
+        from accel.engines import open_session
+        from accel.engines.session import SessionOptions
+
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(bundle, engine=target.name, variant=scheme.name, options=options).session
+
+    return session
+
+
 def quantize_command(bundle: Bundle, variant: str, target: str) -> str:
     """The command that adds a variant."""
     return f"accel quantize {bundle.path} --variant {variant}" + ("" if target == DEFAULT else f" --target {target}")
@@ -185,5 +194,6 @@ __all__ = [
     "check_precision",
     "compare",
     "evaluated",
+    "opened",
     "quantize_command",
 ]

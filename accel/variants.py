@@ -37,7 +37,8 @@ def add_variant(
 ) -> Bundle:
     """Adds a variant's graph for a target, and its weights, to a bundle, unless they are there.
 
-    A graph in floats is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine. One
+    A graph in floats is evaluated with PyTorch in its own precision (OpenVINO's, which rounds by itself, in OpenVINO,
+    which must be installed) and compared with the bundle's fp32 engine. One
     with integers runs in its engine and is compared with PyTorch on the same integers; what the rounding costs is
     measured on text and recorded, see ``accel.quality``. Weights that
     the variant's graph for another target has stored already are read there. A graph that another version of the
@@ -47,8 +48,8 @@ def add_variant(
     Args:
         bundle: A bundle or its directory; its other files stay as they are.
         variant: A scheme's name, see ``accel.scheme``: ``fp32``, ``fp16``, ``bf16``, ``w8a8-dyn``, ``w4g32+kv8``, ...
-        target: ``ort-cpu``, ``tensorrt``, ``cuda`` or ``ort-cuda``. None: ``tensorrt`` for floats, and for integers
-            the first that takes them.
+        target: ``ort-cpu``, ``openvino``, ``tensorrt``, ``cuda`` or ``ort-cuda``. None: ``tensorrt`` for floats, and
+            for integers the first that takes them.
         check: Compare. Off only for graphs that are checked elsewhere.
         algorithm: Chooses the integers: ``auto``, ``rtn``, ``gptq``, ... see ``accel.compress``.
         calibration: Text that algorithms and caches are calibrated on: a UTF-8 file, or passages. None: a built-in one.
@@ -81,11 +82,8 @@ def add_variant(
     gate = Gate(max_q_drop, min_cosine)
     gate.check(opened.manifest.arch.kind)
     most = None if max_bytes is None else parse_size(max_bytes, "max_bytes", least=1)
-    options = {"keep": keep, "head_bits": head_bits, "max_bytes": most}
-    quantizing = Quantizing(
-        algorithm, calibration, measure, gate, None if text is None else resolve_text(text),
-        {name: value for name, value in options.items() if value is not None},
-    )  # fmt: skip
+    evaluation = None if text is None else resolve_text(text)
+    quantizing = Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, most)
     with _outdated_in_words(opened, scheme.name, chosen.name):
         from accel.exporter.progress import ExportProgress
 

@@ -68,6 +68,7 @@ OWNERS = {
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
     "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench", "accel_cpu.benchmark"),
+    "openvino": ("accel.engines.openvino", "accel.bench"),
     "onnx": ONNX,
     "onnx_ir": ONNX,
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from accel.compress.layers import Layer
 from accel.spec import ArchSpec
 
-Visit = Callable[[ir.Node, list[Any]], Any]
+Rounding = Callable[[Any], Any]
+Visit = Callable[[ir.Node, list[Any]], Rounding | None]
 
 
 def feeds_of(model: ir.Model, arch: ArchSpec, ids: NDArray[np.int64], logits: bool = False) -> dict[str, NDArray]:
@@ -83,8 +84,8 @@ class Sweep:
         """Computes the nodes in order; ``visit(node, inputs)`` is called before each product to show.
 
         Args:
-            visit: Gets the product and its input of each sample, tensors [..., K]; what it does to the weight is seen
-                by the product.
+            visit: Gets the product and its input of each sample, tensors [..., K]. What it does to the weight is seen
+                by the product, and what it returns is done to the product's input.
         """
         import torch
 
@@ -94,24 +95,25 @@ class Sweep:
         readers = self._readers()
         with torch.inference_mode():
             for node in self._nodes:
+                rounding = None
                 if node in self._stops:
-                    visit(node, [values[node.inputs[0]] for values in self._values])  # type: ignore[index]
-                if node in self._stops and node not in readers:
-                    continue
+                    rounding = visit(node, [values[node.inputs[0]] for values in self._values])  # type: ignore[index]
+                    if node not in readers:
+                        continue
+                ending = [value for value in node.inputs if value is not None and last[value] is node]
                 compute = TABLES[node.domain][node.op_type]
                 for values in self._values:
                     inputs = [self._read(values, value) for value in node.inputs]
+                    if rounding is not None:
+                        inputs[0] = rounding(inputs[0])
                     results = compute(node, *inputs)
                     results = results if isinstance(results, list | tuple) else [results]
-                    for value, result in zip(node.outputs, results, strict=True):
-                        if value in last:
-                            values[value] = result
-                    for value in node.inputs:
-                        if value is not None and last[value] is node:
-                            values.pop(value, None)
-                for value in node.inputs:
-                    if value is not None and last[value] is node:
-                        self._weights.pop(value, None)
+                    made = zip(node.outputs, results, strict=True)
+                    values.update((value, result) for value, result in made if value in last)
+                    for value in ending:
+                        values.pop(value, None)
+                for value in ending:
+                    self._weights.pop(value, None)
 
     def _readers(self) -> set[ir.Node]:
         """Products whose results another node to compute reads."""
@@ -146,4 +148,13 @@ def second_moments(inputs: Iterable[Any]) -> Any:
     return total
 
 
-__all__ = ["Sweep", "feeds_of", "products_of", "rows_of", "second_moments"]
+def some_rows(inputs: Sequence[Any], count: int) -> Any:
+    """Rows of all samples at even distances, at most ``count`` of them: [R, K]."""
+    import torch
+
+    rows = torch.cat(list(rows_of(inputs)))
+    step = max(1, -(-len(rows) // count))
+    return rows[::step].clone()
+
+
+__all__ = ["Rounding", "Sweep", "feeds_of", "products_of", "rows_of", "second_moments", "some_rows"]

@@ -10,6 +10,7 @@ K. Behdin et al., "QuantEase", arXiv:2309.01885).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from accel.errors import InputError
 from accel.quantized_tensor import QuantizedTensor
 
 BLOCK = 64  # columns between two updates of all that follow
+ROWS = 4096  # rounded at a time, to bound memory
 DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to it
 
 
@@ -56,30 +58,30 @@ def gptq(
     columns = weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
         raise InputError(f"second moments {list(hessian.shape)} of {columns} inputs", where=name)
-    damped, dead = _damped(hessian, damping, name)
-    source = torch.from_numpy(np.array(weight, dtype=np.float32)).T.contiguous()  # [K, N]: a column is a row here
-    source[dead] = 0.0  # inputs that are always zero
-    size = group or columns
-    order = torch.argsort(damped.diagonal(), descending=True, stable=True) if act_order else None
-    scales = _scales_before(source, size, bits, group, damped, name) if act_order or not group else None
-    factor = _inverse_factor(damped if order is None else damped[order][:, order])
-    work = source.clone() if order is None else source[order]
-    values, scales = _rounded(work, factor, bits, size, group, scales, order, name)
-    if order is not None:
-        values = values[torch.argsort(order)]
-    for _ in range(sweeps):
-        scales = storable_scales(_fitted(source, values, scales, damped, size), group, name)
-        values = _descended(source, values, scales, damped, bits, size)
-    return pack(values.T, scales, bits, group)
+    moments, dead = _damped(hessian, damping, name)
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True) if act_order else None
+    factor = _inverse_factor(moments if order is None else moments[order][:, order])
+    solver = _Solver(moments, factor, order, bits, group, group or columns, sweeps, name)
+    parts = []
+    for start in range(0, len(weight), ROWS):
+        source = torch.from_numpy(np.array(weight[start : start + ROWS], dtype=np.float32)).T.contiguous()
+        source[dead] = 0.0  # inputs that are always zero
+        parts.append(solver.solve(source))
+    values, scales = (torch.cat(items) for items in zip(*parts, strict=True))
+    return pack(values, scales, bits, group)
 
 
 def output_error(weight: NDArray, quantized: QuantizedTensor, hessian: Any) -> float:
     """|| X W^T - X W'^T || / || X W^T ||, Frobenius, from the inputs' second moments X^T X."""
     import torch
 
-    source = torch.from_numpy(np.array(weight, dtype=np.float32))
-    lost = source - torch.from_numpy(quantized.dequantize())
-    whole, part = (float(((item @ hessian.float()) * item).double().sum()) for item in (source, lost))
+    whole = part = 0.0
+    moments, restored = hessian.float(), quantized.dequantize()
+    for start in range(0, len(weight), ROWS):
+        source = torch.from_numpy(np.array(weight[start : start + ROWS], dtype=np.float32))
+        lost = source - torch.from_numpy(restored[start : start + ROWS])
+        whole += float(((source @ moments) * source).double().sum())
+        part += float(((lost @ moments) * lost).double().sum())
     return float(np.sqrt(max(part, 0.0) / whole)) if whole > 0 else 0.0
 
 
@@ -107,92 +109,113 @@ def _inverse_factor(moments: Any) -> Any:
     return torch.linalg.cholesky(inverse, upper=True).float()
 
 
-def _scales_before(source: Any, size: int, bits: int, group: int, moments: Any, name: str) -> Any:
-    """Scales [N, G] of the weights as they are, errors weighted by the inputs' mean squares."""
-    columns, rows = source.shape
-    grouped = source.reshape(columns // size, size, rows).permute(1, 2, 0).contiguous()
-    importance = moments.diagonal().reshape(-1, size).T[:, None].contiguous()
-    return storable_scales(choose_scales(grouped, bits, importance), group, name)
+@dataclass(frozen=True)
+class _Solver:
+    """What is the same for all rows of a weight; tensors of weights are [K, N], a column of the weight being a row."""
 
+    moments: Any  # H, damped [K, K]
+    factor: Any  # U of the inverse, in the order of rounding
+    order: Any  # of the columns [K], None: as they stand
+    bits: int
+    group: int
+    size: int  # inputs that share a scale
+    sweeps: int
+    name: str
 
-def _rounded(
-    work: Any, factor: Any, bits: int, size: int, group: int, scales: Any, order: Any, name: str
-) -> tuple[Any, Any]:
-    """The pass of the paper: integers [K, N] in the order of ``work``, and scales [N, G]."""
-    import torch
+    def solve(self, source: Any) -> tuple[Any, Any]:
+        """Integers int8 [N, K] and scales [N, G] of weights [K, N]."""
+        import torch
 
-    columns, rows = work.shape
-    values = torch.empty_like(work)
-    given = scales is not None
-    scales = scales if given else torch.empty(rows, columns // size)
-    block = BLOCK if given else max(size, BLOCK // size * size)
-    for start in range(0, columns, block):
-        stop = min(start + block, columns)
-        errors = torch.empty(stop - start, rows)
-        for place in range(start, stop):
-            if not given and place % size == 0:
-                importance = factor.diagonal()[place : place + size, None] ** -2
-                ready = work[place : place + size]
-                scales[:, place // size] = storable_scales(choose_scales(ready, bits, importance), group, name)
-            origin = place if order is None else int(order[place])
-            scale = scales[:, origin // size]
-            column = work[place]
-            values[place] = nearest(column, scale, bits)
-            errors[place - start] = (column - values[place] * scale) / factor[place, place]
-            work[place:stop] -= factor[place, place:stop, None] * errors[place - start]
-        work[stop:] -= factor[start:stop, stop:].T @ errors
-    return values, scales
+        before = self.order is not None or not self.group
+        scales = self._scales_before(source) if before else None
+        work = source.clone() if self.order is None else source[self.order]
+        values, scales = self._round(work, scales)
+        if self.order is not None:
+            values = values[torch.argsort(self.order)]
+        for _ in range(self.sweeps):
+            scales = self._storable(self._fit(source, values, scales))
+            values = self._descend(source, values, scales)
+        return values.T.to(torch.int8), scales
 
+    def _storable(self, scales: Any) -> Any:
+        return storable_scales(scales, self.group, self.name)
 
-def _spread(scales: Any, size: int) -> Any:
-    """[N, G] -> [K, N]."""
-    return scales.T.repeat_interleave(size, 0)
+    def _scales_before(self, source: Any) -> Any:
+        """Scales [N, G] of the weights as they are, errors weighted by the inputs' mean squares."""
+        columns, rows = source.shape
+        grouped = source.reshape(columns // self.size, self.size, rows).permute(1, 2, 0).contiguous()
+        importance = self.moments.diagonal().reshape(-1, self.size).T[:, None].contiguous()
+        return self._storable(choose_scales(grouped, self.bits, importance))
 
+    def _round(self, work: Any, scales: Any) -> tuple[Any, Any]:
+        """The pass of the paper: integers [K, N] in the order of ``work``, and scales [N, G]."""
+        import torch
 
-def _fitted(source: Any, values: Any, scales: Any, moments: Any, size: int) -> Any:
-    """Scales [N, G] that fit the integers best, all groups of a row together.
+        factor, size = self.factor, self.size
+        columns, rows = work.shape
+        values, given = torch.empty_like(work), scales is not None
+        scales = scales if given else torch.empty(rows, columns // size)
+        block = BLOCK if given else max(size, BLOCK // size * size)
+        for start in range(0, columns, block):
+            stop = min(start + block, columns)
+            errors = torch.empty(stop - start, rows)
+            for place in range(start, stop):
+                if not given and place % size == 0:
+                    importance = factor.diagonal()[place : place + size, None] ** -2
+                    found = choose_scales(work[place : place + size], self.bits, importance)
+                    scales[:, place // size] = self._storable(found)
+                origin = place if self.order is None else int(self.order[place])
+                scale, column = scales[:, origin // size], work[place]
+                values[place] = nearest(column, scale, self.bits)
+                errors[place - start] = (column - values[place] * scale) / factor[place, place]
+                work[place:stop] -= factor[place, place:stop, None] * errors[place - start]
+            work[stop:] -= factor[start:stop, stop:].T @ errors
+        return values, scales
 
-    With Z_n = the integers of row n in G columns of K numbers, zero outside each group, s_n solves
-    (Z_n^T H Z_n) s_n = Z_n^T H w_n; a little of the former scales is mixed in where a group says nothing.
-    """
-    import torch
+    def _fit(self, source: Any, values: Any, scales: Any) -> Any:
+        """Scales [N, G] that fit the integers best, all groups of a row together.
 
-    columns, rows = source.shape
-    groups = columns // size
-    right = ((moments @ source) * values).reshape(groups, size, rows).sum(1).T  # [N, G]
-    left = torch.empty(rows, groups, groups)
-    for place in range(groups):
-        band = values[place * size : (place + 1) * size]  # [size, N]
-        mixed = moments[:, place * size : (place + 1) * size] @ band  # [K, N]
-        left[:, place] = (mixed * values).reshape(groups, size, rows).sum(1).T
-    ridge = 1e-6 * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)  # [N]
-    left = left + torch.diag_embed(ridge[:, None].expand(-1, groups))
-    solved = torch.linalg.solve(left, right + ridge[:, None] * scales)
-    return torch.where(torch.isfinite(solved), solved, scales)
+        With Z_n = the integers of row n in G columns of K numbers, zero outside each group, s_n solves
+        (Z_n^T H Z_n) s_n = Z_n^T H w_n; a little of the former scales is mixed in where a group says nothing.
+        """
+        import torch
 
+        columns, rows = source.shape
+        groups, size = columns // self.size, self.size
+        right = ((self.moments @ source) * values).reshape(groups, size, rows).sum(1).T  # [N, G]
+        left = torch.empty(rows, groups, groups)
+        for place in range(groups):
+            band = slice(place * size, (place + 1) * size)
+            mixed = self.moments[:, band] @ values[band]  # [K, N]
+            left[:, place] = (mixed * values).reshape(groups, size, rows).sum(1).T
+        ridge = 1e-6 * left.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)  # [N]
+        left = left + torch.diag_embed(ridge[:, None].expand(-1, groups))
+        solved = torch.linalg.solve(left, right + ridge[:, None] * scales)
+        return torch.where(torch.isfinite(solved), solved, scales)
 
-def _descended(source: Any, values: Any, scales: Any, moments: Any, bits: int, size: int) -> Any:
-    """One round over the columns: each integer becomes the best one while all others stay.
+    def _descend(self, source: Any, values: Any, scales: Any) -> Any:
+        """One round over the columns: each integer becomes the best one while all others stay.
 
-    With E = W - W' and P = H E, the best real value of column k is w'_k + P_k / H_kk.
-    """
-    import torch
+        With E = W - W' and P = H E, the best real value of column k is w'_k + P_k / H_kk.
+        """
+        import torch
 
-    columns, rows = source.shape
-    spread, result = _spread(scales, size), values.clone()
-    pull = moments @ (source - result * spread)  # P [K, N]
-    low, high = LIMITS[bits]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        changes = torch.empty(stop - start, rows)
-        for place in range(start, stop):
-            scale, old = spread[place], result[place]
-            best = torch.clamp(torch.round(old + pull[place] / moments[place, place] / scale), low, high)
-            change = (best - old) * scale
-            pull[place:stop] -= moments[place:stop, place, None] * change
-            changes[place - start], result[place] = change, best
-        pull[stop:] -= moments[stop:, start:stop] @ changes
-    return result
+        columns, rows = source.shape
+        moments, result = self.moments, values.clone()
+        spread = scales.T.repeat_interleave(self.size, 0)  # [K, N]
+        pull = moments @ (source - result * spread)
+        low, high = LIMITS[self.bits]
+        for start in range(0, columns, BLOCK):
+            stop = min(start + BLOCK, columns)
+            changes = torch.empty(stop - start, rows)
+            for place in range(start, stop):
+                scale, old = spread[place], result[place]
+                best = torch.clamp(torch.round(old + pull[place] / moments[place, place] / scale), low, high)
+                change = (best - old) * scale
+                pull[place:stop] -= moments[place:stop, place, None] * change
+                changes[place - start], result[place] = change, best
+            pull[stop:] -= moments[stop:, start:stop] @ changes
+        return result
 
 
 __all__ = ["gptq", "output_error"]

@@ -16,7 +16,7 @@ FEW_OUTPUTS = 16
 _DOMAIN = "accel"
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """One weight matrix and the nodes that read it.
 

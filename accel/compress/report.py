@@ -48,6 +48,7 @@ class QuantizationReport:
         bytes_before, bytes_after: Of all initializers; after: packed integers and scales where there are some.
         scales: How many scales were added.
         calibration_tokens: Tokens that the algorithm saw; 0: it needs none.
+        calibration_sha256: Of their ids.
         error_of: What the layers' errors are relative to.
         input_scales: Static activations: by weight, the step between two integers of the layer's input.
         notes: Decisions that the algorithm made by measuring.
@@ -62,6 +63,7 @@ class QuantizationReport:
     bytes_after: int
     scales: int = 0
     calibration_tokens: int = 0
+    calibration_sha256: str | None = None
     error_of: Literal["weights", "outputs"] = "weights"
     input_scales: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

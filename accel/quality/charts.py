@@ -141,7 +141,7 @@ def draw_layers(name: str, record: Quantization) -> str:
     for row, kind in enumerate(kinds):
         y = row * height + 20
         cells = table[kind]
-        parts.append(text(left - 12, y + 15, shorten(kind, 25), "label end"))
+        parts.append(text(left - 12, y + 15, shorten(kind, 24), "label end"))
         for number, layer in cells.items():
             parts.append(_draw_cell(layer, left + number * width, y, width, height, largest, usual))
         mean = sum(layer.error for layer in cells.values()) / len(cells)
@@ -176,7 +176,7 @@ def _by_kind(layers: Sequence[QuantizedLayer]) -> dict[str, dict[int, QuantizedL
     column = {number: index for index, number in enumerate(sorted(numbers))}
     for layer in layers:
         match = _NUMBER.search(layer.name)
-        kind = layer.name[match.end() + 1 :] if match else layer.name
+        kind = layer.name[match.end() + 1 :] if match else ".".join(layer.name.removesuffix(".weight").split(".")[-2:])
         table[kind.removesuffix(".weight")][column[int(match[1])] if match else 0] = layer
     return table
 

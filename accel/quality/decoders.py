@@ -20,6 +20,7 @@ from accel.runtime.results import TeacherForced
 
 WINDOW = 512  # tokens of a block; longer passages are cut into several, shorter ones are a block each
 PROMPTS, PROMPT_TOKENS = 8, 32  # continued greedily
+CHARACTERS = 64  # per token, at most: the rest of a very long passage is not even tokenized
 TOGETHER = 2048  # tokens scored per call: enough to fill every step, few enough to show progress
 Advance = Callable[[int], None]
 
@@ -70,7 +71,7 @@ def make_plan(decoder: Decoder, text: TextSet, max_tokens: int, new_tokens: int)
     tokenizer, positions = decoder.tokenizer, decoder.arch.max_positions
     width, blocks, left = min(WINDOW, positions), list[NDArray[np.int64]](), max_tokens
     for passage in text.passages:
-        ids = np.array(tokenizer.encode(passage), np.int64)[: max(left, 0)]
+        ids = np.array(tokenizer.encode(passage[: left * CHARACTERS]), np.int64)[:left]
         blocks += [ids[at : at + width] for at in range(0, len(ids), width) if len(ids) - at > 1]
         left -= len(ids)
         if left < 2:

@@ -98,6 +98,7 @@ def make_plan(encoder: Encoder, text: TextSet, max_tokens: int, new_tokens: int 
     texts: list[Any] = list(text.pairs)
     if not paired:
         texts = list(dict.fromkeys([*(part for pair in text.pairs for part in pair), *text.passages]))
+    texts = texts[:max_tokens]  # each has a token at least
     if not texts:
         what = "The task takes pairs of texts, and there is one text only"
         raise InputError(what, where=text.name, remedy="Give at least two passages")

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 from accel.bundle import Bundle
 from accel.engines.session import EngineInfo, SessionOptions
-from accel.errors import InputError, QualityError
+from accel.errors import BundleError, InputError, QualityError
 from accel.machine import probe_cpu
 from accel.manifest import Quality
 from accel.quality.progress import MeasureProgress
 from accel.quality.size import stored_size
 from accel.quality.text_set import TextSet, resolve_text
 from accel.runtime.load import open_model
+from accel.runtime.text import TOKENIZER_FILE
 
 REFERENCE, REFERENCE_ENGINE = "fp32", "ort-cpu"  # the engine that the export's parity check compared with PyTorch
 MAX_TOKENS, NEW_TOKENS = 1 << 16, 32
@@ -152,6 +153,10 @@ def measure_reference(
     """
     text, settings = text or resolve_text(None), settings or Settings()
     settings.check()
+    if not bundle.has(TOKENIZER_FILE):
+        remedy = "Export it again from a folder that has one; accel quantize --no-quality adds a variant unmeasured"
+        what = "Quality is measured on text, and there is no tokenizer"
+        raise BundleError(what, where=str(bundle.path), remedy=remedy)
     measures = _measures(bundle)
     engine = REFERENCE_ENGINE if REFERENCE_ENGINE in bundle.variant(REFERENCE).graphs else "auto"
     options = SessionOptions(threads=settings.threads)

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from accel.inspection import html
 from accel.inspection.svg import escape
 from accel.inspection.wording import count, percent, size
-from accel.manifest import Quality
+from accel.manifest import EncoderFidelity, Quality
 from accel.quality import charts, wording
 from accel.quality.records import Report, VariantReport
 
@@ -46,9 +46,15 @@ def _cards(found: Report, known: Known) -> str:
         if quality.likelihood is not None:
             q = quality.likelihood
             cards += [(wording.number(q.reference_q, 3), "Q of fp32, per token"), (f"{q.tokens:,}", "tokens scored")]
-    encoders = [quality.encoder for _, quality in known if quality.encoder is not None]
-    cards += [(f"{encoders[0].texts:,}", f"texts of {encoders[0].tokens:,} tokens")] if encoders else []
+    if others and others[0][1].encoder is not None:
+        item = min((quality.encoder for _, quality in others if quality.encoder is not None), key=_cosine)
+        cards.append((f"{item.cosine_mean:.4f}", "least mean cosine to fp32"))
+        cards.append((f"{item.texts:,}", f"texts of {item.tokens:,} tokens"))
     return html.cards(cards)
+
+
+def _cosine(item: EncoderFidelity) -> float:
+    return item.cosine_mean
 
 
 def _sizes(known: Known) -> str:

@@ -135,9 +135,10 @@ def definitions(found: Report) -> list[str]:
             "text, token or masked place, or both ends of an answer.",
         ]
     lines += [
-        "CR = N_original / N_compressed, in bytes of weights that the engine reads (once each) and in parameters, "
-        "where scales count as numbers that were added.",
-        "T_c is inside the engine; T_p tokenizes, builds inputs and chooses tokens; T_s is the rest of the call.",
+        "CR = N_original / N_compressed, of the bytes of weights that the engine reads (each once), and of parameters "
+        "with the scales that were added.",
+        "T_c is inside the engine; T_p tokenizes, builds inputs and chooses tokens; T_s is the rest of the call. "
+        "Shares are of fp32's time as it was measured with the variant, one after the other.",
     ]
     return lines
 

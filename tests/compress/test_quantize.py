@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+from numpy.typing import NDArray
 
+from accel.compress.calibrate import feeds_of
 from accel.compress.layers import find_layers
 from accel.compress.plan import plan
 from accel.compress.quantize import quantize_graph
+from accel.compress.texts import Calibration
 from accel.errors import InputError
+from accel.graph.evaluation.torch_graph import TorchGraph
 from accel.graph.quantized import quantized_of
+from accel.graph.quantized_nodes import spell_quantized
 from accel.scheme import parse_scheme
+from accel.spec import ArchSpec
 from tests.compress.small import canonical
 
 Get = Callable[[str], Path]
@@ -49,7 +56,7 @@ def test_layers_of_other_forms(bundle_of: Get) -> None:
 
 def test_quantizes_what_it_says(bundle_of: Get) -> None:
     model, arch = canonical(bundle_of("gpt2"))
-    result, report = quantize_graph(model, arch, parse_scheme("w4g64"))
+    result, report = quantize_graph(model, arch, parse_scheme("w4g64"), head_bits=4)
     assert [node.op_type for node in result.graph] == [node.op_type for node in model.graph]
     assert all(quantized_of(value) is None for value in model.graph.initializers.values()), "the model stays"
     found = {name: quantized_of(value) for name, value in result.graph.initializers.items()}
@@ -129,3 +136,121 @@ def test_progress_is_told(bundle_of: Get) -> None:
     told = Told()
     quantize_graph(model, arch, parse_scheme("w8g32"), progress=told)
     assert told.stages and told.stages[0][1] == told.count > 0
+
+
+def sample(arch: ArchSpec, tokens: int = 48, count: int = 12) -> Calibration:
+    generator = np.random.default_rng(5)
+    return Calibration("given", tuple(generator.integers(3, arch.vocab_size, tokens) for _ in range(count)))
+
+
+def outputs(model: ir.Model, arch: ArchSpec) -> NDArray[np.float32]:
+    ids = np.random.default_rng(99).integers(3, arch.vocab_size, 40)
+    found = TorchGraph(model).run(feeds_of(model, arch, ids, logits=True))
+    return found["logits" if arch.kind == "decoder" else "last_hidden_state"]
+
+
+def difference(found: NDArray, expected: NDArray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert", "modernbert"])
+@pytest.mark.parametrize("algorithm", ["gptq", "awq+gptq"])
+def test_calibrated_four_bits_beat_rounding(family: str, algorithm: str, bundle_of: Get) -> None:
+    model, arch = canonical(bundle_of(family))
+    scheme, calibration = parse_scheme("w4g32"), sample(arch)
+    expected = outputs(model, arch)
+    plain, plain_report = quantize_graph(model, arch, scheme, "rtn", head_bits=8)
+    result, report = quantize_graph(model, arch, scheme, algorithm, calibration, head_bits=8)
+    assert difference(outputs(result, arch), expected) < 0.97 * difference(outputs(plain, arch), expected)
+    assert report.algorithm == algorithm and report.error_of == "outputs"
+    assert (report.calibration_tokens, report.calibration_sha256) == (calibration.tokens, calibration.sha256)
+    assert {layer.name for layer in report.layers} == {layer.name for layer in plain_report.layers}
+    assert report.bytes_after == plain_report.bytes_after
+
+
+def test_errors_are_those_of_the_layers_outputs(bundle_of: Get) -> None:
+    """Of the first product, whose input comes straight from the table."""
+    model, arch = canonical(bundle_of("olmo2"))
+    calibration = sample(arch, count=3)
+    result, report = quantize_graph(model, arch, parse_scheme("w4g32"), "gptq", calibration, keep={"*embed*": 32})
+    name = "model.layers.0.self_attn.q_proj.weight"
+    arrays = {key: model.graph.initializers[key].const_value.numpy() for key in (name, "model.embed_tokens.weight")}  # type: ignore[union-attr]
+    inputs = arrays["model.embed_tokens.weight"][np.concatenate(calibration.samples)]
+    after = result.graph.initializers[name].const_value.numpy()  # type: ignore[union-attr]
+    expected = difference(inputs @ after.T, inputs @ arrays[name].T)
+    found = next(layer.error for layer in report.layers if layer.name == name)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_the_same_bytes_twice(family: str, bundle_of: Get) -> None:
+    model, arch = canonical(bundle_of(family))
+    results = [quantize_graph(model, arch, parse_scheme("w4g32"), "awq+gptq", sample(arch)) for _ in range(2)]
+    (first, report), (second, again) = results
+    assert report == again
+    for name, value in first.graph.initializers.items():
+        a, b = value.const_value, second.graph.initializers[name].const_value
+        assert a is not None and b is not None and a.numpy().tobytes() == b.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize("variant", ["w8a8", "w8a8-dyn"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_rounded_inputs(family: str, variant: str, bundle_of: Get) -> None:
+    model, arch = canonical(bundle_of(family))
+    scheme, calibration = parse_scheme(variant), sample(arch)
+    expected = outputs(model, arch)
+    errors = {}
+    for algorithm in ("rtn", "smoothquant", "auto"):
+        result, report = quantize_graph(model, arch, scheme, algorithm, calibration)
+        products = [layer for layer in report.layers if layer.role != "table"]
+        assert report.input_scales.keys() == ({layer.name for layer in products} if variant == "w8a8" else set())
+        spell_quantized(result, scheme.activations, report.input_scales)
+        errors[algorithm] = difference(outputs(result, arch), expected)
+    assert report.algorithm == "smoothquant" and errors["auto"] == errors["smoothquant"] < 0.2
+    assert errors["smoothquant"] < 1.1 * errors["rtn"]
+
+
+def test_products_of_one_input_share_its_step(bundle_of: Get) -> None:
+    model, arch = canonical(bundle_of("llama"))
+    _, report = quantize_graph(model, arch, parse_scheme("w8a8"), "rtn", sample(arch))
+    steps = [report.input_scales[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert len(set(steps)) == 1 and steps[0] > 0
+
+
+def test_head_of_a_decoder(bundle_of: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets 8 bits where 4 cost more than they may, unless it is told otherwise."""
+    model, arch = canonical(bundle_of("olmo2"))
+    scheme, calibration = parse_scheme("w4g32"), sample(arch)
+    for allowed, wanted, found in ((-9.0, None, 8), (9.0, None, 4), (-9.0, 4, 4), (9.0, 8, 8)):
+        monkeypatch.setattr("accel.compress.quantize.HEAD_DROP", allowed)
+        _, report = quantize_graph(model, arch, scheme, "rtn", calibration, head_bits=wanted)
+        assert next(layer.bits for layer in report.layers if layer.role == "head") == found
+        if wanted is None:
+            told = re.fullmatch(rf"head in {found} bits: .* costs (-?\d\.\d+) of Q, .*", report.notes[0])
+            assert told and 0 < abs(float(told[1])) < 1
+    _, report = quantize_graph(model, arch, scheme)
+    assert report.notes == ("head in 8 bits: there is no text to measure 4 bits on",) and report.algorithm == "rtn"
+
+
+def test_algorithms_that_do_not_fit(bundle_of: Get) -> None:
+    model, arch = canonical(bundle_of("olmo2"))
+    calibration = sample(arch)
+    wrong = [
+        ("w4g32", "gtpq", calibration, "unknown algorithm 'gtpq'.*gptq"),
+        ("w4g32", "smoothquant", calibration, "smoothquant does not fit w4g32, which rounds no inputs.*gptq or awq"),
+        ("w8a8-dyn", "awq", calibration, "awq does not fit w8a8-dyn, which rounds its inputs too.*smoothquant"),
+        ("w4g32", "gptq", None, "gptq needs calibration text"),
+        ("w8a8", "auto", None, "w8a8 needs calibration text.*w8a8-dyn"),
+    ]
+    for variant, algorithm, given, message in wrong:
+        with pytest.raises(InputError, match=message):
+            quantize_graph(model, arch, parse_scheme(variant), algorithm, given)
+
+
+def test_a_model_that_gives_no_numbers_is_named(bundle_of: Get) -> None:
+    model, arch = canonical(bundle_of("olmo2"))
+    value = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(np.full(64, np.inf, np.float32), name=value.name)
+    with pytest.raises(InputError, match="NaN or infinity among the inputs.*model.layers.1.mlp"):
+        quantize_graph(model, arch, parse_scheme("w4g32"), "gptq", sample(arch), head_bits=8)

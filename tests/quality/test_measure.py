@@ -149,6 +149,14 @@ def test_unknown_and_unrunnable_variants(rounded_decoder: Path, reference: Refer
         measure_variant(other, "t", reference=reference)
 
 
+def test_a_bundle_without_a_tokenizer(rounded_decoder: Path) -> None:
+    bundle = Bundle.open(rounded_decoder)
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != "tokenizer.json"}
+    other = Bundle(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+    with pytest.raises(BundleError, match="no tokenizer.*--no-quality"):
+        measure_variant(other, "fine")
+
+
 def test_an_engine_that_breaks_meanwhile(
     rounded_decoder: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:

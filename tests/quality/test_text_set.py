@@ -61,6 +61,6 @@ def test_useless_lists_and_paths(tmp_path: Path) -> None:
 
 def test_docstrings_are_the_larger_set() -> None:
     found = docstring_passages()
-    assert found == docstring_passages() and len(found) == len(set(found)) > 1000
-    assert docstring_passages(7) == found[:7] and sum(map(len, found)) > 300_000
+    assert len(found) == len(set(found)) > 1000 and sum(map(len, found)) > 300_000
+    assert docstring_passages(7) == found[:7]
     assert not set(found) & set(PASSAGES)

@@ -76,22 +76,22 @@ def _cached_attention(
     node: ir.Node, query: Tensor, key: Tensor, value: Tensor, past_key: Tensor, past_value: Tensor,
     past_lengths: Tensor, query_lengths: Tensor,
 ) -> list[Tensor]:  # fmt: skip
-    """Row by row, over the slots that are filled; caches are copied."""
+    """Row by row, over the slots that are filled; caches are copied. A row may bring no token."""
     heads, groups = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
     keys, values = past_key.clone(), past_value.clone()
     window = node.attributes.get_int("window", None)
     results, start = [], 0
     for row, (past, fresh) in enumerate(zip(past_lengths.tolist(), query_lengths.tolist(), strict=True)):
         here, end = slice(start, start + fresh), past + fresh
-        keys[row, :, past:end] = key[here].reshape(fresh, groups, -1).transpose(0, 1)
-        values[row, :, past:end] = value[here].reshape(fresh, groups, -1).transpose(0, 1)
+        keys[row, :, past:end] = key[here].unflatten(-1, (groups, -1)).transpose(0, 1)
+        values[row, :, past:end] = value[here].unflatten(-1, (groups, -1)).transpose(0, 1)
         own, slots = torch.arange(past, end)[:, None], torch.arange(end)
         seen = slots <= own
         if window is not None:
             seen &= slots > own - window
-        asked = query[here].reshape(fresh, heads, -1).transpose(0, 1)
+        asked = query[here].unflatten(-1, (heads, -1)).transpose(0, 1)
         found = _attend(node, asked, keys[row, :, :end], values[row, :, :end], seen, None)
-        results.append(found.transpose(0, 1).reshape(fresh, -1))
+        results.append(found.transpose(0, 1).flatten(1))
         start += fresh
     return [torch.cat(results), keys, values]
 

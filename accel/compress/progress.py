@@ -1,0 +1,28 @@
+"""What is told of the work."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """``accel.exporter.progress.ExportProgress`` and the like."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """A stage begins; ``total`` in bytes."""
+
+    def advance(self, count: int) -> None:
+        """So many bytes are done."""
+
+
+class Silent:
+    """Tells nobody."""
+
+    def stage(self, name: str, total: int | None = None) -> None:
+        """Nothing."""
+
+    def advance(self, count: int) -> None:
+        """Nothing."""
+
+
+__all__ = ["Progress", "Silent"]
