@@ -208,8 +208,7 @@ class Addition:
         chosen = self.quantizing
         algorithm = None if chosen.algorithm == "auto" else chosen.algorithm
         asked = {"algorithm": algorithm, "keep": chosen.keep, "head_bits": chosen.head_bits}
-        asked["max_bytes"] = chosen.max_bytes
-        for where, value in asked.items():
+        for where, value in {**asked, "max_bytes": chosen.max_bytes}.items():
             if value is not None:
                 what = f"fp8 has one algorithm and one width, and takes no {where}"
                 raise InputError(what, where=where, remedy="Leave it out, or take a variant with integers")
