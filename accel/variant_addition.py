@@ -17,8 +17,8 @@ from accel.errors import BundleError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated
-from accel.variant_targets import CPU, Plan, Target, float_type
+from accel.variant_checks import BASE, CANONICAL, LIMITS, check_integers, check_precision, evaluated, on_cpu
+from accel.variant_targets import CPU, Plan, Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -219,10 +219,16 @@ class Addition:
                 def preview() -> Bundle:
                     return stack.enter_context(self.extension.preview(manifest))
 
-                result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+                session = on_cpu(self.scheme, preview)
+                result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, session)
         else:
-            session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
-            result = check_precision(self.bundle, self.scheme, self.target, session)
+            session = evaluated(model, self.bundle, self.target, self.target.dtype(self.scheme))
+            if self.scheme.quantized:
+                result = check_integers(
+                    self.bundle, self.scheme, canonical, self._input_scales, session, LIMITS["fp16"]
+                )
+            else:
+                result = check_precision(self.bundle, self.scheme, self.target, session)
         name = f"{self.variant} for {self.target.title}"
         _log.info("%s: error %.1e of the largest value, limit %.1e", name, result.max_rel_error, result.limit)
         return result

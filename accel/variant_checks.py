@@ -59,9 +59,10 @@ def check_integers(
     scheme: Scheme,
     canonical: ir.Model,
     input_scales: Mapping[str, float],
-    preview: Callable[[], Bundle],
+    session: Callable[[int, int], Any],
+    limit: float = INTEGERS,
 ) -> ParityResult:
-    """Compares a variant with integers, in its engine, with what its integers mean, evaluated by PyTorch.
+    """Compares a variant with integers, in its engine or evaluated, with what its integers mean, evaluated by PyTorch.
 
     Rounding the weights, which the quality measures judge, is on both sides; the graph and the kernels are compared.
 
@@ -70,14 +71,12 @@ def check_integers(
         scheme: The variant's.
         canonical: The canonical graph with the quantised weights.
         input_scales: Of static activations, by weight.
-        preview: The bundle with the variant's graph for ``ort-cpu``. Called when the canonical graph has been
-            evaluated: while a preview gives files a second name, onnx_ir reads no weights from them.
+        session: (rows, capacity) -> the session under test. Called when the canonical graph has been evaluated.
+        limit: Largest error, relative to the largest value.
 
     Raises:
         ParityError: They differ by more than rounding does.
     """
-    from accel.engines import open_session
-    from accel.engines.session import SessionOptions
     from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
     from accel.graph.evaluation.torch_graph import TorchGraph
     from accel.graph.quantized_nodes import spell_quantized
@@ -89,18 +88,33 @@ def check_integers(
         run = TorchGraph(spelled).run
         return PackedDecoder(run, arch, rows, capacity) if arch.kind == "decoder" else GraphEncoder(run)
 
-    def session(rows: int, capacity: int) -> Any:
-        options = SessionOptions(capacity=capacity, max_batch=rows)
-        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
-
     try:
-        result = compare(bundle, reference, session, INTEGERS)
+        result = compare(bundle, reference, session, limit)
     except ParityError as error:
         what = error.what.replace("The exported graph", f"The {scheme.name} graph")
         what = what.replace("PyTorch", "PyTorch on the same integers")
         remedy = "Rounding does not cost this much: the graph is wrong. Please report it"
         raise ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy) from error
     return dataclasses.replace(result, reference="PyTorch on the same integers")
+
+
+def on_cpu(scheme: Scheme, preview: Callable[[], Bundle]) -> Callable[[int, int], Any]:
+    """(rows, capacity) -> a variant's session on the ``ort-cpu`` engine.
+
+    Args:
+        scheme: The variant's.
+        preview: The bundle with the variant's graph. Called late: while a preview gives files a second name, onnx_ir
+            reads no weights from them.
+    """
+
+    def session(rows: int, capacity: int) -> Any:
+        from accel.engines import open_session
+        from accel.engines.session import SessionOptions
+
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
+
+    return session
 
 
 def compare(
@@ -185,5 +199,6 @@ __all__ = [
     "check_precision",
     "compare",
     "evaluated",
+    "on_cpu",
     "quantize_command",
 ]

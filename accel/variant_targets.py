@@ -82,7 +82,13 @@ class Target:
                 model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme,
                 static_scales=plan.static_scales, kv=plan.kv,
             )  # fmt: skip
-        return package.lower(model, arch, arch.max_positions, float_type(plan.scheme))
+        return package.lower(model, arch, arch.max_positions, self.dtype(plan.scheme))
+
+    def dtype(self, scheme: Scheme) -> ir.DataType:
+        """The float type that its graph of a scheme computes in: on GPUs fp16 where weights are integers."""
+        import onnx_ir as ir
+
+        return ir.DataType.FLOAT16 if scheme.quantized and self.name != CPU else float_type(scheme)
 
 
 def float_type(scheme: Scheme) -> ir.DataType:
@@ -155,14 +161,26 @@ def _refuse_integers(arch: ArchSpec, scheme: Scheme) -> str | None:
     return None
 
 
+def _refuse_all_but_groups(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None:
+        return "its caches are floats"
+    if scheme.activations != "none":
+        return "its kernels take floats times integer weights in groups (w8g32, w4g128, ...), no integers on both sides"
+    if scheme.base == "fp8":
+        return "it has no products of 8-bit floats"
+    return None
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
         Target("tensorrt", "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_integers, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_integers),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_all_but_groups),
         # Its attention over a cache has no fp32 kernel.
-        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_integers, ("encoder",)),
+        Target(
+            "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
+        ),
     )
 }
 

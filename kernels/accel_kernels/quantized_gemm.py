@@ -108,8 +108,9 @@ def _load(rows, factors, w, g, inside, width, groups):
 def quantized_gemm_kernel(
     x, weight, scales, out, bias, residual, M, N, K, STRIPE,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """As ``narrow_gemm_kernel`` with weight int32 [N, K * BITS / 32] and scales [N, K / GROUP], SHARES in a turn."""
     FIELDS: tl.constexpr = 32 // BITS
@@ -196,7 +197,8 @@ def quantized_gemm(
     tile = tile.fitting(x, group, bits, gated)
     quantized_gemm_kernel[(triton.cdiv(count, tile.block_n), triton.cdiv(rows, tile.block_m))](
         x, weight, scales, out, bias, residual, rows, count, size, stripe or count,
-        BITS=bits, GROUP=group, SHARES=max(tile.block_k // group, 1), BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+        BITS=bits, GROUP=group, SHARES=max(tile.block_k // group, 1),
+        BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GATED=gated, ACTIVATION=activation,
         **launch_options(x.device, dependent, tile.warps, tile.stages),
     )  # fmt: skip

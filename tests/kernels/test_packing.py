@@ -38,8 +38,8 @@ def test_neighbours_of_int4_stand_four_fields_apart() -> None:
 def test_integers_are_packed_as_they_are(bits: int) -> None:
     """Every number in every place, with scales of both signs."""
     half, fields = 1 << (bits - 1), 32 // bits
-    values = (torch.arange(-half, half).repeat_interleave(fields)[None] + torch.arange(fields)[:, None] * 7) % (2 * half)
-    values = (values - half).to(torch.int8)
+    numbers = torch.arange(2 * half).repeat_interleave(fields)[None] + torch.arange(fields)[:, None] * 7
+    values = (numbers % (2 * half) - half).to(torch.int8)
     scales = torch.tensor([[0.5], [-0.25]] * (fields // 2))
     words = pack_integers(values, bits)
     assert words.dtype == torch.int32 and words.shape == (fields, values.shape[1] // fields)
