@@ -192,14 +192,26 @@ def _refuse_integers(arch: ArchSpec, scheme: Scheme) -> str | None:
     return None
 
 
+def _refuse_all_but_groups(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None:
+        return "its caches are floats"
+    if scheme.activations != "none":
+        return "its kernels take floats times integer weights in groups (w8g32, w4g128, ...), no integers on both sides"
+    if scheme.base == "fp8":
+        return "it has no products of 8-bit floats"
+    return None
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
         Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_tensorrt, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_integers),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_all_but_groups),
         # Its attention over a cache has no fp32 kernel.
-        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_integers, ("encoder",)),
+        Target(
+            "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
+        ),
         Target(
             "openvino", "OpenVINO", _lower_openvino, _no_session, _refuse_openvino, ("encoder",),
             rounds=True, usable=_has_openvino,
