@@ -99,4 +99,15 @@ def _unknown(name: str) -> InputError:
     return InputError(f"unknown variant {name!r}", where="variant", remedy=remedy)
 
 
-__all__ = ["BASES", "CACHES", "GROUPS", "QUANTIZED", "Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers"]
+__all__ = [
+    "BASES",
+    "CACHES",
+    "GROUPS",
+    "QUANTIZED",
+    "Activations",
+    "Base",
+    "Scheme",
+    "gpu_type",
+    "parse_scheme",
+    "stores_integers",
+]

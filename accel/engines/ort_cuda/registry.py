@@ -32,7 +32,8 @@ def probe(bundle: Bundle, variant: str) -> str | None:
 def pick_precision(bundle: Bundle, variant: str) -> str | None:
     """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a graph that runs on the GPU.
 
-    Integers lose more than that: they run, in fp16, when they are asked for. A decoder in fp32 is none: CUDA's attention over a cache takes fp16 and bf16, in fp32 it would run on the CPU.
+    Integers lose more than that: they run, in fp16, when they are asked for. A decoder in fp32 is none: CUDA's
+    attention over a cache takes fp16 and bf16, in fp32 it would run on the CPU.
     """
     names = PRECISIONS if variant == "auto" else (variant,)
     for name in names:

@@ -75,10 +75,11 @@ class _Packed:
         """(words int32 [N, K * bits / 32], scales float16 [N, K / group])."""
         if weight not in self.made:
             rows, columns = tensor.shape
-            words = ir.Value(name=f"{weight.name}.words{tensor.bits}", shape=ir.Shape([rows, columns * tensor.bits // 32]))
+            shape = ir.Shape([rows, columns * tensor.bits // 32])
+            words = ir.Value(name=f"{weight.name}.words{tensor.bits}", shape=shape)
             words.type = ir.TensorType(ir.DataType.INT32)
             words.const_value = ir.LazyTensor(
-                lambda: ir.tensor(_words(tensor), name=words.name), dtype=ir.DataType.INT32, shape=words.shape,
+                lambda: ir.tensor(_words(tensor), name=words.name), dtype=ir.DataType.INT32, shape=shape,
                 name=words.name,
             )  # fmt: skip
             scales = ir.Value(name=f"{weight.name}.scales", shape=ir.Shape(tensor.scales.shape))
