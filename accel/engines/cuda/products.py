@@ -5,8 +5,7 @@ as the tall operand; sums are split where the outputs are too few to fill the GP
 our own where an activation follows.
 
 Integer weights: a GEMV for one row, tiles dequantised on their way to the tensor cores for more; from
-``MANY_QUANTIZED``
-rows on the matrix is dequantised as a whole and multiplied as floats are.
+``MANY_QUANTIZED`` rows on the matrix is dequantised as a whole and multiplied as floats are.
 """
 
 from __future__ import annotations
@@ -227,9 +226,9 @@ def gemv_tile(matrix: Matrix) -> GemvTile:
 
 
 def quantized_gemv_tile(matrix: Matrix) -> GemvTile:
-    """As many bytes ahead of the wait as ``gemv_tile`` has; not measured yet."""
-    rows = 8 if matrix.outputs > 1 << 15 or matrix.stripe is not None else 4
-    return GemvTile(rows, 256 if matrix.inputs <= 4096 else 512, 4)
+    """One turn of 4-bit weights takes a row of 2,048 or 4,096. Not measured yet."""
+    tall = matrix.outputs > 1 << 15 or matrix.stripe is not None
+    return GemvTile(8 if tall else 4, 256 if matrix.inputs <= 4096 else 512, 4)
 
 
 def quantized_gemm_tile(rows: int) -> QuantizedTile:

@@ -79,7 +79,7 @@ class _Packed:
             words = ir.Value(name=f"{weight.name}.words{tensor.bits}", shape=shape)
             words.type = ir.TensorType(ir.DataType.INT32)
             words.const_value = ir.LazyTensor(
-                lambda: ir.tensor(_words(tensor), name=words.name), dtype=ir.DataType.INT32, shape=words.shape,
+                lambda: ir.tensor(_words(tensor), name=words.name), dtype=ir.DataType.INT32, shape=shape,
                 name=words.name,
             )  # fmt: skip
             scales = ir.Value(name=f"{weight.name}.scales", shape=ir.Shape(tensor.scales.shape))

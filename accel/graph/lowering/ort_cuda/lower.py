@@ -44,8 +44,9 @@ def lower(
     Args:
         model: Canonical model in float32; left as it is.
         max_positions: Rows of the rotary tables; the cache's capacity cannot exceed it.
-        dtype: FLOAT, FLOAT16 or BFLOAT16 (FLOAT16 with integer weights, whose scales are that); see
-            ``accel.graph.lowering.tensorrt.precision``. A decoder in FLOAT has no CUDA kernel for its attention: it runs on ONNX Runtime's CPU kernels.
+        dtype: FLOAT, FLOAT16 or BFLOAT16; see ``accel.graph.lowering.tensorrt.precision``. FLOAT16 with integers,
+            whose scales are that. A decoder in FLOAT has no CUDA kernel for its attention: it runs on ONNX Runtime's
+            CPU kernels.
 
     Raises:
         FusionError: A layer, a private node or a type has no lowering or no CUDA kernel.

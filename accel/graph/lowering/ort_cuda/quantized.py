@@ -104,9 +104,9 @@ def _initializer(
 def pack_blocks(tensor: QuantizedTensor) -> NDArray[np.uint8]:
     """The integers as the operators read them: uint8 [N, K / group, group * bits / 8]."""
     rows, groups = tensor.scales.shape
-    unsigned: NDArray = tensor.values.view(np.uint8) + np.uint8(1 << (tensor.bits - 1))
+    unsigned: NDArray[np.uint8] = tensor.values.view(np.uint8) + np.uint8(1 << (tensor.bits - 1))
     if tensor.bits == 4:
-        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+        unsigned = unsigned[:, 0::2] | np.left_shift(unsigned[:, 1::2], 4, dtype=np.uint8)
     return unsigned.reshape(rows, groups, -1)
 
 
