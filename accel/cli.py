@@ -94,6 +94,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="a packaged recipe's name, or a YAML file")
     parser.add_argument("--task", help="e.g. feature-extraction; default: read from the architecture")
     parser.add_argument("--max-positions", type=int, metavar="N", help="longest sequence; default: the model's own")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="add a variant too; may be repeated")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that stands at OUT")
