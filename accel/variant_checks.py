@@ -89,7 +89,7 @@ def check_evaluated(
 ) -> ParityResult:
     """The same for a lowered graph that is evaluated in its own precision, see ``evaluated``.
 
-    Where only weights are rounded, both sides hold the same numbers, and the limit is twice that of the precision itself.
+    Where only weights are rounded, both sides hold the same numbers: the limit is twice that of the precision itself.
 
     Raises:
         ParityError: They differ by more than rounding does.

@@ -32,7 +32,7 @@ WEIGHTS = {"w8a8": "int8", "w8g128": "int8", "w4g32": "int4", "fp8": "float8_e4m
 def added(bundle: Path, folder: Path, variant: str, **options: Any) -> Bundle:
     algorithm = {} if variant == "fp8" else {"algorithm": "rtn"}
     copied = shutil.copytree(bundle, folder / variant)
-    return add_variant(copied, variant, target=TENSORRT, calibration=TEXT, **{**algorithm, **options})
+    return add_variant(copied, variant, target=TENSORRT, **{"calibration": TEXT, **algorithm, **options})
 
 
 def built(bundle: Bundle, variant: str, tmp_path: Path, **options: Any) -> EngineReport:
@@ -50,7 +50,7 @@ def counted(report: EngineReport, check: str) -> str | None:
 def test_a_decoder_s_engine(tiny_decoder_bundle: Path, tmp_path: Path, variant: str) -> None:
     bundle = added(tiny_decoder_bundle, tmp_path, variant)
     parity = bundle.manifest.parity[f"{variant}/tensorrt"]
-    assert 0 < parity.max_rel_error < parity.limit == {"w8g128": 2e-2, "w4g32": 2e-2}.get(variant, 3e-1)
+    assert 0 < parity.max_rel_error < parity.limit == {"w8g128": 4e-2, "w4g32": 4e-2}.get(variant, 3e-1)
     record = bundle.variant(variant).quantization
     assert record is not None and record.layers
     report = built(bundle, variant, tmp_path)
