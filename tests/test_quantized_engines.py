@@ -48,7 +48,8 @@ def counted(report: EngineReport, check: str) -> str | None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_decoder_s_engine(tiny_decoder_bundle: Path, tmp_path: Path, variant: str) -> None:
-    bundle = added(tiny_decoder_bundle, tmp_path, variant)
+    choices = {"head_bits": 8} if variant == "w4g32" else {}
+    bundle = added(tiny_decoder_bundle, tmp_path, variant, **choices)
     parity = bundle.manifest.parity[f"{variant}/tensorrt"]
     assert 0 < parity.max_rel_error < parity.limit == {"w8g128": 4e-2, "w4g32": 4e-2}.get(variant, 3e-1)
     record = bundle.variant(variant).quantization
@@ -68,7 +69,7 @@ def test_minilm_s_engine(minilm_bundle: Path, tmp_path: Path, variant: str) -> N
     text = None if variant in ("w8a8", "fp8") else TEXT
     bundle = added(minilm_bundle, tmp_path, variant, calibration=text)
     parity = bundle.manifest.parity[f"{variant}/tensorrt"]
-    assert parity.max_rel_error < {"w8a8": 1e-1, "fp8": 2e-1}.get(variant, 5e-3)
+    assert parity.max_rel_error < {"w8a8": 2e-1, "fp8": 2e-1}.get(variant, 5e-3)
     report = built(bundle, variant, tmp_path, capacity=None)
     assert report.facts["fused_attention"] == 6 and "FAILED" not in report.facts["proof"]["table"]
     assert counted(report, f"products with {WEIGHTS[variant]} weights") == "36"
