@@ -86,6 +86,8 @@ def _cached_attention(
     window = node.attributes.get_int("window", None)
     results, start = [], 0
     for row, (past, fresh) in enumerate(zip(past_lengths.tolist(), query_lengths.tolist(), strict=True)):
+        if fresh == 0:  # the row sits this step out
+            continue
         here, end = slice(start, start + fresh), past + fresh
         keys[row, :, past:end] = key[here].unflatten(-1, (groups, -1)).transpose(0, 1)
         values[row, :, past:end] = value[here].unflatten(-1, (groups, -1)).transpose(0, 1)
