@@ -252,5 +252,8 @@ def test_a_model_that_gives_no_numbers_is_named(bundle_of: Get) -> None:
     value = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
     assert value.const_value is not None
     value.const_value = ir.tensor(np.full(64, np.inf, np.float32), name=value.name)
+    for algorithm in ("gptq", "awq", "awq+gptq"):
+        with pytest.raises(InputError, match="NaN or infinity among the inputs.*model.layers.1.mlp"):
+            quantize_graph(model, arch, parse_scheme("w4g32"), algorithm, sample(arch), head_bits=8)
     with pytest.raises(InputError, match="NaN or infinity among the inputs.*model.layers.1.mlp"):
-        quantize_graph(model, arch, parse_scheme("w4g32"), "gptq", sample(arch), head_bits=8)
+        quantize_graph(model, arch, parse_scheme("w8a8"), "smoothquant", sample(arch))
