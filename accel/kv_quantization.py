@@ -35,6 +35,11 @@ class KvQuantization:
         """Whether every channel of every head has its own scale."""
         return self.keys[0].ndim == 2
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The least and the largest integer."""
+        return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
+
     def check(self, arch: ArchSpec) -> None:
         """Compares with a model's layers.
 

@@ -15,7 +15,7 @@ from accel.scheme import Scheme, parse_scheme
 from accel.sizes import parse_size
 from accel.variant_addition import Addition, Quantizing
 from accel.variant_checks import BASE, CANONICAL, LIMITS, quantize_command
-from accel.variant_targets import DEFAULT, check_target, find_target, sensible_targets
+from accel.variant_targets import DEFAULT, check_target, default_targets, find_target
 
 
 def add_variant(
@@ -109,7 +109,7 @@ def canonical_graph(bundle: Bundle) -> Path | None:
 
 
 def _first_target(bundle: Bundle, scheme: Scheme) -> str:
-    able = sensible_targets(bundle.manifest.arch, scheme.name)
+    able = default_targets(bundle.manifest.arch, scheme.name)
     return DEFAULT if DEFAULT in able or not able else able[0]
 
 

@@ -34,8 +34,12 @@ def row_step(x: Tensor) -> Tensor:
 def _quantized_linear(
     node: ir.Node, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, step: Tensor | None = None
 ) -> Tensor:
-    if node.attributes["activation"].as_string() == "dynamic":
+    activation = node.attributes["activation"].as_string()
+    if activation == "dynamic":
         step = row_step(x)
+    elif activation == "grouped":
+        groups = x.unflatten(-1, (scale.shape[-1], -1))
+        x = round_input(groups, row_step(groups)).flatten(-2)
     x = x if step is None else round_input(x, step)
     return torch.nn.functional.linear(x, _dequantized(weight, scale), bias)
 
