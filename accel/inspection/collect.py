@@ -145,13 +145,14 @@ class _Collector:
         stored: dict[tuple[str, int, int], StoredTensor] = {}
         for (owner, target), file in files.items():
             for tensor in file.stored if owner == variant else ():
-                self._check_reference(f"{variant}/{target}", variant, tensor)
+                self._check_reference(variant, target, tensor)
                 stored.setdefault((tensor.file, tensor.offset, tensor.size), tensor)
         return count_weights(self.manifest, variant, stored.values())
 
-    def _check_reference(self, where: str, variant: str, tensor: StoredTensor) -> None:
-        """A graph may only point into the variant's own weight files, inside their size."""
-        if tensor.file not in self.manifest.variants[variant].weights:
+    def _check_reference(self, variant: str, target: str, tensor: StoredTensor) -> None:
+        """A graph may only point into the variant's own weight files, or those listed for it, inside their size."""
+        owner, where = self.manifest.variants[variant], f"{variant}/{target}"
+        if tensor.file not in (*owner.weights, *(owner.graphs[target].weights or ())):
             self.warnings.append(f"{where}: {tensor.name!r} lies in {tensor.file!r}, no weight file of this variant")
         elif tensor.offset < 0 or tensor.offset + tensor.size > self.manifest.files[tensor.file].size:
             self.warnings.append(f"{where}: {tensor.name!r} lies outside {tensor.file!r}")

@@ -18,6 +18,7 @@ from accel.bundle import Bundle
 from accel.engines import open_session
 from accel.engines.session import SessionOptions
 from accel.errors import EngineError, EngineUnavailableError, InputError, ParityError
+from accel.inspection import inspect
 from accel.variants import LIMITS, add_variant
 from tests.engines.openvino.needs import needs_bfloat16, needs_openvino
 
@@ -188,6 +189,8 @@ def test_the_graph_has_no_weights_of_its_own(bundle: Bundle, minilm_bundle: Path
 def test_bfloat16_is_a_variant_of_its_own(bundle: Bundle, reference: Any, tmp_path: Path) -> None:
     both = add_variant(shutil.copytree(bundle.path, tmp_path / "both"), "bf16", target="openvino")
     assert both.variant("bf16").weights == () and both.graph("bf16", "openvino").weights == ("fp32.weights",)
+    found = inspect(both)
+    assert found.warnings == () and [item.files for item in found.weights] == [("fp32.weights",)] * 2
     parity = both.manifest.parity["bf16/openvino"]
     assert LIMITS["fp32"] < parity.max_rel_error < LIMITS["bf16"]
     feeds = batch(20, 9)
