@@ -17,7 +17,7 @@ from accel.errors import BundleError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, LIMITS, check_integers, check_precision, evaluated, on_cpu
+from accel.variant_checks import BASE, CANONICAL, INTEGERS_FP16, check_integers, check_precision, evaluated, on_cpu
 from accel.variant_targets import CPU, Plan, Target
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Addition:
             session = evaluated(model, self.bundle, self.target, self.target.dtype(self.scheme))
             if self.scheme.quantized:
                 result = check_integers(
-                    self.bundle, self.scheme, canonical, self._input_scales, session, LIMITS["fp16"]
+                    self.bundle, self.scheme, canonical, self._input_scales, session, INTEGERS_FP16
                 )
             else:
                 result = check_precision(self.bundle, self.scheme, self.target, session)
