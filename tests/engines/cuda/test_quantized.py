@@ -85,7 +85,8 @@ def test_matrices_dequantised_as_a_whole(
 def test_the_parity_is_recorded(quantized: tuple[Bundle, str]) -> None:
     bundle, variant = quantized
     parity = bundle.manifest.parity[f"{variant}/cuda"]
-    assert parity.reference == "PyTorch on the same integers" and 0 < parity.max_rel_error < parity.limit == INTEGERS_FP16
+    assert parity.reference == "PyTorch on the same integers"
+    assert 0 < parity.max_rel_error < parity.limit == INTEGERS_FP16
 
 
 def test_weights_are_on_the_device_once(quantized: tuple[Bundle, str]) -> None:
