@@ -46,6 +46,13 @@ class Scheme:
         return self.weight_bits is not None
 
     @property
+    def gpu_base(self) -> Literal["fp32", "fp16", "bf16"]:
+        """What a GPU computes in where nothing is rounded: fp16, unless the variant is a precision of its own."""
+        if self.base == "fp8" or (self.base == "fp32" and not self.lossless):
+            return "fp16"
+        return self.base
+
+    @property
     def lossless(self) -> bool:
         """Whether it is the model itself, in fp32."""
         return self.base == "fp32" and not self.quantized and self.kv_bits is None
@@ -100,14 +107,6 @@ def _unknown(name: str) -> InputError:
 
 
 __all__ = [
-    "BASES",
-    "CACHES",
-    "GROUPS",
-    "QUANTIZED",
-    "Activations",
-    "Base",
-    "Scheme",
-    "gpu_type",
-    "parse_scheme",
-    "stores_integers",
+    *("BASES", "CACHES", "GROUPS", "QUANTIZED"),
+    *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers"),
 ]

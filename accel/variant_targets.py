@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from accel.manifest import PassReport
 
-DEFAULT = "tensorrt"  # of the precisions in floats; integers go to the first target that takes them
-CPU = "ort-cpu"
+CPU, TENSORRT = "ort-cpu", "tensorrt"
+DEFAULT = TENSORRT  # of the precisions in floats; integers go to the first target that takes them
 Lowered = tuple["ir.Model", tuple["PassReport", ...]]
 
 
@@ -60,6 +60,9 @@ class Target:
         session: (evaluated graph, arch, rows, capacity, dtype) -> encoder or decoder session over it.
         refuses: (arch, scheme) -> why it has no graph for a model in a scheme, or None.
         fp32: Kinds of models that it runs in plain fp32 too.
+        rounds: Whether its engine rounds by itself: graphs of all its precisions read fp32's own weights, and are
+            compared as its engine runs them, for nothing else tells what it rounds.
+        usable: Whether its graphs can be made and compared here.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Target:
     session: Callable[[Any, ArchSpec, int, int, ir.DataType], Any]
     refuses: Callable[[ArchSpec, Scheme], str | None]
     fp32: tuple[Kind, ...] = ()
+    rounds: bool = False
+    usable: Callable[[], bool] = lambda: True
 
     @property
     def version(self) -> int:
@@ -82,21 +87,19 @@ class Target:
                 model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme,
                 static_scales=plan.static_scales, kv=plan.kv,
             )  # fmt: skip
-        return package.lower(model, arch, arch.max_positions, self.dtype(plan.scheme))
-
-    def dtype(self, scheme: Scheme) -> ir.DataType:
-        """The float type that its graph of a scheme computes in: on GPUs fp16 where weights are integers."""
-        import onnx_ir as ir
-
-        return ir.DataType.FLOAT16 if scheme.quantized and self.name != CPU else float_type(scheme)
+        dtype = float_type(plan.scheme)
+        if self.name == TENSORRT:
+            scheme, scales = plan.scheme, plan.static_scales
+            return package.lower(model, arch, arch.max_positions, dtype, scheme=scheme, static_scales=scales)
+        return package.lower(model, arch, arch.max_positions, dtype)
 
 
 def float_type(scheme: Scheme) -> ir.DataType:
-    """The type that a scheme computes in where it does not say integers."""
+    """The type that a GPU's graph computes in where nothing is rounded."""
     import onnx_ir as ir
 
     types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-    return types[scheme.base]
+    return types[scheme.gpu_base]
 
 
 def _lower_tensorrt() -> Any:
@@ -142,7 +145,27 @@ def _lower_ort_cpu() -> Any:
 
 
 def _no_session(run: Any, arch: ArchSpec, rows: int, capacity: int, dtype: ir.DataType) -> Any:
-    raise AssertionError("graphs for ONNX Runtime CPU run there")
+    raise AssertionError("its graphs run in their engine")
+
+
+def _lower_openvino() -> Any:
+    from accel.graph.lowering import openvino
+
+    return openvino
+
+
+def _has_openvino() -> bool:
+    from accel.engines.openvino.package import is_installed
+
+    return is_installed()
+
+
+def _refuse_openvino(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if arch.kind != "encoder":
+        return "it has no caches that are updated in place"
+    if scheme.base not in ("fp32", "bf16") or scheme.quantized or scheme.kv_bits is not None:
+        return "it runs fp32 and bf16 here"
+    return None
 
 
 def _refuse_cpu(arch: ArchSpec, scheme: Scheme) -> str | None:
@@ -152,6 +175,14 @@ def _refuse_cpu(arch: ArchSpec, scheme: Scheme) -> str | None:
         return "every bundle has that graph already"
     if scheme.kv_bits is not None and arch.kind != "decoder":
         return "an encoder has no cache"
+    return None
+
+
+def _refuse_tensorrt(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None:
+        return "its cache layer takes no integers"
+    if scheme.activations == "dynamic":
+        return "its parser has no operator that finds a scale per token; w8a8 has calibrated scales"
     return None
 
 
@@ -175,11 +206,15 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
-        Target("tensorrt", "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_integers, ("encoder", "decoder")),
+        Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_tensorrt, ("encoder", "decoder")),
         Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_all_but_groups),
         # Its attention over a cache has no fp32 kernel.
         Target(
             "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
+        ),
+        Target(
+            "openvino", "OpenVINO", _lower_openvino, _no_session, _refuse_openvino, ("encoder",),
+            rounds=True, usable=_has_openvino,
         ),
     )
 }
@@ -197,14 +232,26 @@ def find_target(name: str) -> Target:
 
 
 def sensible_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
-    """The targets that run a model of this kind in a scheme.
+    """The targets that run a model of this kind in a scheme, and whose graphs can be made here.
 
     Raises:
         InputError: No such scheme.
     """
     scheme = parse_scheme(variant)
-    able = [target for target in TARGETS.values() if target.refuses(arch, scheme) is None]
+    able = [target for target in TARGETS.values() if target.refuses(arch, scheme) is None and target.usable()]
     return tuple(target.name for target in able if not scheme.lossless or arch.kind in target.fp32)
+
+
+def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
+    """The targets of a variant that are meant where none is named: all for floats, for integers the first.
+
+    Each target stores integers in a layout of its own, and choosing them takes its time.
+
+    Raises:
+        InputError: No such scheme.
+    """
+    able = sensible_targets(arch, variant)
+    return able[:1] if parse_scheme(variant).quantized else able
 
 
 def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
@@ -226,10 +273,12 @@ __all__ = [
     "CPU",
     "DEFAULT",
     "TARGETS",
+    "TENSORRT",
     "Lowering",
     "Plan",
     "Target",
     "check_target",
+    "default_targets",
     "find_target",
     "float_type",
     "sensible_targets",

@@ -13,16 +13,20 @@ from accel.builder.mask_proof import mask_rows
 from accel.builder.network import NetworkView
 from accel.builder.node_proof import operation_rows
 from accel.builder.proof_table import ProofRow, ProofTable, row
+from accel.builder.quantized_proof import quantized_rows
 from accel.builder.source import GraphSource
 from accel.errors import EngineProofError
 from accel.spec import ArchSpec, TensorSpec
 
 # Operators whose operands must be float32 in every variant: in fp16 their sums overflow.
 ISLANDS = ("LayerNormalization", "RMSNormalization", "Softmax")
+PRODUCTS = ("Gemm", "MatMul")  # operators that compute in the variant's own type
 _FLOATS = ("float32", "float16", "bfloat16")
 _REMEDIES = {
     "attention": "Lower the layer's attention to one Attention node with that name",
     "dtype": "Put Cast nodes around the node: strong types compute in the type of their operands",
+    "weights": "Lower the weight to a DequantizeLinear that nothing but the product stands behind",
+    "inputs": "Lower the input to QuantizeLinear and DequantizeLinear right before the product",
     "consumed": "Remove the input from the graph, or lower the node that reads it so that the parser keeps it",
 }
 
@@ -66,7 +70,9 @@ def prove(proof: Proof, repairs: list[str]) -> ProofTable:
     rows += _tensor_rows(proof)
     rows += _node_rows(proof)
     rows += operation_rows(proof.view, proof.source)
+    rows += quantized_rows(proof.view, proof.source)
     rows += _island_rows(proof)
+    rows += _product_rows(proof)
     if proof.canonical is not None:
         rows += lowering_rows(proof.source, proof.canonical, proof.arch)
     return ProofTable(tuple(rows), tuple(repairs))
@@ -148,6 +154,20 @@ def _island_rows(proof: Proof) -> Iterator[ProofRow]:
             operands = [tensor for layer in layers for tensor in proof.view.operands(layer)]
             found = sorted({name for tensor in operands if (name := proof.view.dtype(tensor)) in _FLOATS})
             yield row(proof.source.layer_index(node.name), node.name, "dtype", "float32", "+".join(found))
+
+
+def _product_rows(proof: Proof) -> Iterator[ProofRow]:
+    """Matrix products take operands of the asked type: one left in float32 would store and read twice as much."""
+    if proof.dtype is None:
+        return
+    wrong = []
+    for node in proof.source.proto.graph.node:
+        for layer in proof.view.of_node(node.name) if node.op_type in PRODUCTS else ():
+            found = {proof.view.dtype(tensor) for tensor in proof.view.operands(layer)}
+            if layer.type.name == "MATRIX_MULTIPLY" and found != {proof.dtype}:
+                index = proof.source.layer_index(node.name)
+                wrong.append(row(index, node.name, "product dtype", proof.dtype, "+".join(sorted(found))))
+    yield from wrong or [row(None, "", "product dtype", proof.dtype, proof.dtype)]
 
 
 __all__ = ["ISLANDS", "Proof", "check", "prove"]

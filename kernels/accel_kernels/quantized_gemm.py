@@ -120,8 +120,7 @@ def quantized_gemm_kernel(
     k = tl.arange(0, BLOCK_K)
     w = tl.arange(0, BLOCK_K // FIELDS)
     g = tl.arange(0, SHARES)
-    width = K // FIELDS
-    groups = K // GROUP
+    width, groups = K // FIELDS, K // GROUP
     line = matrix_line(n, STRIPE, GATED).to(tl.int64)[:, None]
     rows = weight + line * width
     factors = scales + line * groups

@@ -20,8 +20,7 @@ from accel.engines.cuda.registry import pick_precision
 from accel.engines.kv_cache import CacheShape
 from accel.graph.evaluation.sessions import PackedDecoder
 from accel.graph.evaluation.torch_graph import TorchGraph
-from accel.variant_checks import INTEGERS_FP16
-from accel.variants import add_variant
+from accel.variants import LIMITS, add_variant
 from tests.engines.cuda.test_decoder import CAPACITY, ROWS, inputs
 
 LIMIT = 4e-3  # of the largest logit: float16 sums in another order
@@ -86,7 +85,7 @@ def test_the_parity_is_recorded(quantized: tuple[Bundle, str]) -> None:
     bundle, variant = quantized
     parity = bundle.manifest.parity[f"{variant}/cuda"]
     assert parity.reference == "PyTorch on the same integers"
-    assert 0 < parity.max_rel_error < parity.limit == INTEGERS_FP16
+    assert 0 < parity.max_rel_error < parity.limit == 2 * LIMITS["fp16"]
 
 
 def test_weights_are_on_the_device_once(quantized: tuple[Bundle, str]) -> None:
