@@ -94,6 +94,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="a packaged recipe's name, or a YAML file")
     parser.add_argument("--task", help="e.g. feature-extraction; default: read from the architecture")
     parser.add_argument("--max-positions", type=int, metavar="N", help="longest sequence; default: the model's own")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="add a variant too; may be repeated")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that stands at OUT")
@@ -168,7 +169,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     targets = "ort-cpu, openvino, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
-        "--target", action="append", metavar="NAME", help=f"{targets}; default: all that run this model in the variant"
+        "--target", action="append", metavar="NAME",
+        help=f"{targets}; default: all that run this model in the variant; with integers the first",
     )
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison of the graph's numbers")
     group = parser.add_argument_group("integers")
@@ -189,7 +191,9 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--target", choices=("tensorrt", "rtx"), default="tensorrt", help="default: tensorrt")
     parser.add_argument("--sm", nargs="+", metavar="SM", help="e.g. sm86 sm89 or sm86,sm89; default: this GPU")
-    parser.add_argument("--precision", default="auto", help="fp16, bf16, fp32; default: what the bundle has, or fp16")
+    parser.add_argument(
+        "--precision", default="auto", help="fp16, bf16, fp32, w4g32, ...; default: what the bundle has, or fp16"
+    )
     parser.add_argument("--capacity", type=int, metavar="N", help="decoders: cache positions per row (default 2048)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="most rows (default 8, encoders 32)")
     parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML, see docs/build.md; default: the bundle's")

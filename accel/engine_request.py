@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, passes_
 from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_gpu, current_sm
 from accel.errors import DependencyError, InputError
+from accel.scheme import Scheme, parse_scheme
 from accel.sizes import parse_size
 from accel.spec import ArchSpec, ProfileRanges, TensorSpec
 from accel.store import EngineKey
@@ -28,7 +29,8 @@ _log = logging.getLogger("accel")
 DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
 DEFAULT_PRECISION = "fp16"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-BFLOAT16_SM = 80  # the first that computes in bf16
+BFLOAT16_SM = INT4_SM = 80  # the first that computes in bf16, and that reads int4 [TensorRT-RTX 1.7.1 on sm75]
+FLOAT8_SM = 89
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,15 @@ def settle(
     recorded = bundle.manifest.profiles if max_batch is None else {}
     chosen = _choose_profiles(profiles, recorded, arch, rows, positions)
     variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
+    scheme = _check_variant(arch, variant)
     settings = BuildSettings(
-        target=flavour.target, sm=sms, profiles=chosen, capacity=positions, dtype=_dtype(bundle, variant),
+        target=flavour.target, sm=sms, profiles=chosen, capacity=positions, dtype=DTYPES[scheme.gpu_base],
         optimization_level=optimization_level, refittable=refittable, hardware_compatibility=hardware_compatibility,
         workspace=parse_size(workspace, "workspace") if isinstance(workspace, str) else workspace,
     )  # fmt: skip
     check_settings(settings, flavour)
     check_ranges(chosen, arch, positions)
-    _check_precision(settings)
+    _check_precision(settings, scheme)
     rows = _most_rows(arch, settings)
     _check_alignment(arch, settings, rows)
     return Settled(variant, settings, rows)
@@ -164,10 +167,9 @@ def prepare(
         _log.warning("max_batch=%d is not used: the profiles serve %d rows", most, rows)
     bundle = _ensure_variant(bundle, variant, show_progress)
     sources = hash_sources(bundle, variant)
-    settings = replace(settled.settings, dtype=bundle.variant(variant).dtype)
     return [
         BuildRequest(bundle, variant, one, rows, _key(flavour, sources, bundle, variant, one), sources.files)
-        for one in per_sm(settings)
+        for one in per_sm(settled.settings)
     ]
 
 
@@ -189,17 +191,34 @@ def _resolve_sms(flavour: Flavour, sm: str | Sequence[str]) -> tuple[str, ...]:
     return (here,)
 
 
-def _dtype(bundle: Bundle, variant: str) -> str | None:
-    """The type that a precision computes in; None where there is no such precision, which ``add_variant`` says."""
-    variants = bundle.manifest.variants
-    return variants[variant].dtype if variant in variants else DTYPES.get(variant)
+def _check_variant(arch: ArchSpec, variant: str) -> Scheme:
+    """The scheme, if TensorRT runs a model in it.
+
+    Raises:
+        InputError: It does not, or there is no such scheme.
+    """
+    from accel.variant_targets import check_target, find_target
+
+    scheme = parse_scheme(variant)
+    check_target(arch, scheme, find_target(TARGET))
+    return scheme
 
 
-def _check_precision(settings: BuildSettings) -> None:
-    old = [sm for sm in settings.sm if int(sm[2:]) < BFLOAT16_SM]
-    if settings.dtype == "bfloat16" and old:
-        what = f"{', '.join(old)} does not compute in bf16: sm{BFLOAT16_SM} was the first"
-        raise InputError(what, where="precision", remedy="Take fp16 (--precision fp16), or leave this SM out")
+def _check_precision(settings: BuildSettings, scheme: Scheme) -> None:
+    """Types that a GPU lacks.
+
+    Raises:
+        InputError: One of the SMs does.
+    """
+    needs = [("bf16", BFLOAT16_SM, scheme.gpu_base == "bf16"), ("int4", INT4_SM, scheme.weight_bits == 4)]
+    for name, first, needed in (*needs, ("fp8", FLOAT8_SM, scheme.base == "fp8")):
+        old = [sm for sm in settings.sm if int(sm[2:]) < first]
+        if needed and old:
+            what = f"{', '.join(old)} does not compute in {name}: sm{first} was the first"
+            raise InputError(what, where="precision", remedy="Take fp16 (--precision fp16), or leave this SM out")
+        if needed and first > 80 and settings.hardware_compatibility == "ampere+":
+            what = f"an engine for ampere+ runs on sm80 too, which does not compute in {name}"
+            raise InputError(what, where="hardware_compatibility", remedy="Leave it out, or take fp16")
 
 
 def _resolve_capacity(arch: ArchSpec, asked: int | None) -> int | None:
@@ -235,7 +254,7 @@ def _ensure_variant(bundle: Bundle, variant: str, show_progress: bool | None) ->
     from accel.variants import add_variant, is_current
 
     known = is_current(bundle, variant)
-    bundle = add_variant(bundle, variant, show_progress=show_progress)
+    bundle = add_variant(bundle, variant, target=TARGET, show_progress=show_progress)
     if not known:
         _log.info("%s: the variant %s was lowered for TensorRT and added to the bundle", bundle.path, variant)
     return bundle

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+FLOAT8_MAX = 448.0  # of E4M3 without infinities
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
@@ -62,4 +64,27 @@ def concatenate(parts: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
     return QuantizedTensor(values, scales, first.bits, first.group)
 
 
-__all__ = ["QuantizedTensor", "concatenate"]
+def float8_scale(weight: NDArray) -> float:
+    """The scale under which the largest magnitude is at the end of E4M3's range; a float16 number above 0."""
+    least = float(np.finfo(np.float16).smallest_subnormal)
+    peak = max(float(weight.max(initial=0.0)), -float(weight.min(initial=0.0)))
+    return max(float(np.float16(peak / FLOAT8_MAX)), least)
+
+
+def round_float8(weight: NDArray, scale: float) -> NDArray[Any]:
+    """The nearest 8-bit floats (E4M3: 4 bits of exponent, 3 of mantissa, up to 448): weight is near result * scale.
+
+    Args:
+        weight: Finite, of any shape.
+        scale: See ``float8_scale``.
+
+    Returns:
+        ``ml_dtypes.float8_e4m3fn`` of that shape.
+    """
+    import ml_dtypes
+
+    scaled = np.clip(np.asarray(weight, np.float32) / np.float32(scale), -FLOAT8_MAX, FLOAT8_MAX)
+    return scaled.astype(ml_dtypes.float8_e4m3fn)
+
+
+__all__ = ["FLOAT8_MAX", "QuantizedTensor", "concatenate", "float8_scale", "round_float8"]

@@ -46,6 +46,13 @@ class Scheme:
         return self.weight_bits is not None
 
     @property
+    def gpu_base(self) -> Literal["fp32", "fp16", "bf16"]:
+        """What a GPU computes in where nothing is rounded: fp16, unless the variant is a precision of its own."""
+        if self.base == "fp8" or (self.base == "fp32" and not self.lossless):
+            return "fp16"
+        return self.base
+
+    @property
     def lossless(self) -> bool:
         """Whether it is the model itself, in fp32."""
         return self.base == "fp32" and not self.quantized and self.kv_bits is None
@@ -84,9 +91,22 @@ def stores_integers(name: str) -> bool:
         return False
 
 
+def gpu_type(name: str, dtype: str) -> str:
+    """The type that a variant computes in, and caches, on ONNX Runtime's CUDA provider and our kernels.
+
+    Args:
+        name: The variant's.
+        dtype: That of its manifest entry, which is the CPU's where weights are integers.
+    """
+    return "float16" if stores_integers(name) else dtype
+
+
 def _unknown(name: str) -> InputError:
     remedy = f"{suggest(name, [*BASES, *QUANTIZED, *CACHES])}; + joins one with a cache: w4g32+kv8"
     return InputError(f"unknown variant {name!r}", where="variant", remedy=remedy)
 
 
-__all__ = ["BASES", "CACHES", "GROUPS", "QUANTIZED", "Activations", "Base", "Scheme", "parse_scheme", "stores_integers"]
+__all__ = [
+    *("BASES", "CACHES", "GROUPS", "QUANTIZED"),
+    *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers"),
+]

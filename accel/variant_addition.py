@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError
+from accel.errors import BundleError, InputError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, check_integers, check_precision, evaluated, opened
+from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from accel.runtime.text import Tokenizer
 
 _log = logging.getLogger("accel")
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16"}  # fp8: what is not in 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +180,8 @@ class Addition:
     def _plan(self, canonical: ir.Model) -> tuple[ir.Model, Plan]:
         """The canonical graph with the scheme's weights, and what the lowering is told."""
         parameters = frozenset(self.bundle.manifest.parameters) if self._reads_base() else frozenset[str]()
+        if self.scheme.base == "fp8":
+            return canonical, self._float8(canonical)
         if not self.scheme.quantized:
             return canonical, Plan(self.scheme, parameters=parameters, kv=self._kv(canonical))
         from accel.compress.quantize import quantize_graph
@@ -194,6 +196,29 @@ class Addition:
         sha256 = None if calibration is None else calibration.sha256
         self.quantization = _record(report, sha256)
         return canonical, Plan(self.scheme, report.input_scales, parameters, self._kv(canonical))
+
+    def _float8(self, canonical: ir.Model) -> Plan:
+        """What a lowering is told of 8-bit floats; there is one way to choose them.
+
+        Raises:
+            InputError: Something was asked for that only integers have, or there is no text.
+        """
+        from accel.compress.float8 import calibrate_float8
+
+        chosen = self.quantizing
+        algorithm = None if chosen.algorithm == "auto" else chosen.algorithm
+        asked = {"algorithm": algorithm, "keep": chosen.keep, "head_bits": chosen.head_bits}
+        for where, value in {**asked, "max_bytes": chosen.max_bytes}.items():
+            if value is not None:
+                what = f"fp8 has one algorithm and one width, and takes no {where}"
+                raise InputError(what, where=where, remedy="Leave it out, or take a variant with integers")
+        calibration = self._calibration()
+        if calibration is None:
+            what, remedy = "fp8 needs calibration text", "Give token ids: the model has no tokenizer"
+            raise InputError(what, where="calibration", remedy=remedy)
+        report = calibrate_float8(canonical, self.bundle.manifest.arch, calibration, self.progress)
+        self.quantization = _record(report, calibration.sha256)
+        return Plan(self.scheme, report.input_scales)
 
     def _calibration(self) -> Calibration | None:
         """What algorithms look at; None: nothing is needed, or the model has no tokenizer and none was given."""
@@ -245,7 +270,11 @@ class Addition:
                 result = check_precision(self.bundle, self.scheme, self.target, session)
         else:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
-            result = check_precision(self.bundle, self.scheme, self.target, session)
+            if self.scheme.quantized:
+                assert self._told is not None
+                result = check_evaluated(self.bundle, self._told, canonical, session)
+            else:
+                result = check_precision(self.bundle, self.scheme, self.target, session)
         name = f"{self.variant} for {self.target.title}"
         _log.info("%s: error %.1e of the largest value, limit %.1e", name, result.max_rel_error, result.limit)
         return result

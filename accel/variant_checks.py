@@ -17,15 +17,18 @@ from accel.variant_targets import CPU, DEFAULT, Plan, Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from accel.graph.quantized_nodes import Rounding
+
 CANONICAL, BASE = "canonical", "fp32"
 # Largest error against fp32, relative to the largest value. Rounding alone costs MiniLM and SmolLM2 some 2e-3 in fp16
 # and 2e-2 in bf16; a wrong graph costs more than half.
 LIMITS = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
 ROUNDING = 0.5  # an error above it is no rounding
-# Integers against PyTorch on the same integers. Kernels round the inputs of products where the scheme leaves it to
-# them, and an encoder's lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers
-# by up to 2e-1. A wrong graph costs more than half here too.
+# Integers against PyTorch on the same integers. What is a tie here may fall to the other side there, and an encoder's
+# lowering takes biases out of what is rounded: MiniLM differs by 4e-2, models of random numbers by up to 2e-1. A wrong
+# graph costs more than half here too.
 INTEGERS = 3e-1
+FLOAT8 = 3e-1  # against fp32: products of two numbers with three bits behind the point each
 
 
 def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Callable[[int, int], Any]) -> ParityResult:
@@ -48,7 +51,7 @@ def check_precision(bundle: Bundle, scheme: Scheme, target: Target, session: Cal
         return open_session(bundle, engine="ort-cpu", variant=BASE, options=options).session
 
     try:
-        result = compare(bundle, reference, session, LIMITS[scheme.base])
+        result = compare(bundle, reference, session, {**LIMITS, "fp8": FLOAT8}[scheme.base])
     except ParityError as error:
         raise _in_words(error, bundle, scheme, target) from error
     return dataclasses.replace(result, reference="ort-cpu fp32")
@@ -71,13 +74,47 @@ def check_integers(bundle: Bundle, plan: Plan, canonical: ir.Model, preview: Cal
     """
     from accel.engines import open_session
     from accel.engines.session import SessionOptions
+
+    def session(rows: int, capacity: int) -> Any:
+        options = SessionOptions(capacity=capacity, max_batch=rows)
+        return open_session(preview(), engine=CPU, variant=plan.scheme.name, options=options).session
+
+    # What a scheme leaves to the kernels, ours round by token and group.
+    activations: Rounding = "grouped" if plan.scheme.activations == "none" else plan.scheme.activations
+    return _compare_integers(bundle, plan, canonical, session, INTEGERS, activations)
+
+
+def check_evaluated(
+    bundle: Bundle, plan: Plan, canonical: ir.Model, session: Callable[[int, int], Any]
+) -> ParityResult:
+    """The same for a lowered graph that is evaluated in its own precision, see ``evaluated``.
+
+    Where only weights are rounded, both sides hold the same numbers: the limit is twice that of the precision itself.
+
+    Raises:
+        ParityError: They differ by more than rounding does.
+    """
+    scheme = plan.scheme
+    # Scales are rounded to the type on top of what fp16 rounds, and models of random numbers feel it: 2.7e-2.
+    limit = 2 * LIMITS[scheme.gpu_base] if scheme.activations == "none" else INTEGERS
+    return _compare_integers(bundle, plan, canonical, session, limit, scheme.activations)
+
+
+def _compare_integers(
+    bundle: Bundle,
+    plan: Plan,
+    canonical: ir.Model,
+    session: Callable[[int, int], Any],
+    limit: float,
+    activations: Rounding,
+) -> ParityResult:
     from accel.graph.evaluation.sessions import GraphEncoder, PackedDecoder
     from accel.graph.evaluation.torch_graph import TorchGraph
     from accel.graph.quantized_cache import spell_cache
     from accel.graph.quantized_nodes import spell_quantized
 
     spelled, arch, scheme = canonical.clone(), bundle.manifest.arch, plan.scheme
-    spell_quantized(spelled, scheme.activations, plan.static_scales)
+    spell_quantized(spelled, activations, plan.static_scales)
     if plan.kv is not None:
         spell_cache(spelled, plan.kv)
 
@@ -85,12 +122,8 @@ def check_integers(bundle: Bundle, plan: Plan, canonical: ir.Model, preview: Cal
         run = TorchGraph(spelled).run
         return PackedDecoder(run, arch, rows, capacity) if arch.kind == "decoder" else GraphEncoder(run)
 
-    def session(rows: int, capacity: int) -> Any:
-        options = SessionOptions(capacity=capacity, max_batch=rows)
-        return open_session(preview(), engine=CPU, variant=scheme.name, options=options).session
-
     try:
-        result = compare(bundle, reference, session, INTEGERS)
+        result = compare(bundle, reference, session, limit)
     except ParityError as error:
         what = error.what.replace("The exported graph", f"The {scheme.name} graph")
         what = what.replace("PyTorch", "PyTorch on the same integers")
@@ -190,6 +223,7 @@ __all__ = [
     "CANONICAL",
     "LIMITS",
     "ROUNDING",
+    "check_evaluated",
     "check_integers",
     "check_precision",
     "compare",

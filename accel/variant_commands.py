@@ -15,17 +15,17 @@ _PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text", "max_q_
 
 
 def quantize(options: Namespace) -> int:
-    """Adds variants to a bundle, for the targets asked for or all that run its model in them."""
+    """Adds variants to a bundle, for the targets asked for, or see ``default_targets``."""
     from accel.bundle import Bundle
     from accel.scheme import parse_scheme
-    from accel.variant_targets import sensible_targets
+    from accel.variant_targets import default_targets
 
     bundle = Bundle.open(options.bundle)
     before = {name: entry.size for name, entry in bundle.manifest.files.items()}
     names = [parse_scheme(variant).name for variant in options.variant]
     choices = {name: getattr(options, name) for name in _PASSED}
     for name in names:
-        for target in options.target or sensible_targets(bundle.manifest.arch, name):
+        for target in options.target or default_targets(bundle.manifest.arch, name):
             bundle = accel.add_variant(
                 bundle, name, target=target, check=not options.no_parity, measure=not options.no_quality,
                 keep=_read_keep(options.keep), **choices,

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from accel.manifest import PassReport
 
-DEFAULT = "tensorrt"  # of the precisions in floats; integers go to the first target that takes them
-CPU = "ort-cpu"
+CPU, TENSORRT = "ort-cpu", "tensorrt"
+DEFAULT = TENSORRT  # of the precisions in floats; integers go to the first target that takes them
 Lowered = tuple["ir.Model", tuple["PassReport", ...]]
 
 
@@ -86,15 +86,19 @@ class Target:
                 model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme,
                 static_scales=plan.static_scales, kv=plan.kv,
             )  # fmt: skip
-        return package.lower(model, arch, arch.max_positions, float_type(plan.scheme))
+        dtype = float_type(plan.scheme)
+        if self.name == TENSORRT:
+            scheme, scales = plan.scheme, plan.static_scales
+            return package.lower(model, arch, arch.max_positions, dtype, scheme=scheme, static_scales=scales)
+        return package.lower(model, arch, arch.max_positions, dtype)
 
 
 def float_type(scheme: Scheme) -> ir.DataType:
-    """The type that a scheme computes in where it does not say integers."""
+    """The type that a GPU's graph computes in where nothing is rounded."""
     import onnx_ir as ir
 
     types = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-    return types[scheme.base]
+    return types[scheme.gpu_base]
 
 
 def _lower_tensorrt() -> Any:
@@ -173,9 +177,27 @@ def _refuse_cpu(arch: ArchSpec, scheme: Scheme) -> str | None:
     return None
 
 
+def _refuse_tensorrt(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None:
+        return "its cache layer takes no integers"
+    if scheme.activations == "dynamic":
+        return "its parser has no operator that finds a scale per token; w8a8 has calibrated scales"
+    return None
+
+
 def _refuse_integers(arch: ArchSpec, scheme: Scheme) -> str | None:
     if scheme.quantized or scheme.kv_bits is not None or scheme.base == "fp8":
         return "it takes no integers or 8-bit floats"
+    return None
+
+
+def _refuse_all_but_groups(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None:
+        return "its caches are floats"
+    if scheme.activations != "none":
+        return "its kernels take floats times integer weights in groups (w8g32, w4g128, ...), no integers on both sides"
+    if scheme.base == "fp8":
+        return "it has no products of 8-bit floats"
     return None
 
 
@@ -183,10 +205,12 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
-        Target("tensorrt", "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_integers, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_integers),
+        Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_tensorrt, ("encoder", "decoder")),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_all_but_groups),
         # Its attention over a cache has no fp32 kernel.
-        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_integers, ("encoder",)),
+        Target(
+            "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
+        ),
         Target(
             "openvino", "OpenVINO", _lower_openvino, _no_session, _refuse_openvino, ("encoder",),
             rounds=True, usable=_has_openvino,
@@ -217,6 +241,18 @@ def sensible_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     return tuple(target.name for target in able if not scheme.lossless or arch.kind in target.fp32)
 
 
+def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
+    """The targets of a variant that are meant where none is named: all for floats, for integers the first.
+
+    Each target stores integers in a layout of its own, and choosing them takes its time.
+
+    Raises:
+        InputError: No such scheme.
+    """
+    able = sensible_targets(arch, variant)
+    return able[:1] if parse_scheme(variant).quantized else able
+
+
 def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
     """Refuses what the target cannot run, before anything is made.
 
@@ -236,10 +272,12 @@ __all__ = [
     "CPU",
     "DEFAULT",
     "TARGETS",
+    "TENSORRT",
     "Lowering",
     "Plan",
     "Target",
     "check_target",
+    "default_targets",
     "find_target",
     "float_type",
     "sensible_targets",

@@ -15,7 +15,7 @@ from accel.scheme import Scheme, parse_scheme
 from accel.sizes import parse_size
 from accel.variant_addition import Addition, Quantizing
 from accel.variant_checks import BASE, CANONICAL, LIMITS, quantize_command
-from accel.variant_targets import DEFAULT, check_target, find_target, sensible_targets
+from accel.variant_targets import DEFAULT, check_target, default_targets, find_target
 
 
 def add_variant(
@@ -37,13 +37,12 @@ def add_variant(
 ) -> Bundle:
     """Adds a variant's graph for a target, and its weights, to a bundle, unless they are there.
 
-    A graph in floats is evaluated with PyTorch in its own precision (OpenVINO's, which rounds by itself, in OpenVINO,
-    which must be installed) and compared with the bundle's fp32 engine. One
-    with integers runs in its engine and is compared with PyTorch on the same integers; what the rounding costs is
-    measured on text and recorded, see ``accel.quality``. Weights that
-    the variant's graph for another target has stored already are read there. A graph that another version of the
-    lowering wrote, or an accel that recorded no version, is lowered again: new files take the place of the old ones,
-    which go.
+    A graph in floats is evaluated with PyTorch in its own precision (OpenVINO's, which rounds by itself, in
+    OpenVINO, which must be installed) and compared with the bundle's fp32 engine. One with integers runs in its
+    engine (for GPUs it is evaluated) and is compared with PyTorch on the same integers; what the rounding costs a
+    CPU's graph is measured on text and recorded, see ``accel.quality``. Weights that the variant's graph for
+    another target has stored already are read there. A graph that another version of the lowering wrote, or an
+    accel that recorded no version, is lowered again: new files take the place of the old ones, which go.
 
     Args:
         bundle: A bundle or its directory; its other files stay as they are.
@@ -109,7 +108,7 @@ def canonical_graph(bundle: Bundle) -> Path | None:
 
 
 def _first_target(bundle: Bundle, scheme: Scheme) -> str:
-    able = sensible_targets(bundle.manifest.arch, scheme.name)
+    able = default_targets(bundle.manifest.arch, scheme.name)
     return DEFAULT if DEFAULT in able or not able else able[0]
 
 

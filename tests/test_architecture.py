@@ -63,6 +63,7 @@ OWNERS = {
             "accel.engines.torch_reference",
             "accel.engines.torch_operators",
             "accel.engines.cuda",
+            "accel.graph.lowering.cuda.quantized",  # the kernels' own packing
         ),
         *("accel.bench", "accel.compress", "accel_kernels"),
     ),

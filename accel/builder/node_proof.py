@@ -22,6 +22,7 @@ import numpy as np
 
 from accel.builder.network import PASSES_ON, NetworkView
 from accel.builder.proof_table import ProofRow
+from accel.builder.quantized_proof import ROUNDINGS, rounding_head, rounding_line
 from accel.builder.source import GraphSource
 from accel.errors import EngineProofError
 
@@ -121,6 +122,9 @@ class _Words:
         tensor = self.view.tensor(name)
         if tensor is not None:
             return self.view.shape(tensor)
+        stored = self.source.shape_of(name)
+        if stored is not None:
+            return stored
         constant = self.source.constant(name)
         if constant is None:
             remedy = "Lower the node that makes it so that the parser keeps it"
@@ -194,6 +198,7 @@ _HEADS: dict[str, Callable[[NetworkView, Any], str]] = {
     "ROTARY_EMBEDDING": lambda view, layer: _rotary(bool(layer.interleaved), layer.rotary_embedding_dim),
     "SHUFFLE": _shuffle,
     "SLICE": _slice,
+    **dict.fromkeys(("QUANTIZE", "DEQUANTIZE"), rounding_head),
 }
 
 
@@ -210,6 +215,8 @@ def _program(node: Any, words: _Words) -> Program | None:
         return [{**_UNARY, **_ACTIVATIONS}[op] + listed]
     if op in _REDUCTIONS:
         return _reduction(op, operands, attributes, words)
+    if op in ROUNDINGS:
+        return [rounding_line(op, operands, attributes, words.source, words.shape) + listed]
     rule = _RULES.get(op)
     return None if rule is None else rule(operands, attributes, words, listed)
 

@@ -13,6 +13,7 @@ from accel.builder.mask_proof import mask_rows
 from accel.builder.network import NetworkView
 from accel.builder.node_proof import operation_rows
 from accel.builder.proof_table import ProofRow, ProofTable, row
+from accel.builder.quantized_proof import quantized_rows
 from accel.builder.source import GraphSource
 from accel.errors import EngineProofError
 from accel.spec import ArchSpec, TensorSpec
@@ -24,6 +25,8 @@ _FLOATS = ("float32", "float16", "bfloat16")
 _REMEDIES = {
     "attention": "Lower the layer's attention to one Attention node with that name",
     "dtype": "Put Cast nodes around the node: strong types compute in the type of their operands",
+    "weights": "Lower the weight to a DequantizeLinear that nothing but the product stands behind",
+    "inputs": "Lower the input to QuantizeLinear and DequantizeLinear right before the product",
     "consumed": "Remove the input from the graph, or lower the node that reads it so that the parser keeps it",
 }
 
@@ -67,6 +70,7 @@ def prove(proof: Proof, repairs: list[str]) -> ProofTable:
     rows += _tensor_rows(proof)
     rows += _node_rows(proof)
     rows += operation_rows(proof.view, proof.source)
+    rows += quantized_rows(proof.view, proof.source)
     rows += _island_rows(proof)
     rows += _product_rows(proof)
     if proof.canonical is not None:

@@ -82,6 +82,18 @@ class GraphSource:
             return np.asarray(self._view(tensor).view(dtype).reshape(tuple(tensor.dims)))
         return np.asarray(numpy_helper.to_array(tensor))
 
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """Of an initializer; None where the name is none's."""
+        tensor = self._initializers.get(name)
+        return None if tensor is None else tuple(tensor.dims)
+
+    def type_of(self, name: str) -> str | None:
+        """NumPy-style name of an initializer's type, such as ``int4``; None where the name is none's."""
+        from onnx import helper
+
+        tensor = self._initializers.get(name)
+        return None if tensor is None else str(helper.tensor_dtype_to_np_dtype(tensor.data_type).name)
+
     def maker(self, name: str) -> Any:
         """The node that makes a value, casts left out; None for inputs and initializers."""
         node = self._makers.get(name)

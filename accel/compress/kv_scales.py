@@ -23,7 +23,7 @@ from accel.engines import open_session
 from accel.engines.session import SessionOptions, StepInputs
 from accel.errors import CheckpointError, InputError
 from accel.graph.rotation import KeyRotation, key_rotations
-from accel.kv_quantization import KvQuantization
+from accel.kv_quantization import KvQuantization, check_bits
 from accel.spec import ArchSpec
 
 MIN_TOKENS = 256
@@ -31,7 +31,7 @@ MAX_TOKENS = 16384  # more changes little
 SPREAD = 16  # positions at which each key counts
 HEADROOM = 1.25  # of 8 bits: costs a third of a bit
 RATIOS = np.linspace(1.0, 0.4, 25)  # of the largest magnitude, tried as the last one that is not cut off
-SAMPLES = 1024  # keys per layer that scales are tried on
+SAMPLES = 512  # keys per layer that scales are tried on
 CHUNK = 512  # tokens of a step
 Values = NDArray[np.float32]
 
@@ -64,6 +64,7 @@ def calibrate_cache(
     arch = bundle.manifest.arch
     if arch.kind != "decoder":
         raise InputError("an encoder has no KV cache", where="kv")
+    check_bits(bits)
     rows = _checked(samples, arch)
     rotations = key_rotations(canonical, arch.max_positions)
     statistics = [_Layer(rotation, arch.max_positions, bits, per_channel) for rotation in rotations]

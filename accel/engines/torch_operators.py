@@ -22,9 +22,13 @@ TYPES = {
     ir.DataType.DOUBLE: torch.float64,
 }
 
+ROUNDED = {ir.DataType.INT8: torch.int8, ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn}  # results of QuantizeLinear
+
 
 def to_torch(array: NDArray) -> Tensor:
     """A tensor of the same bytes (a copy where the array is read-only); int4 becomes int8."""
+    if array.dtype.name == "float8_e4m3fn":
+        return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     if array.dtype.name == "int4":
@@ -36,6 +40,8 @@ def to_numpy(tensor: Tensor) -> NDArray:
     """An array of the same bytes."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ir.DataType.BFLOAT16.numpy())
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ir.DataType.FLOAT8E4M3FN.numpy())
     return tensor.numpy()
 
 
@@ -173,6 +179,30 @@ def _attention(node: ir.Node, query: Tensor, key: Tensor, value: Tensor, mask: T
     return torch.softmax(scores, -1).to(value.dtype) @ value
 
 
+def _spread(node: ir.Node, scale: Tensor, shape: torch.Size) -> Tensor:
+    """A scale of all, of each place of ``axis``, or of each block along it, so that it fits a tensor of this shape."""
+    axis, block = _int(node, "axis", 1), _int(node, "block_size")
+    if block:
+        return scale.float().repeat_interleave(block, axis % len(shape)).narrow(axis % len(shape), 0, shape[axis])
+    if scale.dim() == 0 or scale.numel() == 1:
+        return scale.float().reshape(())
+    return scale.float().reshape([-1 if place == axis % len(shape) else 1 for place in range(len(shape))])
+
+
+def _quantize(node: ir.Node, x: Tensor, scale: Tensor) -> Tensor:
+    """To INT8 or FLOAT8E4M3FN, nearest even, beyond the range its end."""
+    dtype = ROUNDED[ir.DataType(_int(node, "output_dtype"))]
+    scaled = x.float() / _spread(node, scale, x.shape)
+    if dtype == torch.int8:
+        return scaled.round().clamp(-128, 127).to(dtype)
+    largest = torch.finfo(dtype).max
+    return scaled.clamp(-largest, largest).to(dtype)
+
+
+def _dequantize(node: ir.Node, x: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() * _spread(node, scale, x.shape)).to(scale.dtype)
+
+
 def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def apply(node: ir.Node, x: Tensor, axes: Tensor | None = None) -> Tensor:
         places = list(range(x.dim())) if axes is None else _axes(axes)
@@ -231,6 +261,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "Softmax": _softmax,
     "Gelu": _gelu,
     "Gemm": _gemm,
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _dequantize,
     "RotaryEmbedding": _rotary,
     "TensorScatter": _tensor_scatter,
     "Attention": _attention,
@@ -243,6 +275,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
     "LayerNormalization": {"axis": -1},
     "RMSNormalization": {"axis": -1},
+    "QuantizeLinear": {"saturate": 1, "precision": 0},
+    "DequantizeLinear": {"output_dtype": 0},
     "Reshape": {"allowzero": 0},
     "TensorScatter": {"axis": -2, "mode": "linear"},
 }

@@ -25,7 +25,8 @@ class EngineSettings:
     Attributes:
         target: ``tensorrt`` or ``rtx``.
         sm: ``auto`` (this machine's GPU), or names such as ``sm86``.
-        precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16`` or ``bf16``.
+        precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16``, ``bf16``, or a
+            variant with fewer bits, such as ``w4g32``, ``w8a8`` or ``fp8``.
         capacity: Cache positions per row; encoders have no cache and leave it aside.
         workspace: Scratch memory that a layer may take, e.g. ``4GB``.
         max_batch, profiles, optimization_level, refittable, hardware_compatibility: As in ``accel.build``.

@@ -21,6 +21,7 @@ class AccelPeer(Peer):
     variant: ClassVar[str] = "auto"
     target: ClassVar[str] = "ort-cpu"  # what the variant is lowered for
     engine: ClassVar[str] = "auto"
+    choices: ClassVar[dict[str, Any]] = {}  # of accel.add_variant
 
     def export(self) -> None:
         import accel
@@ -33,6 +34,7 @@ class AccelPeer(Peer):
             # Unchecked and unmeasured: the benchmark compares every peer's answers with PyTorch's itself, and what
             # rounding costs on text says nothing about the decoders' random weights. No algorithm makes them better.
             choices: dict[str, Any] = {"algorithm": "rtn"} if self.decodes else {}
+            choices |= self.choices
             accel.add_variant(self.artifact, self.variant, target=self.target, check=False, measure=False, **choices)
 
     def _load(self) -> Any:
@@ -80,11 +82,12 @@ class AccelW8G128(AccelPeer):
 
 
 class AccelW4G32(AccelPeer):
-    """int4 weights in groups of 32."""
+    """int4 weights in groups of 32, the head's too, as the peers have it."""
 
     name = "accel-w4g32"
     label = "accel w4g32"
     variant = "w4g32"
+    choices: ClassVar[dict[str, Any]] = {"head_bits": 4}
 
 
 class AccelOpenVINOBf16(AccelPeer):

@@ -20,6 +20,7 @@ Target = Literal["tensorrt", "rtx"]
 CausalKind = Literal["none", "upper-left", "lower-right"]
 Compatibility = Literal["none", "same", "ampere+"]
 TARGETS: tuple[Target, ...] = ("tensorrt", "rtx")
+_DATA_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "float8_e4m3fn": "FP8"}
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,14 @@ class Flavour(ABC):
             "CAST": "ICastLayer",
             "CONCATENATION": "IConcatenationLayer",
             "CONSTANT": "IConstantLayer",
+            "DEQUANTIZE": "IDequantizeLayer",
             "ELEMENTWISE": "IElementWiseLayer",
             "FILL": "IFillLayer",
             "GATHER": "IGatherLayer",
             "KV_CACHE_UPDATE": "IKVCacheUpdateLayer",
             "MATRIX_MULTIPLY": "IMatrixMultiplyLayer",
             "NORMALIZATION": "INormalizationLayer",
+            "QUANTIZE": "IQuantizeLayer",
             "REDUCE": "IReduceLayer",
             "ROTARY_EMBEDDING": "IRotaryEmbeddingLayer",
             "SHUFFLE": "IShuffleLayer",
@@ -190,13 +193,12 @@ class Flavour(ABC):
         return getattr(attention, "query_lengths", None), getattr(attention, "key_value_lengths", None)
 
     def data_type(self, name: str) -> Any:
-        """``trt.DataType`` of a NumPy-style name: float32, float16, bfloat16, int64, int32, int8, bool."""
-        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-        return getattr(self.trt.DataType, names.get(name, name.upper()))
+        """``trt.DataType`` of a NumPy-style name: float32, float16, bfloat16, int64, int32, int8, int4, bool, ..."""
+        return getattr(self.trt.DataType, _DATA_TYPES.get(name, name.upper()))
 
     def dtype_name(self, data_type: Any) -> str:
         """The NumPy-style name of a ``trt.DataType``."""
-        names = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+        names = {ours: name for name, ours in _DATA_TYPES.items()}
         return names.get(data_type.name, data_type.name.lower())
 
     # Running

@@ -56,7 +56,7 @@ def hash_sources(bundle: Bundle, variant: str, hashes: HashCache | None = None) 
     """
     hashes = hashes or HashCache()
     graph = bundle.graph(variant, TARGET).file
-    names = bundle.variant(variant).weights
+    names = bundle.weights(variant, TARGET)
     found = {name: hashes.sha256(bundle.file(name)) for name in (graph, *names)}
     listed = {name: bundle.manifest.files[name].sha256 for name in found}
     for name, digest in found.items():

@@ -85,10 +85,10 @@ def test_accels_variants_are_added_for_their_engine(
     calls: list[Any] = []
     monkeypatch.setattr("accel.export", lambda source, out: calls.append(("export", out)), raising=False)
 
-    def add_variant(bundle: Path, name: str, *, target: str, check: bool, measure: bool) -> None:
+    def add_variant(bundle: Path, name: str, *, target: str, check: bool, measure: bool, **choices: Any) -> None:
         calls.append((str(bundle), name, target, check, measure))
 
-    monkeypatch.setattr("accel.variants.add_variant", add_variant)
+    monkeypatch.setattr("accel.add_variant", add_variant, raising=False)
     monkeypatch.setattr("accel.variant_targets.find_target", lambda name: calls.append(("target", name)))
     monkeypatch.setattr("accel.load", lambda path, **options: calls.append(options), raising=False)
     ours = peer(name, tmp_path)

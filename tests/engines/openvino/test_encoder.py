@@ -18,6 +18,7 @@ from accel.bundle import Bundle
 from accel.engines import open_session
 from accel.engines.session import SessionOptions
 from accel.errors import EngineError, EngineUnavailableError, InputError, ParityError
+from accel.inspection import inspect
 from accel.variants import LIMITS, add_variant
 from tests.engines.openvino.needs import needs_bfloat16, needs_openvino
 
@@ -79,12 +80,24 @@ def test_holes_and_left_padding(session: Any, reference: Any) -> None:
     check(session, reference, feeds)
 
 
-def test_padding_that_all_share_is_cut(session: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, infer = [], session._infer
-    monkeypatch.setattr(session, "_infer", lambda feeds: seen.append(feeds["input_ids"].shape) or infer(feeds))
-    feeds = batch(4, 6, width=20)
+def test_rows_run_at_their_own_length(session: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, call = [], session._call
+    monkeypatch.setattr(session, "_call", lambda e, feeds: seen.append((e, feeds["input_ids"].shape)) or call(e, feeds))
+    feeds = batch(4, 60, width=90)
     check(session, reference, feeds)
-    assert seen == [(2, 6)] and not session.run(feeds)["last_hidden_state"][:, 6:].any()
+    assert {shape for _, shape in seen} == {(1, 4), (1, 60)}
+    assert {engine for engine, _ in seen} == {session._single} and session._single is not session._whole
+    assert not session.run(feeds)["last_hidden_state"][0, 4:].any()
+    seen.clear()
+    session.run(batch(30))
+    assert seen == [(session._whole, (1, 30))], "one row has all threads"
+
+
+def test_many_batches(session: Any, reference: Any) -> None:
+    batches = [batch(*lengths) for lengths in ((3, 9), (5,), (8, 8, 2), (1,))]
+    for feeds, found in zip(batches, session.run_many(batches)):
+        expected = reference.run(feeds)["last_hidden_state"]
+        assert np.abs(found["last_hidden_state"] - expected)[feeds["attention_mask"] == 1].max() < LIMIT
 
 
 def test_without_mask_and_with_types(session: Any, reference: Any) -> None:
@@ -110,7 +123,7 @@ def test_threads_at_once(session: Any) -> None:
         for _ in range(5):
             for expected, found in zip(alone, pool.map(session.run, feeds)):
                 np.testing.assert_allclose(found["last_hidden_state"], expected, atol=1e-5)
-    assert 1 <= len(session._spare) <= 8
+    assert 1 <= len(session._single._spare) <= 8, "requests are used again"
 
 
 def test_an_error_of_openvino_is_ours(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,10 +131,10 @@ def test_an_error_of_openvino_is_ours(session: Any, monkeypatch: pytest.MonkeyPa
         session.run({"input_ids": np.full((1, 600), 2000)})  # longer than the positions
     session.run(batch(5))
 
-    def no_memory(feeds: Feeds) -> Feeds:
+    def no_memory(engine: Any, feeds: Feeds) -> Feeds:
         raise RuntimeError("Exception from src/inference: std::bad_alloc")
 
-    monkeypatch.setattr(session, "_infer", no_memory)
+    monkeypatch.setattr(session, "_call", no_memory)
     with pytest.raises(EngineError, match="out of memory.*smaller batch"):
         session.run(batch(5))
 
@@ -176,6 +189,8 @@ def test_the_graph_has_no_weights_of_its_own(bundle: Bundle, minilm_bundle: Path
 def test_bfloat16_is_a_variant_of_its_own(bundle: Bundle, reference: Any, tmp_path: Path) -> None:
     both = add_variant(shutil.copytree(bundle.path, tmp_path / "both"), "bf16", target="openvino")
     assert both.variant("bf16").weights == () and both.graph("bf16", "openvino").weights == ("fp32.weights",)
+    found = inspect(both)
+    assert found.warnings == () and [item.files for item in found.weights] == [("fp32.weights",)] * 2
     parity = both.manifest.parity["bf16/openvino"]
     assert LIMITS["fp32"] < parity.max_rel_error < LIMITS["bf16"]
     feeds = batch(20, 9)

@@ -74,6 +74,7 @@ def check(op: str, inputs: list[NDArray | None], outputs: int = 1, **attributes:
 
 UNARY = {
     "Neg": draw(3, 4), "Abs": draw(3, 4), "Sigmoid": draw(3, 4), "Tanh": draw(3, 4), "Relu": draw(3, 4),
+    "Round": np.array([[-1.5, -0.5, 0.5, 1.5, 2.5, 0.4, -0.6]], np.float32),
     "Sqrt": draw(3, 4, low=0.0), "Exp": draw(3, 4), "Log": draw(3, 4, low=0.1), "Cos": draw(3, 4), "Sin": draw(3, 4),
     "Erf": draw(3, 4), "Reciprocal": draw(3, 4, low=0.5), "Identity": draw(3, 4), "Not": bools(3, 4),
 }  # fmt: skip
@@ -86,6 +87,11 @@ BINARY = {
     "Equal": (ints(1, 2, 3), ints(1, 5, 3)),
     **{name: (ints(1, 2, 3), ints(2, 2, 2)) for name in ("Greater", "GreaterOrEqual", "Less", "LessOrEqual")},
 }
+INT8S = np.random.default_rng(0).integers(-128, 128, (6, 8), np.int8)
+INT4S = np.random.default_rng(1).integers(-8, 8, (6, 8)).astype(ml_dtypes.int4)
+FLOAT8S = draw(6, 8, low=-500.0, high=448.0).astype(ml_dtypes.float8_e4m3fn)
+TO_INT8, TO_FLOAT8 = ({"output_dtype": int(dtype)} for dtype in (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN))
+HALF = draw(6, 8).astype(np.float16)
 # Operator, inputs, attributes; in forms that the dialect uses and in those that differ only in a default.
 FORMS: list[tuple[str, list[NDArray | None], dict[str, Any]]] = [
     *((name, [array], {}) for name, array in UNARY.items()),
@@ -129,6 +135,16 @@ FORMS: list[tuple[str, list[NDArray | None], dict[str, Any]]] = [
     ("Gelu", [draw(3, 4)], {"approximate": "tanh"}),
     ("Gemm", [draw(3, 4), draw(5, 4), draw(5)], {"transB": 1}),
     ("Gemm", [draw(3, 4), draw(4, 5)], {}),
+    ("QuantizeLinear", [draw(6, 8), np.array(0.013, np.float32)], TO_INT8),
+    ("QuantizeLinear", [np.array([0.5, 1.5, -2.5, 200, -200], np.float32), np.array(1.0, np.float32)], TO_INT8),
+    ("QuantizeLinear", [HALF, np.array(0.015625, np.float16)], TO_INT8),
+    ("QuantizeLinear", [draw(6, 8), draw(8, low=0.01)], {"axis": -1, **TO_INT8}),
+    ("DequantizeLinear", [INT8S, np.array(0.013, np.float32)], {}),
+    ("DequantizeLinear", [INT8S, np.array(0.013, np.float16)], {}),
+    ("DequantizeLinear", [INT8S, draw(6)], {"axis": 0}),
+    ("DequantizeLinear", [INT8S, draw(8)], {}),
+    ("DequantizeLinear", [INT8S, draw(2, 8)], {"axis": 0, "block_size": 3}),
+    ("DequantizeLinear", [INT8S, draw(6, 2)], {"axis": -1, "block_size": 4}),
     ("ArgMax", [draw(3, 40)], {"axis": -1, "keepdims": 0}),
     ("ArgMax", [ints([1, 5, 5], [5, 1, 5])], {}),
 ]  # fmt: skip
@@ -137,6 +153,42 @@ FORMS: list[tuple[str, list[NDArray | None], dict[str, Any]]] = [
 @pytest.mark.parametrize(("op", "inputs", "attributes"), FORMS, ids=lambda item: item if isinstance(item, str) else "")
 def test_operator(op: str, inputs: list[NDArray | None], attributes: dict[str, Any]) -> None:
     check(op, inputs, **attributes)
+
+
+@pytest.mark.parametrize(
+    ("array", "scale", "attributes"),
+    [
+        (INT4S, np.array(0.013, np.float32), {}),
+        (INT4S, draw(2, 8), {"axis": 0, "block_size": 3}),
+        (INT4S, draw(6, 2), {"axis": -1, "block_size": 4}),
+        (FLOAT8S, np.array(0.013, np.float32), {}),
+        (FLOAT8S, np.array(0.5, np.float16), {}),
+    ],
+    ids=["int4", "int4 in blocks of rows", "int4 in blocks of columns", "float8", "float8 to half"],
+)
+def test_stored_numbers(array: NDArray, scale: NDArray, attributes: dict[str, Any]) -> None:
+    """Types that NumPy does not hand to ONNX Runtime are initializers."""
+    model = graph("DequantizeLinear", [array, scale], **attributes)
+    value = model.graph.inputs.pop(0)
+    value.const_value = ir.tensor(array, name=value.name)
+    model.graph.register_initializer(value)
+    found, expected = compute(model, [None, scale])
+    np.testing.assert_array_equal(found[0], expected[0], strict=True)
+
+
+def test_rounding_to_float8() -> None:
+    """There and back, as its numbers do not come out of ONNX Runtime; beyond the range lies its end."""
+    x, scale = draw(6, 8, low=-900.0, high=900.0), np.array(1.5, np.float32)
+    model = graph("QuantizeLinear", [x, scale], **TO_FLOAT8)
+    few = model.graph.outputs[0]
+    few.dtype = ir.DataType.FLOAT8E4M3FN
+    back = ir.node("DequantizeLinear", [few, model.graph.inputs[1]], name="back")
+    back.outputs[0].name = "wide"
+    model.graph.append(back)
+    model.graph.outputs[0] = back.outputs[0]
+    found, expected = compute(model, [x, scale])
+    np.testing.assert_array_equal(found[0], expected[0], strict=True)
+    assert np.abs(found[0]).max() == 448 * 1.5
 
 
 @pytest.mark.parametrize("sizes", [ints(1, 4, 2), None], ids=["sizes", "equal parts"])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import onnx_ir as ir
 
 from accel.errors import FusionError
@@ -11,18 +14,29 @@ from accel.graph.lowering.tensorrt.decoder_attention import lower_cached_attenti
 from accel.graph.lowering.tensorrt.encoder_attention import lower_attention
 from accel.graph.lowering.tensorrt.linear import lower_linear
 from accel.graph.lowering.tensorrt.precision import set_precision
+from accel.graph.lowering.tensorrt.quantized import lower_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
-from accel.graph.pipeline import run_passes
+from accel.graph.pipeline import Pass, run_passes
 from accel.manifest import PassReport
+from accel.scheme import Scheme
 from accel.spec import ArchSpec
 
 VERSION = VERSIONS["tensorrt"]
 OPSET = 24  # TensorScatter; 25 would leave ONNX Runtime's CPU without an Attention kernel
 
 
+_FLOATS = Scheme("fp32")
+
+
 def lower(
-    model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType = ir.DataType.FLOAT
+    model: ir.Model,
+    arch: ArchSpec,
+    max_positions: int,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    *,
+    scheme: Scheme = _FLOATS,
+    static_scales: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model in TensorRT's dialect and what each pass did.
 
@@ -34,9 +48,11 @@ def lower(
         model: Canonical model in float32; left as it is.
         max_positions: Rows of the rotary tables; an engine's capacity cannot exceed it.
         dtype: FLOAT, FLOAT16 or BFLOAT16; norms, softmax and logits stay float32, see ``precision``.
+        scheme: Which products round their inputs; what weights are stored as, their own tensors say, see ``quantized``.
+        static_scales: By a weight's name, the calibrated step of its product's input.
 
     Raises:
-        FusionError: A layer or a private node has no lowering.
+        FusionError: A layer or a private node has no lowering, or a rounded input no step.
     """
     lowered = model.clone()
     lowered.opset_imports[""] = OPSET
@@ -48,6 +64,7 @@ def lower(
         lowered,
         (
             ("unit_batch", drop_unit_batch if decoder else _nothing),
+            *_quantized(lowered, scheme, static_scales),
             ("linear", lower_linear),
             ("columns", split_columns),
             ("clean", clean),
@@ -58,6 +75,13 @@ def lower(
     lowered.opset_imports.pop("accel", None)
     _name_nodes(lowered)
     return lowered, tuple(reports)
+
+
+def _quantized(model: ir.Model, scheme: Scheme, static_scales: Mapping[str, float]) -> tuple[tuple[str, Pass], ...]:
+    """A pass that graphs in floats do not have."""
+    if not scheme.quantized and scheme.base != "fp8":
+        return ()
+    return (("quantized", lambda model: lower_quantized(model, scheme, static_scales)),)
 
 
 def _nothing(model: ir.Model) -> int:

@@ -3,7 +3,8 @@
 float32 islands: norms, softmax and the other functions of ``ISLANDS``; the residual stream, which the norms read
 anyway (in fp16 its sums lose most of what a model loses at all, and overflow in some); angles computed from
 positions; and whatever stands between the last matrix product and an output (logits and their softcap). Matrix
-products, attention, caches and rotations run in the low type. The rest follows its inputs: low as soon as one is.
+products, attention, caches and rotations run in the low type; so do rounding to 8 bits and back, on both sides of
+which a product's operands and their scales are in one type. The rest follows its inputs: low as soon as one is.
 
 Logits are float32 but were rounded once: they come out of the last matrix product in the low type (one part in 2048
 in fp16, in 256 in bf16, of each logit) and are cast then. There is no product with low operands and a float32 result
@@ -33,7 +34,9 @@ ISLANDS = frozenset(
         *("ReduceMean", "ReduceSum", "ReduceL2", "Sin", "Cos"),
     }
 )
-PRODUCTS = frozenset({"MatMul", "Gemm", "Attention", "TensorScatter", "RotaryEmbedding"})
+PRODUCTS = frozenset(
+    {"MatMul", "Gemm", "Attention", "TensorScatter", "RotaryEmbedding", "QuantizeLinear", "DequantizeLinear"}
+)
 
 
 def set_precision(
