@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accel.errors import InputError
+from accel.graph.lowering.versions import VERSIONS
 from accel.kv_quantization import KvQuantization
 from accel.schema import suggest
 from accel.scheme import Scheme, parse_scheme
@@ -42,8 +43,6 @@ class Plan:
 class Lowering(Protocol):
     """A package of ``accel.graph.lowering``."""
 
-    VERSION: int
-
     def lower(self, model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType) -> Lowered:
         """The lowered graph and what each pass did."""
         ...
@@ -77,7 +76,7 @@ class Target:
     @property
     def version(self) -> int:
         """Of the lowering."""
-        return int(self.package().VERSION)
+        return VERSIONS[self.name]
 
     def lower(self, model: ir.Model, arch: ArchSpec, plan: Plan) -> Lowered:
         """The lowered graph and what each pass did; ``model`` stays as it is."""

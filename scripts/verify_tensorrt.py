@@ -23,6 +23,7 @@ from quickstart import PROMPT, SENTENCES, data_of, export, say
 
 import accel
 from accel.engines.tensorrt.packages import current_sm
+from accel.errors import AccelError
 
 COSINE = 0.999  # least between a sentence's vectors
 TOKENS = 32  # greedy; fp16 may part at a near-tie, so the least that must be equal is:
@@ -135,4 +136,8 @@ def timed(call: Any, rounds: int = 20) -> float:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except AccelError as error:  # e.g. a GPU that TensorRT-RTX does not know
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

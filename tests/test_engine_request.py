@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import yaml
 
 import accel
 from accel import engine_request
-from accel.bundle import Bundle
+from accel.bundle import Bundle, file_entry
 from accel.engine_build import build
 from accel.engine_request import load_builder, prepare, settle
 from accel.engines.tensorrt.adapter import load_flavour
@@ -194,3 +197,35 @@ def test_profiles_of_the_recipe_come_with_the_bundle(tiny_decoder_source: Path, 
     with pytest.raises(InputError, match="The sequence goes up to 1024, the model's positions to 512"):
         accel.export(tiny_decoder_source, tmp_path / "other", recipe)
     assert not (tmp_path / "other").exists()
+
+
+KEY = """
+import sys, time
+from accel.bundle import Bundle
+from accel.engine_request import prepare
+from accel.engines.tensorrt.adapter import load_flavour
+flavour = load_flavour("rtx")
+started = time.perf_counter()
+(request,) = prepare(Bundle.open(sys.argv[1]), flavour, "sm86", capacity=64, max_batch=2)
+seconds = time.perf_counter() - started
+print(seconds, request.key.digest, *(name for name in ("torch", "onnx_ir", "onnxscript") if name in sys.modules))
+"""
+
+
+@pytest.mark.slow
+def test_the_key_of_a_gigabyte_is_there_at_once_when_warm(bundle: Path, own_cache: Path) -> None:
+    """In a process of its own, the imports that it takes included."""
+    weights, manifest = bundle / "fp16.weights", bundle / "manifest.json"
+    with weights.open("r+b") as stream:
+        stream.truncate(1 << 30)
+    data, entry = json.loads(manifest.read_text()), file_entry(weights)
+    data["files"][weights.name] = {"size": entry.size, "sha256": entry.sha256}
+    manifest.write_text(json.dumps(data))
+    environment = {**os.environ, "PYTHONPATH": str(Path(accel.__file__).parents[1]), "ACCEL_CACHE": str(own_cache)}
+    command = [sys.executable, "-c", KEY, str(bundle)]
+    answers = []
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        answers.append(done.stdout.split())
+    (_, first), (warm, second) = answers  # and nothing heavy was imported
+    assert first == second and float(warm) < 2

@@ -13,6 +13,7 @@ from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import BundleError, StorageError
 from accel.graph.lowering.tensorrt import VERSION
+from accel.graph.lowering.versions import VERSIONS
 from accel.variants import add_variant, is_current
 from tests.test_bundle_extension import content
 from tests.test_variants import is_complete, locations
@@ -63,7 +64,7 @@ def test_an_outdated_variant_is_lowered_again(decoder: Path, variant: str, versi
 
 def test_a_newer_lowering_makes_variants_outdated(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = add_variant(decoder, "fp16", check=False)
-    monkeypatch.setattr("accel.graph.lowering.tensorrt.VERSION", VERSION + 1)
+    monkeypatch.setitem(VERSIONS, "tensorrt", VERSION + 1)
     assert not is_current(bundle, "fp16")
     assert main(["quantize", str(decoder), "--variant", "fp16", "--no-parity"]) == 0
     assert Bundle.open(decoder).graph("fp16", "tensorrt").lowering == VERSION + 1

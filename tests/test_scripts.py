@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import accel
 
 ROOT = Path(accel.__file__).parents[1]
@@ -55,6 +57,44 @@ def test_install_twice_does_nothing_the_second_time(tmp_path: Path) -> None:
     assert project.endswith("install --constraint constraints.txt gguf --editable .[export]")
     assert "--no-deps" in models
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("target", "driver", "packages"),
+    [
+        ("rtx", None, "tensorrt-rtx-cu13>=1.7 cuda-python>=12.8"),
+        ("rtx", "580.65.06", "tensorrt-rtx-cu13>=1.7 cuda-python>=12.8"),
+        ("rtx", "570.133.20", "tensorrt-rtx-cu12>=1.7 cuda-python>=12.8,<13"),
+        ("tensorrt", "580.65.06", "tensorrt>=10.15.1 cuda-python>=12.8"),
+        ("tensorrt", "570.133.20", "tensorrt-cu12>=10.15.1 cuda-python>=12.8,<13"),
+        ("tensorrt", None, None),
+        ("trt", "580.65.06", None),
+    ],
+)
+def test_verifying_tensorrt_takes_what_fits_the_driver(
+    target: str, driver: str | None, packages: str | None, tmp_path: Path
+) -> None:
+    """Stand-ins for nvidia-smi, the installation and the interpreter say what they are asked."""
+    script = checkout(tmp_path).with_name("verify_tensorrt.sh")
+    answer = f"echo {driver}" if driver else "echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9"
+    stand_ins = {
+        tmp_path / "bin" / "nvidia-smi": answer,
+        tmp_path / "scripts" / "install.sh": 'echo "install $*"',
+        tmp_path / ".venv" / "bin" / "python": 'echo "run $*"; exit 7',
+    }
+    for path, body in stand_ins.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script, target], capture_output=True, text=True, env=environment)
+    if packages is not None:
+        installed, ran = done.stdout.splitlines()
+        assert installed == f"install export gguf accelerate {packages}"
+        assert (ran, done.returncode) == (f"run scripts/verify_tensorrt.py --target {target}", 7)
+    else:  # nothing was installed
+        said = ("nvidia-smi finds none here", 2) if target == "tensorrt" else ("usage: ", 64)
+        assert said[0] in done.stderr and done.returncode == said[1] and done.stdout == ""
 
 
 def test_failed_install_is_repeated(tmp_path: Path) -> None:

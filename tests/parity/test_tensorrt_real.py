@@ -57,15 +57,21 @@ def variants(made_once: MakeOnce, minilm_bundle: Path, smollm2_bundle: Path) -> 
 
 @pytest.mark.parametrize("name,layers", [("minilm", 6), ("smollm2", 30)])
 def test_engines_of_three_sms(name: str, layers: int, variants: dict[str, Path], tmp_path: Path) -> None:
-    options = {"capacity": 256, "max_batch": 4} if name == "smollm2" else {}
-    reports = accel.build(variants[name], "rtx", SMS, precision="fp16", store=tmp_path, **options)  # type: ignore[arg-type]
-    assert [report.sm for report in reports] == [(sm,) for sm in SMS]
-    for report in reports:
-        assert report.built and report.facts["fused_attention"] == layers
-        assert report.facts["layers"].get("kv_cache_update", 0) == (2 * layers if options else 0)
-        assert report.facts["proof"]["rows"] > 100 and "FAILED" not in report.facts["proof"]["table"]
-    again = accel.build(variants[name], "rtx", SMS, precision="fp16", store=tmp_path, **options)  # type: ignore[arg-type]
-    assert [report.built for report in again] == [False] * 3
+    """In a process of their own, as a person builds them: its memory is the build's."""
+    options = ["--capacity", "256", "--max-batch", "4"] if name == "smollm2" else []
+    command = [sys.executable, "-m", "accel", "build", variants[name], "--target", "rtx", "--sm", *SMS, "--json"]
+    command += ["--precision", "fp16", "--store", tmp_path, *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(accel.__file__).parents[1])}
+    for built in (True, False):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        reports = json.loads(done.stdout)["engines"]
+        assert [(report["sm"], report["built"]) for report in reports] == [([sm], built) for sm in SMS]
+        for facts in (report["facts"] for report in reports):
+            assert facts["fused_attention"] == layers
+            assert facts["layers"].get("kv_cache_update", 0) == (2 * layers if options else 0)
+            assert facts["layers"]["attention_input"] == layers
+            assert facts["proof"]["rows"] > 100 and "FAILED" not in facts["proof"]["table"]
+            assert facts["peak_rss_bytes"] <= 350e6 + 2 * facts["weight_bytes"], facts["peak_rss_bytes"]
     assert [entry.problem for entry in EngineStore(tmp_path).verify()] == [None] * 3
 
 

@@ -11,11 +11,12 @@ from accel.graph.lowering.cuda.quantized import pack_weights
 from accel.graph.lowering.cuda.weights import lower_weights
 from accel.graph.lowering.fused_linear import DOMAIN, drop_row_reshapes, fuse_activations, fuse_gates, lower_linear
 from accel.graph.lowering.unit_batch import drop_unit_batch
+from accel.graph.lowering.versions import VERSIONS
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
 from accel.spec import ArchSpec
 
-VERSION = 1  # raise it when the same canonical graph lowers to another one
+VERSION = VERSIONS["cuda"]
 
 
 def lower(

@@ -8,11 +8,12 @@ from accel.errors import FusionError
 from accel.graph.lowering.openvino.attention import lower_attention
 from accel.graph.lowering.openvino.positions import tabulate_positions, unsafe
 from accel.graph.lowering.tensorrt.linear import lower_linear
+from accel.graph.lowering.versions import VERSIONS
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
 from accel.spec import ArchSpec
 
-VERSION = 1  # raise it when the same canonical graph lowers to another one
+VERSION = VERSIONS["openvino"]
 
 
 def lower(

@@ -20,6 +20,7 @@ from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
 from accel.graph.lowering.ort_cpu.quantized import DOMAIN as QUANTIZED
 from accel.graph.lowering.ort_cpu.quantized import fuse_residuals, lower_quantized, mark_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
+from accel.graph.lowering.versions import VERSIONS
 from accel.graph.pipeline import run_passes
 from accel.kv_quantization import KvQuantization
 from accel.manifest import PassReport
@@ -27,7 +28,7 @@ from accel.scheme import Scheme
 from accel.spec import ArchSpec
 
 MICROSOFT = "com.microsoft"
-VERSION = 1  # raise it when the same canonical graph lowers to another one
+VERSION = VERSIONS["ort-cpu"]
 _PLAIN = Scheme("fp32")
 
 

@@ -16,11 +16,12 @@ from accel.graph.lowering.ort_cuda.norms import fuse_skip_norms
 from accel.graph.lowering.ort_cuda.quantized import lower_quantized
 from accel.graph.lowering.tensorrt.precision import ISLANDS, PRODUCTS, set_precision
 from accel.graph.lowering.unit_batch import drop_unit_batch
+from accel.graph.lowering.versions import VERSIONS
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
 from accel.spec import ArchSpec
 
-VERSION = 1  # raise it when the same canonical graph lowers to another one
+VERSION = VERSIONS["ort-cuda"]
 MICROSOFT = "com.microsoft"
 # As for TensorRT: norms and the residual stream stay float32. A step costs two small casts per norm for that.
 NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})

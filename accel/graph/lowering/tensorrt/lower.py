@@ -16,12 +16,13 @@ from accel.graph.lowering.tensorrt.linear import lower_linear
 from accel.graph.lowering.tensorrt.precision import set_precision
 from accel.graph.lowering.tensorrt.quantized import lower_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
+from accel.graph.lowering.versions import VERSIONS
 from accel.graph.pipeline import Pass, run_passes
 from accel.manifest import PassReport
 from accel.scheme import Scheme
 from accel.spec import ArchSpec
 
-VERSION = 1  # part of every engine's key: raise it when the same canonical graph lowers to another one
+VERSION = VERSIONS["tensorrt"]
 OPSET = 24  # TensorScatter; 25 would leave ONNX Runtime's CPU without an Attention kernel
 
 

@@ -1,0 +1,9 @@
+"""Versions of the lowerings, without the lowerings: whether a graph is current must be known at once, and is asked
+where no graph is read or made."""
+
+from __future__ import annotations
+
+# Target -> version. Raise it when the same canonical graph lowers to another one; it is part of every engine's key.
+VERSIONS = {"ort-cpu": 1, "tensorrt": 1, "cuda": 1, "ort-cuda": 1, "openvino": 1}
+
+__all__ = ["VERSIONS"]
