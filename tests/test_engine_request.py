@@ -90,7 +90,8 @@ def test_an_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"precision": "fp8"}, InputError, "unknown variant 'fp8'.*Did you mean"),
+        ({"precision": "fp9"}, InputError, "unknown variant 'fp9'.*Did you mean"),
+        ({"precision": "fp8"}, InputError, "sm86 does not compute in fp8: sm89 was the first.*fp16"),
         ({"sm": "sm90"}, InputError, "does not support sm90"),
         ({"sm": []}, InputError, "No SM"),
         ({"sm": ["sm86", "sm86"]}, InputError, "stands twice"),
