@@ -20,6 +20,7 @@ CUDA = "cuda-python>=12.8"
 RTX = ["tensorrt-rtx-cu13>=1.7", CUDA]
 CPU = ["onnxruntime>=1.32"]  # 1.32 brought query_seqlens
 EXPORT = ["torch>=2.11", "transformers>=5.17", "onnx>=1.21", "onnx-ir>=1.0", "onnxscript>=0.7.2", *CPU]
+OPENVINO = ["openvino>=2025.4"]  # older ones were not tried
 STORE = ["fsspec", "cryptography>=42"]  # engines in object stores, and ed25519 signatures; a local folder needs neither
 S3 = ["s3fs>=2024.10", *STORE]  # the first with writes that fail if the object is there
 # gguf and accelerate: reading GGUF; moto: a real S3 API on loopback; TensorRT-RTX builds engines without a GPU;
@@ -37,10 +38,12 @@ TEST = [
     *S3,
     *EXPORT,
     *LINUX_RTX,
+    *OPENVINO,
     "triton>=3.6; sys_platform == 'linux'",  # kernels run on its interpreter
 ]
 EXTRAS = {
     "cpu": CPU,
+    "openvino": OPENVINO,
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
     "cuda": ["onnxruntime-gpu", "triton>=3.6", "torch>=2.11", "onnx-ir>=1.0"],

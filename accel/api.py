@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,9 @@ from accel.bundle import Bundle, BundleWriter
 from accel.errors import DependencyError, InputError
 from accel.manifest import SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, ParityResult, PassReport, Variant
 from accel.recipe import ParityRecipe, Recipe, load_recipe
+from accel.scheme import parse_scheme
 from accel.spec import ArchSpec, Task
+from accel.variants import add_variant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,6 +45,7 @@ def export(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     max_positions: int | None = None,
+    variants: Sequence[str] = (),
     show_progress: bool | None = None,
 ) -> Bundle:
     """Exports a model into a bundle.
@@ -57,6 +60,8 @@ def export(
         overwrite: Replace a bundle that stands at ``out``.
         trust_remote_code: Run Python code that the checkpoint brings.
         max_positions: Longest sequence; None: the recipe's, else what the model's position scheme covers.
+        variants: Schemes to add once the bundle stands, such as ``w4g32``; see ``accel.add_variant``, whose errors
+            leave the bundle without that variant.
         show_progress: Show a progress bar on stderr; None: when it is a terminal.
 
     Returns:
@@ -76,6 +81,8 @@ def export(
     from accel.exporter.source import resolve_source
 
     chosen = None if task is None else check_task(task)
+    for variant in variants:
+        parse_scheme(variant)  # raises before any work
     if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
         what = f"max_positions must be an integer of at least 1, not {max_positions!r}"
         raise InputError(what, where="max_positions")
@@ -85,7 +92,10 @@ def export(
         settings = load_recipe(recipe, default=kind_of(chosen or source.task))
         final = chosen or settings.task or source.task
         limit = max_positions if max_positions is not None else settings.max_positions
-        return _Export(source, final, settings, limit, tokenizer, writer, progress).run()
+        bundle = _Export(source, final, settings, limit, tokenizer, writer, progress).run()
+    for variant in variants:
+        bundle = add_variant(bundle, variant, show_progress=show_progress)
+    return bundle
 
 
 def _check_packages() -> None:
@@ -163,6 +173,7 @@ class _Export:
         with self._stage("Reading the layers"):
             layers = probe_layers(model, kind_of(self.task))
             arch = read_arch(model, layers, self.task, self.max_positions)
+            self._check_profiles(arch)
             self.notes += copy_files(self.source, model, self.tokenizer, self.writer.path)
         cases = self._references(model, arch)
         with self._stage("Tracing"):
@@ -178,6 +189,13 @@ class _Export:
             {CANONICAL: names, ORT_CPU: _lowered_names(lowered, names)},
             cases,
         )  # fmt: skip
+
+    def _check_profiles(self, arch: ArchSpec) -> None:
+        """Raises InputError where no engine could be built for the recipe's profiles."""
+        from accel.builder.profiles import check_ranges, recorded_profiles
+
+        if self.recipe.profiles:
+            check_ranges(recorded_profiles(self.recipe.profiles), arch, capacity=None)
 
     def _references(self, model: PreTrainedModel, arch: ArchSpec) -> list[Case]:
         from accel.exporter.tracer import takes_token_types
@@ -221,6 +239,7 @@ class _Export:
             parameters=parameters,
             tied=tied,
             notes=tuple(self.notes),
+            profiles=self.recipe.profiles,
         )
 
     def _check(self, arch: ArchSpec, cases: list[Case], manifest: Manifest) -> dict[str, ParityResult]:

@@ -53,6 +53,8 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
     if "buffer_bytes" in facts:
         size = facts["buffer_bytes"] / 1e6
         lines.append(f"  memory on the GPU: {size:.0f} MB of caches, inputs and outputs, beside the engine itself")
+    if report.built:
+        lines.append(f"  layers: {', '.join(f'{count} {kind}' for kind, count in layers.items())}")
     if report.built and facts.get("peak_rss_bytes"):
         ratio = facts["peak_rss_bytes"] / max(1, facts["weight_bytes"])
         lines.append(f"  memory while building: {facts['peak_rss_bytes'] / 1e6:.0f} MB, {ratio:.1f} x the weights")

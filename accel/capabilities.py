@@ -15,6 +15,7 @@ from accel.machine import Cpu, Gpu, Memory, hidden_gpu, probe_cpu, probe_gpus, p
 
 MINIMUM_ONNXRUNTIME = (1, 32)
 MINIMUM_ONNXRUNTIME_GPU = (1, 31)  # the first with CUDA kernels for all that lowered graphs hold
+MINIMUM_OPENVINO = (2025, 4)  # the oldest that was tried
 CUDA_PROVIDER = "CUDAExecutionProvider"
 CUDA_13_DRIVER = (580,)  # the first that runs CUDA 13
 # Distributions that install into the one folder onnxruntime/.
@@ -114,6 +115,7 @@ def probe() -> Capabilities:
             _cuda_engine(gpus, hidden_gpu()),
             _onnxruntime_cuda_engine(onnxruntime, gpus, hidden_gpu()),
             _onnxruntime_engine(onnxruntime),
+            _openvino_engine(),
             _torch_engine(),
         ),
         warnings=tuple(warnings),
@@ -275,6 +277,18 @@ def _tensorrt_engines(gpus: tuple[Gpu, ...], hidden: str | None) -> tuple[Engine
             install = 'pip install "cuda-python>=12.8"' if version_of("cuda-python") is None else None
         rows.append(EngineStatus(name, runs, reason, install if wanted else None))
     return rows[0], rows[1]
+
+
+def _openvino_engine() -> EngineStatus:
+    """What can be said without importing it."""
+    version = version_of("openvino")
+    if version is None:
+        return EngineStatus("openvino", False, "openvino is not installed", 'pip install "accelrt[openvino]"')
+    if _release(version) < MINIMUM_OPENVINO:
+        why = f"openvino {version} is too old: {'.'.join(map(str, MINIMUM_OPENVINO))} or newer is needed"
+        return EngineStatus("openvino", False, why, 'pip install --upgrade "accelrt[openvino]"')
+    runs = "encoders in fp32 and bf16 (accel quantize --target openvino)"
+    return EngineStatus("openvino", True, f"openvino {version}; {runs}", None)
 
 
 def _torch_engine() -> EngineStatus:

@@ -94,6 +94,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="a packaged recipe's name, or a YAML file")
     parser.add_argument("--task", help="e.g. feature-extraction; default: read from the architecture")
     parser.add_argument("--max-positions", type=int, metavar="N", help="longest sequence; default: the model's own")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="add a variant too; may be repeated")
     parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings")
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison with PyTorch")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that stands at OUT")
@@ -165,7 +166,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     variants = "fp16, bf16, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, w4g32+kv8, ...; may be repeated"
-    targets = "ort-cpu, tensorrt, cuda, ort-cuda; may be repeated"
+    targets = "ort-cpu, openvino, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
         "--target", action="append", metavar="NAME",
@@ -195,7 +196,7 @@ def _add_build(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--capacity", type=int, metavar="N", help="decoders: cache positions per row (default 2048)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="most rows (default 8, encoders 32)")
-    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML, see docs/build.md; default: usual ones")
+    parser.add_argument("--profiles", type=Path, metavar="FILE", help="YAML, see docs/build.md; default: the bundle's")
     parser.add_argument("--optimization-level", type=int, default=3, metavar="N", help="0 to 5 (default 3)")
     parser.add_argument("--workspace", metavar="SIZE", help="scratch memory of a layer, e.g. 2G")
     parser.add_argument("--refittable", action="store_true", help="keep the weights replaceable")
@@ -267,7 +268,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
-    engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, torch"
+    engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, openvino, torch"
     default = "the fastest that accel bench measured, else the first that runs"
     group.add_argument("--engine", default="auto", help=f"{engines}; default: {default}")
     group.add_argument("--device", default="auto")

@@ -36,6 +36,7 @@ def export(options: Namespace) -> int:
         recipe = read_recipe(recipe) if recipe is not None else {}
         recipe["parity"] = {**recipe.get("parity", {}), "enabled": False}
     choices = {name: getattr(options, name) for name in ("task", "overwrite", "trust_remote_code", "max_positions")}
+    choices["variants"] = options.variant or ()
     started = time.perf_counter()
     accel.export(options.model, options.out, recipe, **choices)
     manifest = Bundle.open(options.out).manifest

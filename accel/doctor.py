@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import IO, TYPE_CHECKING
 
+import accel_cpu
+
 from accel.capabilities import Capabilities, Package
 
 if TYPE_CHECKING:
@@ -64,6 +66,9 @@ def _machine_table(found: Capabilities) -> Table:
         ragged = "yes" if onnxruntime.query_seqlens else "no"
         providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.providers)
         table.add_row("ONNX Runtime", f"{onnxruntime.version}; providers {providers}; ragged attention {ragged}")
+    reason = accel_cpu.unavailable_reason()
+    operators = f"compiled, run on {accel_cpu.instruction_set()}" if reason is None else f"none: {reason}"
+    table.add_row("Integers on the CPU", operators)
     return table
 
 

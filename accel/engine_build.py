@@ -81,7 +81,8 @@ def build(
         bundle: A bundle or its directory.
         target: ``tensorrt`` (for the GPU of this machine) or ``rtx`` (for any SM it knows, without a GPU).
         sm: ``auto``: this machine's GPU; or names such as ``sm86``, as a list or between commas.
-        profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: the usual ones.
+        profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: those of the
+            recipe that the bundle was exported with, else, and where ``max_batch`` is given, the usual ones.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16``, ``bf16``, or a
             variant with fewer bits, such as ``w4g32``, ``w8a8`` or ``fp8``.
         capacity: Cache positions per row, decoders only; None: 2,048 or what the model covers.

@@ -18,7 +18,7 @@ from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, curre
 from accel.errors import DependencyError, InputError
 from accel.scheme import Scheme, parse_scheme
 from accel.sizes import parse_size
-from accel.spec import ArchSpec, TensorSpec
+from accel.spec import ArchSpec, ProfileRanges, TensorSpec
 from accel.store import EngineKey
 
 if TYPE_CHECKING:
@@ -105,16 +105,14 @@ def settle(
         As ``accel.build``.
     """
     from accel.builder.build import BuildSettings, check_settings
-    from accel.builder.profiles import check_ranges, default_profiles, read_profiles
+    from accel.builder.profiles import check_ranges
 
     arch = bundle.manifest.arch
     sms = _resolve_sms(flavour, sm)
     rows = check_count("max_batch", max_batch) or (32 if arch.kind == "encoder" else DEFAULT_MAX_BATCH)
     positions = _resolve_capacity(arch, check_count("capacity", capacity))
-    chosen = read_profiles(profiles) if profiles is not None else default_profiles(arch, rows, positions)
-    if not chosen:
-        remedy = "Name at least one, or leave them out for the usual ones"
-        raise InputError("There is no profile", where="profiles", remedy=remedy)
+    recorded = bundle.manifest.profiles if max_batch is None else {}
+    chosen = _choose_profiles(profiles, recorded, arch, rows, positions)
     variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
     scheme = _check_variant(arch, variant)
     settings = BuildSettings(
@@ -128,6 +126,24 @@ def settle(
     rows = _most_rows(arch, settings)
     _check_alignment(arch, settings, rows)
     return Settled(variant, settings, rows)
+
+
+def _choose_profiles(
+    asked: Mapping[str, Any] | None,
+    recorded: Mapping[str, ProfileRanges],
+    arch: ArchSpec,
+    rows: int,
+    capacity: int | None,
+) -> tuple[Profile, ...]:
+    """Those asked for, else those of the bundle's recipe, else the usual ones."""
+    from accel.builder.profiles import default_profiles, read_profiles, recorded_profiles
+
+    if asked is None:
+        return recorded_profiles(recorded) or default_profiles(arch, rows, capacity)
+    if not asked:
+        remedy = "Name at least one, or leave them out for the usual ones"
+        raise InputError("There is no profile", where="profiles", remedy=remedy)
+    return read_profiles(asked)
 
 
 def prepare(

@@ -35,14 +35,18 @@ class KvQuantization:
         """Whether every channel of every head has its own scale."""
         return self.keys[0].ndim == 2
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The least and the largest integer."""
+        return -(1 << self.bits - 1), (1 << self.bits - 1) - 1
+
     def check(self, arch: ArchSpec) -> None:
         """Compares with a model's layers.
 
         Raises:
             InputError: Bits that no cache has, a layer's scales are missing, of another shape, or no positive numbers.
         """
-        if self.bits not in KV_BITS:
-            raise InputError(f"a KV cache has 8 or 4 bits, not {self.bits}", where="kv.bits")
+        check_bits(self.bits)
         for part, scales in (("keys", self.keys), ("values", self.values)):
             if len(scales) != len(arch.layers):
                 what = f"scales of {len(scales)} layers for a model of {len(arch.layers)}"
@@ -57,4 +61,14 @@ class KvQuantization:
                     raise InputError("a scale is not a positive number", where=where, remedy="Calibrate again")
 
 
-__all__ = ["KV_BITS", "KvQuantization"]
+def check_bits(bits: int) -> None:
+    """Refuses bits that no integer cache has.
+
+    Raises:
+        InputError: Neither 8 nor 4.
+    """
+    if bits not in KV_BITS:
+        raise InputError(f"a KV cache has 8 or 4 bits, not {bits}", where="kv.bits")
+
+
+__all__ = ["KV_BITS", "KvQuantization", "check_bits"]

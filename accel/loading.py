@@ -37,7 +37,7 @@ def load(
         device: ``auto``, ``cpu`` or ``cuda``.
         engine: ``auto``: the fastest that ``accel bench`` measured for this bundle on this machine, else the first of
             the documented order that runs; or the one engine to use (``tensorrt``, ``rtx``, ``cuda``, ``ort-cuda``,
-            ``ort-cpu``, ``torch``): no other takes its place.
+            ``ort-cpu``, ``openvino``, ``torch``): no other takes its place.
         variant: ``auto``: fp32 on the CPU, on a GPU the engine's own choice, whatever was measured; ``fastest``: the
             fastest variant that ``accel bench`` measured here, which may round more; or the precision to use.
         capacity: Cache positions per sequence, decoders only. None: on the CPU up to 4,096, as the model and memory

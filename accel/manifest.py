@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from accel.spec import ArchSpec, TensorSpec
+from accel.spec import ArchSpec, ProfileRanges, TensorSpec
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -306,6 +306,7 @@ class Manifest:
     parameters: dict[str, ParameterEntry] = field(default_factory=dict)  # for the PyTorch reference engine
     tied: dict[str, str] = field(default_factory=dict)  # parameter -> the parameter it shares storage with
     notes: tuple[str, ...] = ()  # what the export left behind, or did without
+    profiles: dict[str, ProfileRanges] = field(default_factory=dict)  # of engines, by name, from the recipe
 
 
 __all__ = [

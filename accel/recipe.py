@@ -11,7 +11,7 @@ from typing import Any
 
 from accel.errors import RecipeError
 from accel.schema import from_dict, suggest, to_dict
-from accel.spec import Task
+from accel.spec import ProfileRanges, Task
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,13 @@ class Recipe:
         task: None: read from the architecture's class name.
         max_positions: Longest sequence; None: what the model's position scheme covers.
         parity: The parity gate.
+        profiles: Named ranges that TensorRT engines of the bundle are built for; none: the usual ones.
     """
 
     task: Task | None = None
     max_positions: int | None = None
     parity: ParityRecipe = field(default_factory=ParityRecipe)
+    profiles: dict[str, ProfileRanges] = field(default_factory=dict)
 
 
 def load_recipe(source: Recipe | Mapping[str, Any] | str | Path | None, default: str = "encoder") -> Recipe:
@@ -159,6 +161,10 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
         f"parity.greedy_tokens must be at least 0, not {parity.greedy_tokens}": parity.greedy_tokens >= 0,
         f"parity.seed must be at least 0, not {parity.seed}": parity.seed >= 0,
     }
+    for name, profile in recipe.profiles.items():
+        for axis, values in (("batch", profile.batch), ("sequence", profile.sequence)):
+            said = f"must be 1 <= min <= opt <= max, not {values.min}, {values.opt}, {values.max}"
+            checks[f"profiles.{name}.{axis} {said}"] = 1 <= values.min <= values.opt <= values.max
     for what, holds in checks.items():
         if not holds:
             raise RecipeError(what, where=where, remedy="Correct the value")

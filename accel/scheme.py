@@ -91,9 +91,22 @@ def stores_integers(name: str) -> bool:
         return False
 
 
+def gpu_type(name: str, dtype: str) -> str:
+    """The type that a variant computes in, and caches, on ONNX Runtime's CUDA provider and our kernels.
+
+    Args:
+        name: The variant's.
+        dtype: That of its manifest entry, which is the CPU's where weights are integers.
+    """
+    return "float16" if stores_integers(name) else dtype
+
+
 def _unknown(name: str) -> InputError:
     remedy = f"{suggest(name, [*BASES, *QUANTIZED, *CACHES])}; + joins one with a cache: w4g32+kv8"
     return InputError(f"unknown variant {name!r}", where="variant", remedy=remedy)
 
 
-__all__ = ["BASES", "CACHES", "GROUPS", "QUANTIZED", "Activations", "Base", "Scheme", "parse_scheme", "stores_integers"]
+__all__ = [
+    *("BASES", "CACHES", "GROUPS", "QUANTIZED"),
+    *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers"),
+]

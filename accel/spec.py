@@ -73,6 +73,23 @@ class ArchSpec:
 
 
 @dataclass(frozen=True)
+class Range:
+    """What a dimension of an engine's input may be; kernels are chosen for ``opt``."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class ProfileRanges:
+    """What the calls of one engine profile may be: ``batch`` rows of ``sequence`` tokens each."""
+
+    batch: Range
+    sequence: Range
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """A graph input or output. A dimension is an int or a symbol's name."""
 

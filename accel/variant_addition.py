@@ -17,7 +17,7 @@ from accel.errors import BundleError, InputError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, TextSet
 from accel.scheme import Scheme
-from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated
+from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from accel.compress.texts import Calibration
     from accel.exporter.progress import ExportProgress
     from accel.kv_quantization import KvQuantization
+    from accel.runtime.text import Tokenizer
 
 _log = logging.getLogger("accel")
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp8": "float16"}  # fp8: what is not in 8 bits
@@ -74,7 +75,7 @@ class Addition:
     quantizing: Quantizing
     progress: ExportProgress
     quantization: Quantization | None = None
-    _input_scales: Mapping[str, float] = field(default_factory=dict)
+    _told: Plan | None = None
 
     @property
     def bundle(self) -> Bundle:
@@ -114,11 +115,14 @@ class Addition:
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
         kept = [file for file in old.weights if file not in self.outdated()]
-        weights = tuple(dict.fromkeys((*kept, *(entry.weights or ()))))
+        # fp32's own file, read by another precision's graph, is no file of that precision: engines' keys would change.
+        lent = manifest.variants[BASE].weights if self.variant != BASE and self.target.rounds else ()
+        new = [file for file in entry.weights or () if file not in lent]
+        weights = tuple(dict.fromkeys((*kept, *new)))
         graphs = {**old.graphs, self.target.name: entry}
         quantization = self.quantization or old.quantization
-        new = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
-        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: new}, parity=parity)
+        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)
 
     def outdated(self) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that other graphs read are left."""
@@ -159,6 +163,7 @@ class Addition:
         entry = self.bundle.graph(BASE, CANONICAL)
         canonical = load_canonical(self.bundle.file(entry.file))
         canonical, plan = self._plan(canonical)
+        self._told = plan
         self.progress.stage(f"Lowering to {self.target.title}, {self.variant}")
         model, passes = self.target.lower(canonical, arch, plan)
         self.progress.stage("Writing the weights")
@@ -189,7 +194,7 @@ class Addition:
             budget=None if chosen.max_bytes is None else Budget(max_bytes=chosen.max_bytes),
         )  # fmt: skip
         sha256 = None if calibration is None else calibration.sha256
-        self.quantization, self._input_scales = _record(report, sha256), report.input_scales
+        self.quantization = _record(report, sha256)
         return canonical, Plan(self.scheme, report.input_scales, parameters, self._kv(canonical))
 
     def _float8(self, canonical: ir.Model) -> Plan:
@@ -212,30 +217,43 @@ class Addition:
             what, remedy = "fp8 needs calibration text", "Give token ids: the model has no tokenizer"
             raise InputError(what, where="calibration", remedy=remedy)
         report = calibrate_float8(canonical, self.bundle.manifest.arch, calibration, self.progress)
-        self.quantization, self._input_scales = _record(report, calibration.sha256), report.input_scales
+        self.quantization = _record(report, calibration.sha256)
         return Plan(self.scheme, report.input_scales)
 
     def _calibration(self) -> Calibration | None:
         """What algorithms look at; None: nothing is needed, or the model has no tokenizer and none was given."""
         from accel.compress.texts import resolve_calibration
-        from accel.runtime.text import TOKENIZER_FILE, Tokenizer
 
         asked, arch = self.quantizing.calibration, self.bundle.manifest.arch
         if asked is None and self.quantizing.algorithm == "rtn" and self.scheme.activations != "static":
             return None
-        tokenizer = Tokenizer.from_bundle(self.bundle) if self.bundle.has(TOKENIZER_FILE) else None
+        tokenizer = self._tokenizer()
         if asked is None and tokenizer is None:
             return None
         return resolve_calibration(asked, arch, tokenizer)
 
+    def _tokenizer(self) -> Tokenizer | None:
+        from accel.runtime.text import TOKENIZER_FILE, Tokenizer
+
+        return Tokenizer.from_bundle(self.bundle) if self.bundle.has(TOKENIZER_FILE) else None
+
     def _kv(self, canonical: ir.Model) -> KvQuantization | None:
+        """Calibrated scales of the caches."""
         if self.scheme.kv_bits is None:
             return None
-        raise NotImplementedError
+        from accel.compress.kv_scales import calibrate_cache
+        from accel.compress.texts import resolve_calibration
+
+        bundle = self.bundle
+        calibration = resolve_calibration(self.quantizing.calibration, bundle.manifest.arch, self._tokenizer())
+        self.progress.stage("Calibrating the cache", calibration.tokens)
+        return calibrate_cache(
+            bundle, canonical, calibration.samples, self.scheme.kv_bits, advance=self.progress.advance
+        )
 
     def _reads_base(self) -> bool:
         """Whether the weights are fp32's own."""
-        return self.scheme.base == BASE and not self.scheme.quantized
+        return self.target.rounds or (self.scheme.base == BASE and not self.scheme.quantized)
 
     def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
         if self.target.name == CPU:
@@ -244,11 +262,17 @@ class Addition:
                 def preview() -> Bundle:
                     return stack.enter_context(self.extension.preview(manifest))
 
-                result = check_integers(self.bundle, self.scheme, canonical, self._input_scales, preview)
+                assert self._told is not None
+                result = check_integers(self.bundle, self._told, canonical, preview)
+        elif self.target.rounds:
+            with self.extension.preview(manifest) as whole:
+                session = opened(whole, self.scheme, self.target)
+                result = check_precision(self.bundle, self.scheme, self.target, session)
         else:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
             if self.scheme.quantized:
-                result = check_evaluated(self.bundle, self.scheme, canonical, self._input_scales, session)
+                assert self._told is not None
+                result = check_evaluated(self.bundle, self._told, canonical, session)
             else:
                 result = check_precision(self.bundle, self.scheme, self.target, session)
         name = f"{self.variant} for {self.target.title}"

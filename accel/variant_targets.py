@@ -60,6 +60,9 @@ class Target:
         session: (evaluated graph, arch, rows, capacity, dtype) -> encoder or decoder session over it.
         refuses: (arch, scheme) -> why it has no graph for a model in a scheme, or None.
         fp32: Kinds of models that it runs in plain fp32 too.
+        rounds: Whether its engine rounds by itself: graphs of all its precisions read fp32's own weights, and are
+            compared as its engine runs them, for nothing else tells what it rounds.
+        usable: Whether its graphs can be made and compared here.
     """
 
     name: str
@@ -68,6 +71,8 @@ class Target:
     session: Callable[[Any, ArchSpec, int, int, ir.DataType], Any]
     refuses: Callable[[ArchSpec, Scheme], str | None]
     fp32: tuple[Kind, ...] = ()
+    rounds: bool = False
+    usable: Callable[[], bool] = lambda: True
 
     @property
     def version(self) -> int:
@@ -140,7 +145,27 @@ def _lower_ort_cpu() -> Any:
 
 
 def _no_session(run: Any, arch: ArchSpec, rows: int, capacity: int, dtype: ir.DataType) -> Any:
-    raise AssertionError("graphs for ONNX Runtime CPU run there")
+    raise AssertionError("its graphs run in their engine")
+
+
+def _lower_openvino() -> Any:
+    from accel.graph.lowering import openvino
+
+    return openvino
+
+
+def _has_openvino() -> bool:
+    from accel.engines.openvino.package import is_installed
+
+    return is_installed()
+
+
+def _refuse_openvino(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if arch.kind != "encoder":
+        return "it has no caches that are updated in place"
+    if scheme.base not in ("fp32", "bf16") or scheme.quantized or scheme.kv_bits is not None:
+        return "it runs fp32 and bf16 here"
+    return None
 
 
 def _refuse_cpu(arch: ArchSpec, scheme: Scheme) -> str | None:
@@ -167,14 +192,30 @@ def _refuse_integers(arch: ArchSpec, scheme: Scheme) -> str | None:
     return None
 
 
+def _refuse_all_but_groups(arch: ArchSpec, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None:
+        return "its caches are floats"
+    if scheme.activations != "none":
+        return "its kernels take floats times integer weights in groups (w8g32, w4g128, ...), no integers on both sides"
+    if scheme.base == "fp8":
+        return "it has no products of 8-bit floats"
+    return None
+
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
         Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_tensorrt, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_integers),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_all_but_groups),
         # Its attention over a cache has no fp32 kernel.
-        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_integers, ("encoder",)),
+        Target(
+            "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
+        ),
+        Target(
+            "openvino", "OpenVINO", _lower_openvino, _no_session, _refuse_openvino, ("encoder",),
+            rounds=True, usable=_has_openvino,
+        ),
     )
 }
 
@@ -191,13 +232,13 @@ def find_target(name: str) -> Target:
 
 
 def sensible_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
-    """The targets that run a model of this kind in a scheme.
+    """The targets that run a model of this kind in a scheme, and whose graphs can be made here.
 
     Raises:
         InputError: No such scheme.
     """
     scheme = parse_scheme(variant)
-    able = [target for target in TARGETS.values() if target.refuses(arch, scheme) is None]
+    able = [target for target in TARGETS.values() if target.refuses(arch, scheme) is None and target.usable()]
     return tuple(target.name for target in able if not scheme.lossless or arch.kind in target.fp32)
 
 

@@ -37,17 +37,18 @@ def add_variant(
 ) -> Bundle:
     """Adds a variant's graph for a target, and its weights, to a bundle, unless they are there.
 
-    A graph in floats is evaluated with PyTorch in its own precision and compared with the bundle's fp32 engine. One
-    with integers runs in its engine (for TensorRT it is evaluated) and is compared with PyTorch on the same integers;
-    what the rounding costs a CPU's graph is measured on text and recorded, see ``accel.quality``. Weights that the
-    variant's graph for another target has stored already are read there. A graph that another version of the lowering
-    wrote, or an accel that recorded no version, is lowered again: new files take the place of the old ones, which go.
+    A graph in floats is evaluated with PyTorch in its own precision (OpenVINO's, which rounds by itself, in
+    OpenVINO, which must be installed) and compared with the bundle's fp32 engine. One with integers runs in its
+    engine (for GPUs it is evaluated) and is compared with PyTorch on the same integers; what the rounding costs a
+    CPU's graph is measured on text and recorded, see ``accel.quality``. Weights that the variant's graph for
+    another target has stored already are read there. A graph that another version of the lowering wrote, or an
+    accel that recorded no version, is lowered again: new files take the place of the old ones, which go.
 
     Args:
         bundle: A bundle or its directory; its other files stay as they are.
         variant: A scheme's name, see ``accel.scheme``: ``fp32``, ``fp16``, ``bf16``, ``w8a8-dyn``, ``w4g32+kv8``, ...
-        target: ``ort-cpu``, ``tensorrt``, ``cuda`` or ``ort-cuda``. None: ``tensorrt`` for floats, and for integers
-            the first that takes them.
+        target: ``ort-cpu``, ``openvino``, ``tensorrt``, ``cuda`` or ``ort-cuda``. None: ``tensorrt`` for floats, and
+            for integers the first that takes them.
         check: Compare. Off only for graphs that are checked elsewhere.
         algorithm: Chooses the integers: ``auto``, ``rtn``, ``gptq``, ... see ``accel.compress``.
         calibration: Text that algorithms and caches are calibrated on: a UTF-8 file, or passages. None: a built-in one.

@@ -63,11 +63,13 @@ OWNERS = {
             "accel.engines.torch_reference",
             "accel.engines.torch_operators",
             "accel.engines.cuda",
+            "accel.graph.lowering.cuda.quantized",  # the kernels' own packing
         ),
         *("accel.bench", "accel.compress", "accel_kernels"),
     ),
     "transformers": ("accel.exporter", "accel.engines.torch_reference", "accel.bench"),
     "onnxruntime": ("accel.engines.ort", "accel.graph", "accel.capabilities", "accel.bench", "accel_cpu.benchmark"),
+    "openvino": ("accel.engines.openvino", "accel.bench"),
     "onnx": ONNX,
     "onnx_ir": ONNX,
     "onnxscript": ("accel.exporter", "accel.graph", "accel.bench"),

@@ -87,6 +87,7 @@ def test_build_and_cache(bundle: Path, tmp_path: Path, capsys: Output) -> None:
     text = capsys.readouterr().out
     assert "sm86 fp16: " in text and "built in" in text and "2 fused attention layers, 4 cache updates" in text
     assert "2 rows of 64 positions" in text and "memory while building" in text and "checks of the network" in text
+    assert "  layers: " in text and " matrix_multiply, " in text and ", 4 kv_cache_update" in text
     assert "latency: not measured (no GPU sm86 here)" in text or "latency: prefill " in text
     assert len(text.splitlines()) > 20  # the table
     assert run(*asked, "--workspace", 256 << 20) == 0

@@ -204,4 +204,4 @@ def test_the_gpu_flavour_is_not_to_be_swapped_for_the_cpus(found: Capabilities) 
     row = engine_of(FLAVOUR)
     assert not row.available and row.install is None and "this one is for ort-cuda" in row.reason
     names = [engine.name for engine in found.engines]
-    assert names == ["tensorrt", "rtx", "cuda", "ort-cuda", "ort-cpu", "torch"]
+    assert names == ["tensorrt", "rtx", "cuda", "ort-cuda", "ort-cpu", "openvino", "torch"]

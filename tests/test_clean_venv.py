@@ -19,8 +19,9 @@ RUN = """
 import importlib.util, json, sys
 for name in ("torch", "transformers", "onnx", "onnxscript"):
     assert importlib.util.find_spec(name) is None, name + " is installed"
-import accel, accel_kernels
+import accel, accel_cpu, accel_kernels
 assert "site-packages" in accel.__file__, accel.__file__
+assert accel_cpu.library_path() is not None, accel_cpu.unavailable_reason()
 from accel.recipe import recipe_names
 with accel.load(sys.argv[1]) as encoder:
     vectors = encoder.embed(["A cat sits on the mat.", "A kitten rests on a rug.", "Stocks fell on Monday."])

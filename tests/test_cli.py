@@ -145,6 +145,8 @@ def test_doctor(capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
     import accel.capabilities as capabilities
 
     monkeypatch.setattr(capabilities, "_torch_engine", lambda: capabilities.EngineStatus("torch", False, "x", None))
+    absent = capabilities.EngineStatus("openvino", False, "x", None)
+    monkeypatch.setattr(capabilities, "_openvino_engine", lambda: absent)
     nothing = capabilities.OnnxRuntime((), None, (), False, "onnxruntime is not installed")
     monkeypatch.setattr(capabilities, "probe_onnxruntime", lambda: nothing)
     assert run("doctor") == 1

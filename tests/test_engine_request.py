@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import accel
 from accel import engine_request
 from accel.bundle import Bundle
 from accel.engine_build import build
@@ -90,8 +91,8 @@ def test_an_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"precision": "fp9"}, InputError, "unknown variant 'fp9'.*Did you mean"),
-        ({"precision": "fp8"}, InputError, "sm86 does not compute in fp8: sm89 was the first.*fp16"),
+        ({"precision": "fp61"}, InputError, "unknown variant 'fp61'.*Did you mean"),
+        ({"precision": "fp8", "sm": "sm86"}, InputError, "sm86 does not compute in fp8: sm89 was the first"),
         ({"sm": "sm90"}, InputError, "does not support sm90"),
         ({"sm": []}, InputError, "No SM"),
         ({"sm": ["sm86", "sm86"]}, InputError, "stands twice"),
@@ -173,3 +174,23 @@ def test_the_profiles_of_the_docs(bundle: Path, tmp_path: Path, minilm_bundle: P
         found = settle(Bundle.open(model), load_flavour("rtx"), "sm86", profiles=read_yaml(file))
         names = [profile.name for profile in found.settings.profiles]
         assert names == list(yaml.safe_load(example)) and found.max_batch == (16 if model == bundle else 64)
+
+
+def test_profiles_of_the_recipe_come_with_the_bundle(tiny_decoder_source: Path, tmp_path: Path) -> None:
+    """What is asked of the build itself goes first."""
+    recipe: dict[str, Any] = {"parity": {"enabled": False}, "profiles": PROFILES}
+    opened, flavour = accel.export(tiny_decoder_source, tmp_path / "bundle", recipe), load_flavour("rtx")
+
+    def ranges(**asked: Any) -> dict[str, tuple[int, int]]:
+        settled = settle(opened, flavour, "sm86", capacity=64, **asked)
+        return {profile.name: (profile.batch.max, profile.sequence.max) for profile in settled.settings.profiles}
+
+    assert ranges() == {"prefill": (1, 32), "decode": (4, 1)}
+    assert ranges(max_batch=2) == {"prefill": (1, 64), "decode": (2, 1)}  # the usual ones
+    assert ranges(profiles={"all": {"batch": RANGE, "sequence": RANGE}}) == {"all": (1, 1)}
+    with pytest.raises(InputError, match="The sequence goes up to 32, the capacity to 16 .at profile prefill"):
+        settle(opened, flavour, "sm86", capacity=16)
+    recipe["profiles"] = {"long": {"batch": RANGE, "sequence": {"min": 1, "opt": 8, "max": 1024}}}
+    with pytest.raises(InputError, match="The sequence goes up to 1024, the model's positions to 512"):
+        accel.export(tiny_decoder_source, tmp_path / "other", recipe)
+    assert not (tmp_path / "other").exists()

@@ -7,6 +7,9 @@ import pytest
 
 from accel.errors import RecipeError
 from accel.recipe import ParityRecipe, Recipe, load_recipe, recipe_names
+from accel.spec import ProfileRanges, Range
+
+ONE = {"min": 1, "opt": 1, "max": 1}
 
 
 def test_packaged_recipes_are_found_by_name() -> None:
@@ -27,6 +30,13 @@ def test_mapping_and_file_are_laid_over_the_default(tmp_path: Path) -> None:
     assert load_recipe(path) == load_recipe(None)
 
 
+def test_profiles_of_engines(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("profiles:\n  decode: {batch: {min: 1, opt: 4, max: 8}, sequence: {min: 1, opt: 1, max: 1}}\n")
+    assert load_recipe(path, "decoder").profiles == {"decode": ProfileRanges(Range(1, 4, 8), Range(1, 1, 1))}
+    assert load_recipe(None).profiles == {}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -42,6 +52,11 @@ def test_mapping_and_file_are_laid_over_the_default(tmp_path: Path) -> None:
         ({"parity": {"greedy_tokens": -1}}, "parity.greedy_tokens"),
         ({"parity": {"seed": -1}}, "parity.seed"),
         ({"parity": 3}, "Expected a mapping, found 3"),
+        ({"profiles": {"decode": {"batch": ONE}}}, "Missing key 'sequence'"),
+        ({"profiles": {"decode": {"batch": ONE, "sequence": ONE, "width": ONE}}}, "Unknown key 'width'"),
+        ({"profiles": {"long": {"batch": ONE, "sequence": {"min": 9, "opt": 5, "max": 1}}}},
+         "profiles.long.sequence must be 1 <= min <= opt <= max, not 9, 5, 1"),
+        ({"profiles": {"none": {"batch": {"min": 0, "opt": 1, "max": 1}, "sequence": ONE}}}, "profiles.none.batch"),
     ],
 )
 def test_bad_keys_and_values(data: dict[str, Any], message: str) -> None:

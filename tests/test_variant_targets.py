@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import accel
 from accel.bundle import Bundle
+from accel.capabilities import version_of
 from accel.cli import main
 from accel.errors import FusionError, InputError
 from accel.graph.external import INLINE_BYTES
@@ -125,7 +126,8 @@ def test_the_command_adds_all_that_make_sense(decoder: Path, capsys: pytest.Capt
 
 def test_sensible_targets(minilm_bundle: Path, decoder: Path) -> None:
     encoder, arch = Bundle.open(minilm_bundle).manifest.arch, Bundle.open(decoder).manifest.arch
-    assert sensible_targets(encoder, "fp32") == ("tensorrt", "ort-cuda")
+    openvino = ("openvino",) if version_of("openvino") is not None else ()
+    assert sensible_targets(encoder, "fp32") == ("tensorrt", "ort-cuda", *openvino)
     assert sensible_targets(arch, "fp16") == ("tensorrt", "cuda", "ort-cuda")
     assert sensible_targets(arch, "fp32") == ("tensorrt",)
 

@@ -9,22 +9,13 @@ from typing import Any
 from accel.builder.source import CAPACITY, GraphSource
 from accel.errors import InputError, RecipeError
 from accel.schema import from_dict
-from accel.spec import ArchSpec, TensorSpec
+from accel.spec import ArchSpec, ProfileRanges, Range, TensorSpec
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # min, opt, max
 _PROMPT = 128  # positions that a prompt is tuned for
 _CHUNK = 256  # tokens of a decoder's run; the slot loop's own default
 _LONGEST = 512  # tokens of an encoder's row
 _LOGITS = 32  # rows of logits of one run over a prompt: scoring wants many
-
-
-@dataclass(frozen=True)
-class Range:
-    """What a dimension may be; kernels are chosen for ``opt``."""
-
-    min: int
-    opt: int
-    max: int
 
 
 @dataclass(frozen=True)
@@ -42,12 +33,6 @@ class Profile:
     sequence: Range
 
 
-@dataclass(frozen=True)
-class _Ranges:
-    batch: Range
-    sequence: Range
-
-
 def read_profiles(data: Mapping[str, Any], where: str = "profiles") -> tuple[Profile, ...]:
     """Reads what a recipe says: ``{prefill: {batch: {min, opt, max}, sequence: {min, opt, max}}, decode: ...}``.
 
@@ -56,9 +41,14 @@ def read_profiles(data: Mapping[str, Any], where: str = "profiles") -> tuple[Pro
     """
     profiles = []
     for name, ranges in data.items():
-        read = from_dict(_Ranges, ranges, f"{where}.{name}", error=RecipeError)
+        read = from_dict(ProfileRanges, ranges, f"{where}.{name}", error=RecipeError)
         profiles.append(Profile(str(name), read.batch, read.sequence))
     return tuple(profiles)
+
+
+def recorded_profiles(recorded: Mapping[str, ProfileRanges]) -> tuple[Profile, ...]:
+    """The profiles that a recipe asked for when the bundle was exported."""
+    return tuple(Profile(name, ranges.batch, ranges.sequence) for name, ranges in recorded.items())
 
 
 def default_profiles(arch: ArchSpec, max_batch: int, capacity: int | None = None) -> tuple[Profile, ...]:
@@ -208,5 +198,6 @@ __all__ = [
     "default_profiles",
     "input_shapes",
     "read_profiles",
+    "recorded_profiles",
     "takes",
 ]

@@ -20,6 +20,7 @@ from accel.spec import ArchSpec, TensorSpec
 
 # Operators whose operands must be float32 in every variant: in fp16 their sums overflow.
 ISLANDS = ("LayerNormalization", "RMSNormalization", "Softmax")
+PRODUCTS = ("Gemm", "MatMul")  # operators that compute in the variant's own type
 _FLOATS = ("float32", "float16", "bfloat16")
 _REMEDIES = {
     "attention": "Lower the layer's attention to one Attention node with that name",
@@ -71,6 +72,7 @@ def prove(proof: Proof, repairs: list[str]) -> ProofTable:
     rows += operation_rows(proof.view, proof.source)
     rows += quantized_rows(proof.view, proof.source)
     rows += _island_rows(proof)
+    rows += _product_rows(proof)
     if proof.canonical is not None:
         rows += lowering_rows(proof.source, proof.canonical, proof.arch)
     return ProofTable(tuple(rows), tuple(repairs))
@@ -152,6 +154,20 @@ def _island_rows(proof: Proof) -> Iterator[ProofRow]:
             operands = [tensor for layer in layers for tensor in proof.view.operands(layer)]
             found = sorted({name for tensor in operands if (name := proof.view.dtype(tensor)) in _FLOATS})
             yield row(proof.source.layer_index(node.name), node.name, "dtype", "float32", "+".join(found))
+
+
+def _product_rows(proof: Proof) -> Iterator[ProofRow]:
+    """Matrix products take operands of the asked type: one left in float32 would store and read twice as much."""
+    if proof.dtype is None:
+        return
+    wrong = []
+    for node in proof.source.proto.graph.node:
+        for layer in proof.view.of_node(node.name) if node.op_type in PRODUCTS else ():
+            found = {proof.view.dtype(tensor) for tensor in proof.view.operands(layer)}
+            if layer.type.name == "MATRIX_MULTIPLY" and found != {proof.dtype}:
+                index = proof.source.layer_index(node.name)
+                wrong.append(row(index, node.name, "product dtype", proof.dtype, "+".join(sorted(found))))
+    yield from wrong or [row(None, "", "product dtype", proof.dtype, proof.dtype)]
 
 
 __all__ = ["ISLANDS", "Proof", "check", "prove"]

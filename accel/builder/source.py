@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-import threading
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,9 @@ from accel.errors import EngineBuildError, InputError
 from accel.spec import TensorSpec
 
 CAPACITY = "C"  # the symbol of the cache slots in a decoder's shapes
-_TRIM_SECONDS = 0.002
-_LAYER = re.compile(r"layers\.(\d+)\.")
+# Names of nodes and parameters that say which layer they belong to, and of parameters that belong to none.
+_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?)\.(\d+)\.")
+_PARAMETER = re.compile(r"(?:^|\.)(?:weight|bias)(?:\.|$)")
 
 
 class GraphSource:
@@ -53,6 +52,7 @@ class GraphSource:
         self.inputs = tuple(_spec(value) for value in graph.input if value.name not in self._initializers)
         self.outputs = tuple(_spec(value) for value in graph.output)
         self.nodes: dict[str, Any] = {node.name: node for node in graph.node}
+        self._layers: dict[str, int | None] | None = None  # by node, see layer_index
         self._makers = {name: node for node in graph.node for name in node.output}
         self._made = {name: node for name, node in self._makers.items() if node.op_type == "Constant"}
 
@@ -102,17 +102,22 @@ class GraphSource:
         return node
 
     def layer_of(self, name: str) -> str:
-        """In words, which layer a node belongs to: the next one that has a named node, in the graph's order."""
-        names = list(self.nodes)
-        for later in names[names.index(name) :] if name in self.nodes else [name]:
-            if found := _LAYER.match(later):
-                return f"layer {found[1]}"
-        return "after the last layer"
+        """In words, which layer a node belongs to."""
+        index = self.layer_index(name)
+        return "outside the layers" if index is None else f"layer {index}"
 
     def layer_index(self, name: str) -> int | None:
-        """The index of the layer that a node belongs to; None: it stands after the last one."""
-        words = self.layer_of(name).split()
-        return int(words[1]) if words[0] == "layer" else None
+        """The layer that a node belongs to, by its own name or its parameters', else by the node before it."""
+        if self._layers is None:
+            self._layers, index = {}, None
+            for node in self.proto.graph.node:
+                parameters = [name for name in node.input if name in self._initializers]
+                if found := next(filter(None, map(_LAYER.search, (node.name, *parameters))), None):
+                    index = int(found[1])
+                elif any(map(_PARAMETER.search, parameters)):
+                    index = None  # the embedding, the last norm, the head
+                self._layers[node.name] = index
+        return self._layers.get(name)
 
     def is_constant(self, name: str) -> bool:
         """Whether a name is an initializer's or a Constant node's."""
@@ -140,28 +145,14 @@ class GraphSource:
                 wanted.update(node.input)
         return kept[::-1]
 
-    @contextmanager
-    def trimmed(self) -> Iterator[None]:
-        """Meanwhile gives pages of the weights back to the system again and again; they are read again when touched.
+    def drop_pages(self) -> None:
+        """Gives pages of the weights back to the system; they are read again when touched.
 
         The builder reads a weight, copies it, and never returns to it: mapped pages that stay would count as memory.
         """
-        done = threading.Event()
-
-        def trim() -> None:
-            while not done.wait(_TRIM_SECONDS):
-                for mapped in self._maps.values():
-                    mapped.madvise(mmap.MADV_DONTNEED)
-
-        worker = threading.Thread(target=trim, name="accel-trim", daemon=True)
-        if self._maps and hasattr(mmap, "MADV_DONTNEED"):
-            worker.start()
-        try:
-            yield
-        finally:
-            done.set()
-            if worker.ident is not None:
-                worker.join()
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in list(self._maps.values()):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def _view(self, tensor: Any) -> np.ndarray:
         entries = {entry.key: entry.value for entry in tensor.external_data}

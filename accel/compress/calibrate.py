@@ -7,7 +7,7 @@ later node still reads, of all samples: two or three per token and layer width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,21 +87,32 @@ class Sweep:
             visit: Gets the product and its input of each sample, tensors [..., K]. What it does to the weight is seen
                 by the product, and what it returns is done to the product's input.
         """
+        steps, rounding = self.steps(), None
+        try:
+            node, inputs = next(steps)
+            while True:
+                rounding = visit(node, inputs)
+                node, inputs = steps.send(rounding)
+        except StopIteration:
+            return
+
+    def steps(self) -> Generator[tuple[ir.Node, list[Any]], Rounding | None, None]:
+        """The same as a generator, which is sent what ``visit`` would return."""
         import torch
 
         from accel.graph.evaluation.torch_graph import TABLES
 
         last = {value: node for node in self._nodes for value in node.inputs if value is not None}
         readers = self._readers()
-        with torch.inference_mode():
-            for node in self._nodes:
-                rounding = None
-                if node in self._stops:
-                    rounding = visit(node, [values[node.inputs[0]] for values in self._values])  # type: ignore[index]
-                    if node not in readers:
-                        continue
-                ending = [value for value in node.inputs if value is not None and last[value] is node]
-                compute = TABLES[node.domain][node.op_type]
+        for node in self._nodes:
+            rounding = None
+            if node in self._stops:
+                rounding = yield node, [values[node.inputs[0]] for values in self._values]  # type: ignore[index]
+                if node not in readers:
+                    continue
+            ending = [value for value in node.inputs if value is not None and last[value] is node]
+            compute = TABLES[node.domain][node.op_type]
+            with torch.inference_mode():
                 for values in self._values:
                     inputs = [self._read(values, value) for value in node.inputs]
                     if rounding is not None:
@@ -112,8 +123,8 @@ class Sweep:
                     values.update((value, result) for value, result in made if value in last)
                     for value in ending:
                         values.pop(value, None)
-                for value in ending:
-                    self._weights.pop(value, None)
+            for value in ending:
+                self._weights.pop(value, None)
 
     def _readers(self) -> set[ir.Node]:
         """Products whose results another node to compute reads."""

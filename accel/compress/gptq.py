@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.compress.rtn import choose_scales, nearest
-from accel.compress.tensors import LIMITS, check_weight, pack, storable_scales
+from accel.compress.tensors import LIMITS, check_moments, check_weight, pack, storable_scales
 from accel.errors import InputError
 from accel.quantized_tensor import QuantizedTensor
 
@@ -87,12 +87,8 @@ def output_error(weight: NDArray, quantized: QuantizedTensor, hessian: Any) -> f
 
 def _damped(hessian: Any, damping: float, name: str) -> tuple[Any, Any]:
     """Second moments with a larger diagonal, float32, and a mask of the inputs that are always zero."""
-    import torch
-
+    check_moments(hessian, name)
     moments = hessian.float().clone()
-    if not bool(torch.isfinite(moments).all()):
-        remedy = "The model gives NaN or infinity on the calibration text: check it in fp32 first"
-        raise InputError("NaN or infinity among the inputs' second moments", where=name, remedy=remedy)
     diagonal = moments.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal.mean())

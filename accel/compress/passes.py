@@ -19,6 +19,7 @@ from accel.compress.plan import FLOAT_BITS, Choice
 from accel.compress.progress import Progress
 from accel.compress.rtn import round_to_nearest
 from accel.compress.smoothquant import search_smoothing, static_step
+from accel.compress.tensors import check_moments
 from accel.compress.weights import read_weight, weight_error, write_quantized
 from accel.graph.quantized import quantized_of
 from accel.quantized_tensor import QuantizedTensor
@@ -103,8 +104,10 @@ def fold_factors(work: Work, folding: Folding) -> None:
     def visit(node: ir.Node, inputs: list[Any]) -> None:
         site = sites[node]
         weights = [read_weight(layer) for layer in site.layers]
+        moments = second_moments(inputs)
+        check_moments(moments, site.layers[0].name)
         if folding == "awq":
-            factor, ratio = search_factor(site, weights, work.choices, second_moments(inputs))
+            factor, ratio = search_factor(site, weights, work.choices, moments)
         else:
             peaks = np.max([rows.abs().amax(0).numpy() for rows in rows_of(inputs)], axis=0)
             factor, ratio = search_smoothing(site, weights, peaks, some_rows(inputs, SOME_ROWS), work.activations)
@@ -154,6 +157,7 @@ def round_layers(work: Work, algorithm: Rounder, act_order: bool = False, sweeps
         assert value is not None
         if node not in done:
             moments = second_moments(inputs)
+            check_moments(moments, products[node].name)
             step = _step(inputs) if work.activations == "static" else None
             roundings[value] = _rounding(work.activations, step)
             for other in [use.node for use in value.uses() if use.node in products]:

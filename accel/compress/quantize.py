@@ -56,6 +56,7 @@ ALGORITHMS = {
         Algorithm("awq", "rtn", "awq"),
         Algorithm("awq+gptq", "gptq", "awq"),
         Algorithm("smoothquant", "rtn", "smoothquant"),
+        Algorithm("smoothquant+gptq", "gptq", "smoothquant"),
     )
 }
 
@@ -79,8 +80,9 @@ def quantize_graph(
         model: Canonical, in float32; left as it is.
         arch: The model's.
         scheme: One with integer weights.
-        algorithm: ``rtn``, ``gptq``, ``awq``, ``awq+gptq`` or ``smoothquant``. ``auto``: ``rtn`` for 8 bits,
-            ``smoothquant`` where inputs are rounded too, ``gptq`` for 4 bits; ``rtn`` without calibration.
+        algorithm: ``rtn``, ``gptq``, ``awq``, ``awq+gptq``, ``smoothquant`` or ``smoothquant+gptq``. ``auto``: ``rtn``
+            for 8 bits, ``smoothquant+gptq`` where inputs are rounded too, ``gptq`` for 4 bits; ``rtn`` without
+            calibration.
         calibration: Text to look at, see ``accel.compress.texts``.
         keep: Names or patterns of weights -> bits of these layers: 4, 8, or 32 for float.
         head_bits: Of the head and a table tied to it. None: 8, or with 4-bit weights 4 where that costs a decoder less
@@ -127,7 +129,7 @@ def choose_algorithm(name: str, scheme: Scheme, calibration: Calibration | None)
         InputError: Unknown, unfit, or it needs calibration without any.
     """
     if name == "auto":
-        fitting = "gptq" if scheme.weight_bits == 4 else "rtn" if scheme.activations == "none" else "smoothquant"
+        fitting = "gptq" if scheme.weight_bits == 4 else "rtn" if scheme.activations == "none" else "smoothquant+gptq"
         chosen = ALGORITHMS[fitting if calibration is not None else "rtn"]
     elif name in ALGORITHMS:
         chosen = ALGORITHMS[name]

@@ -89,17 +89,16 @@ def _squared_error(
     weights: Sequence[NDArray[np.float32]], peaks: NDArray, rows: Any, activations: Activations, factor: NDArray
 ) -> float:
     """Of the products of rounded rows and rounded weights, over all layers."""
-    import torch
-
+    from accel.engines.torch_operators import to_torch
     from accel.graph.evaluation.canonical import round_input, row_step
 
-    scaled = rows / torch.from_numpy(factor)
+    scaled = rows / to_torch(factor)
     step = row_step(scaled) if activations == "dynamic" else static_step(float((peaks / factor).max()), scaled)
     rounded = round_input(scaled, step)
     total = 0.0
     for weight in weights:
         integers = round_to_nearest(weight * factor, 8, 0, search=False).dequantize()
-        lost = rounded @ torch.from_numpy(integers).T - rows @ torch.from_numpy(weight).T
+        lost = rounded @ to_torch(integers).T - rows @ to_torch(weight).T
         total += float((lost**2).double().sum())
     return total
 

@@ -29,6 +29,19 @@ def check_weight(weight: NDArray, name: str) -> None:
         raise InputError(f"{bad:,} of {weight.size:,} weights are NaN or infinite", where=name, remedy=remedy)
 
 
+def check_moments(moments: Any, name: str) -> None:
+    """Refuses second moments X^T X of inputs that are no numbers.
+
+    Raises:
+        InputError: NaN or infinity among them; names the layer that reads the inputs.
+    """
+    import torch
+
+    if not bool(torch.isfinite(moments).all()):
+        remedy = "The model gives NaN or infinity on the calibration text: check it in fp32 first"
+        raise InputError("NaN or infinity among the inputs' second moments", where=name, remedy=remedy)
+
+
 def fitting_group(columns: int, group: int, name: str) -> int:
     """The largest group of at most ``group`` inputs that divides a row; 0 (the whole row) stays.
 
@@ -79,4 +92,4 @@ def pack(values: Any, scales: Any, bits: int, group: int) -> QuantizedTensor:
     return QuantizedTensor(integers, scales.float().contiguous().numpy(), bits, group)
 
 
-__all__ = ["GROUPS", "LIMITS", "QuantizedTensor", "check_weight", "fitting_group", "pack", "storable_scales"]
+__all__ = ["GROUPS", "LIMITS", "check_moments", "check_weight", "fitting_group", "pack", "storable_scales"]

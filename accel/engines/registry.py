@@ -93,6 +93,30 @@ def _pick_ort(bundle: Bundle, variant: str) -> str | None:
     return pick_variant(bundle, variant, "ort-cpu")
 
 
+def _probe_openvino(bundle: Bundle, variant: str) -> str | None:
+    from accel.engines.openvino.registry import probe
+
+    return probe(bundle, variant)
+
+
+def _open_openvino(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
+    from accel.engines.openvino.registry import open_engine
+
+    return open_engine(bundle, variant, options)
+
+
+def _pick_openvino(bundle: Bundle, variant: str) -> str | None:
+    from accel.engines.openvino.registry import pick_precision
+
+    return pick_precision(bundle, variant)
+
+
+def _has_openvino() -> bool:
+    from accel.engines.openvino.package import is_installed
+
+    return is_installed()
+
+
 def _probe_torch(bundle: Bundle, variant: str) -> str | None:
     from accel.engines.torch_reference import probe
 
@@ -183,6 +207,9 @@ ENGINES: tuple[Engine, ...] = (
     Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton, target="cuda", pick=_pick_cuda),
     Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda, target="ort-cuda", pick=_pick_ort_cuda),
     Engine("ort-cpu", "cpu", _probe_ort, _open_ort, integer_caches=True, target="ort-cpu", pick=_pick_ort),
+    Engine(
+        "openvino", "cpu", _probe_openvino, _open_openvino, _has_openvino, target="openvino", pick=_pick_openvino
+    ),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )
 

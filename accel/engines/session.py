@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What runs: engine name (``ort-cpu``, ``ort-cuda``, ``torch``), version, device, variant, threads.
+    """What runs: engine name (``ort-cpu``, ``openvino``, ``torch``, ...), version, device, variant, threads.
 
     ``why`` says what was measured, where that decided: ``measured: 8.1 ms against 9.9 ms of ort-cpu``.
     """

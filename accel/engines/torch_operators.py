@@ -226,7 +226,7 @@ def _plain(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 OPERATORS: dict[str, Callable[..., Any]] = {
     **{name: _plain(getattr(torch, name.lower())) for name in ("Add", "Sub", "Mul", "Neg", "Abs", "Sigmoid", "Tanh")},
     **{name: _plain(getattr(torch, name.lower())) for name in ("Relu", "Sqrt", "Exp", "Log", "Cos", "Sin", "Erf")},
-    **{name: _plain(getattr(torch, name.lower())) for name in ("Pow", "MatMul", "Where", "Reciprocal")},
+    **{name: _plain(getattr(torch, name.lower())) for name in ("Pow", "MatMul", "Where", "Reciprocal", "Round")},
     "Div": lambda node, a, b: torch.div(a, b, rounding_mode=None if a.is_floating_point() else "trunc"),
     "And": _plain(torch.logical_and),
     "Or": _plain(torch.logical_or),

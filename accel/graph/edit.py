@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 # A const_value larger than this is a weight: passes never read its data.
 SMALL_ELEMENTS = 4096
@@ -128,4 +129,4 @@ def substitute(old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]
 
 def remove_dead(model: ir.Model) -> None:
     """Drops nodes and initializers that nothing reads."""
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)

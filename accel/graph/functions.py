@@ -125,6 +125,7 @@ def _quantized_linear(node: ir.Node) -> ir.Function:
     body = _Body(["x", "weight", "scale", "bias", "x_scale"][: len(node.inputs)])
     op, (x, weight, scale, *rest) = body.op, body.inputs
     activation = node.attributes["activation"].as_string()
+    assert activation != "grouped", "for evaluation alone"
     if activation != "none":
         step = rest[1] if activation == "static" else _row_step(body, x)
         limits = (body.const(limit, np.float32) for limit in (-127, 127))

@@ -38,6 +38,12 @@ def quantized_of(value: ir.Value | None) -> QuantizedTensor | None:
     return tensor.quantized if isinstance(tensor, QuantizedWeight) else None
 
 
+def quantized_alike(values: Sequence[ir.Value | None]) -> bool:
+    """Whether all are floats, or all integers of as many bits in as large groups."""
+    found = [quantized_of(value) for value in values]
+    return len({None if item is None else (item.bits, item.group) for item in found}) == 1
+
+
 def concatenated(tensors: Sequence[ir.TensorProtocol | None], name: str) -> QuantizedWeight | None:
     """The tensors one under the other, if all are quantised alike, with outputs as rows."""
     if not all(isinstance(tensor, QuantizedWeight) and tensor.transposed for tensor in tensors):
@@ -46,4 +52,4 @@ def concatenated(tensors: Sequence[ir.TensorProtocol | None], name: str) -> Quan
     return None if joined is None else QuantizedWeight(joined, 1, name)
 
 
-__all__ = ["QuantizedWeight", "concatenated", "quantized_of"]
+__all__ = ["QuantizedWeight", "concatenated", "quantized_alike", "quantized_of"]

@@ -8,6 +8,7 @@ the graph to save, to run anywhere by the ops' function bodies, and to measure a
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -20,10 +21,11 @@ from accel.quantized_tensor import QuantizedTensor
 from accel.scheme import Activations
 
 DOMAIN = "accel"
+Rounding = Activations | Literal["grouped"]
 
 
 def spell_quantized(
-    model: ir.Model, activations: Activations = "none", input_scales: Mapping[str, float] | None = None
+    model: ir.Model, activations: Rounding = "none", input_scales: Mapping[str, float] | None = None
 ) -> int:
     """Rewrites in place; returns how many nodes read integers now.
 
@@ -38,7 +40,8 @@ def spell_quantized(
     Args:
         model: Canonical, with quantised weights.
         activations: Of all products: ``dynamic`` rounds each row of x (the last axis) to 255 steps of its own largest
-            magnitude, ``static`` with a given step.
+            magnitude, ``static`` with a given step. ``grouped``, for evaluation alone: as kernels do that leave the
+            input of grouped weights to themselves, each group of a row by itself.
         input_scales: For ``static``: the step of each product's input, by the weight's name.
 
     Raises:
@@ -87,7 +90,7 @@ def _linear(
     weight: ir.Value,
     scale: ir.Value,
     quantized: QuantizedTensor,
-    activations: Activations,
+    activations: Rounding,
     step: float | None,
 ) -> ir.Node:
     inputs = [node.inputs[0], weight, scale, *node.inputs[2:]]

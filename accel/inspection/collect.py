@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from accel.bundle import ITEM_BYTES, Bundle
-from accel.engines.kv_cache import bytes_per_token
+from accel.engines.kv_cache import bytes_per_token, integer_cache_bits
 from accel.errors import BundleError, DependencyError
 from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
 from accel.inspection.report import (
@@ -145,13 +145,14 @@ class _Collector:
         stored: dict[tuple[str, int, int], StoredTensor] = {}
         for (owner, target), file in files.items():
             for tensor in file.stored if owner == variant else ():
-                self._check_reference(f"{variant}/{target}", variant, tensor)
+                self._check_reference(variant, target, tensor)
                 stored.setdefault((tensor.file, tensor.offset, tensor.size), tensor)
         return count_weights(self.manifest, variant, stored.values())
 
-    def _check_reference(self, where: str, variant: str, tensor: StoredTensor) -> None:
-        """A graph may only point into the variant's own weight files, inside their size."""
-        if tensor.file not in self.manifest.variants[variant].weights:
+    def _check_reference(self, variant: str, target: str, tensor: StoredTensor) -> None:
+        """A graph may only point into the variant's own weight files, or those listed for it, inside their size."""
+        owner, where = self.manifest.variants[variant], f"{variant}/{target}"
+        if tensor.file not in (*owner.weights, *(owner.graphs[target].weights or ())):
             self.warnings.append(f"{where}: {tensor.name!r} lies in {tensor.file!r}, no weight file of this variant")
         elif tensor.offset < 0 or tensor.offset + tensor.size > self.manifest.files[tensor.file].size:
             self.warnings.append(f"{where}: {tensor.name!r} lies outside {tensor.file!r}")
@@ -170,6 +171,11 @@ class _Collector:
             shapes=tuple(("rows", layer.kv_heads, "capacity", layer.head_dim) for layer in arch.layers),
             bytes_per_token=token,
             rows=tuple(CacheRow(capacity, capacity * token) for capacity in capacities),
+            integers=tuple(
+                (name, bits, bytes_per_token(arch, bits / 8))
+                for name in self.manifest.variants
+                if (bits := integer_cache_bits(self.bundle, name)) is not None
+            ),
         )
 
 

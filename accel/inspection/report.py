@@ -126,12 +126,16 @@ class CacheRow:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """A decoder's KV cache. Keys and values each have ``shapes[layer]``."""
+    """A decoder's KV cache. Keys and values each have ``shapes[layer]``.
+
+    ``integers`` are the variants with integer caches: (variant, bits, bytes per token).
+    """
 
     dtype: str
     shapes: tuple[tuple[int | str, ...], ...]  # per layer: [rows, kv heads, capacity, head size]
     bytes_per_token: int
     rows: tuple[CacheRow, ...]
+    integers: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,11 @@ def count_weights(manifest: Manifest, variant: str, stored: Iterable[StoredTenso
         variant: Name of the variant.
         stored: What the variant's graphs refer to; empty where graphs cannot be read.
     """
-    files = manifest.variants[variant].weights
+    stored = list(stored)
+    read = dict.fromkeys([*manifest.variants[variant].weights, *(item.file for item in stored)])
+    files = tuple(file for file in read if file in manifest.files)
     tensors: list[StoredTensor] = []
-    for file in dict.fromkeys([*files, *(item.file for item in stored)]):
+    for file in read:
         parameters = [
             StoredTensor(name, file, entry.offset, math.prod(entry.shape) * ITEM_BYTES[entry.dtype],
                          math.prod(entry.shape), entry.dtype)

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from accel.inspection.report import AttentionLayer, GraphReport
+from accel.inspection.report import AttentionLayer, CacheReport, GraphReport
 from accel.manifest import PassReport
 from accel.spec import TensorSpec
 
@@ -112,6 +112,11 @@ def merge_layers(specs: Iterable[TensorSpec]) -> list[tuple[str, str, str]]:
     ]
 
 
+def integer_caches(cache: CacheReport) -> list[str]:
+    """One phrase per variant whose caches hold integers."""
+    return [f"{printable(name)}: int{bits}, {token:,} bytes per token" for name, bits, token in cache.integers]
+
+
 def base_of(graph: GraphReport, graphs: Iterable[GraphReport]) -> GraphReport | None:
     """The graph of the same variant whose passes this one's begin with; of several, the furthest."""
     bases = [
@@ -128,6 +133,7 @@ __all__ = [
     "base_of",
     "count",
     "fused",
+    "integer_caches",
     "kernel",
     "kinds",
     "mask",

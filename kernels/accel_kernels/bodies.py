@@ -85,6 +85,52 @@ Linear <gated: int = 0, stripe, activation: int = -1> (x, weight, bias, residual
 """
 )
 
+# weight int32 [N, K * bits / 32]: fields of a word by their places, less half of their range, times their group's scale
+UNPACK = (
+    HEADER
+    + """
+Unpack <bits> (weight, scales) => (matrix)
+{
+    zero = Constant <value_int = 0> ()
+    one = Constant <value_int = 1> ()
+    two = Constant <value_int = 2> ()
+    four = Constant <value_int = 4> ()
+    word_bits = Constant <value_int = 32> ()
+    word_range = Constant <value_int = 4294967296> ()
+    last = Constant <value_ints = [-1]> ()
+    bits = Constant <value_int: int = @bits> ()
+    count = Div (word_bits, bits)
+    order = Range (zero, count, one)
+    pair = Div (order, two)
+    which = Mod (order, two)
+    half = Mul (which, four)
+    paired = Add (pair, half)
+    is_int4 = Equal (bits, four)
+    field = Where (is_int4, paired, order)
+    place = Mul (field, bits)
+    divisor = Pow (two, place)
+    range = Pow (two, bits)
+    signed = Cast <to = 7> (weight)
+    wrapped = Add (signed, word_range)
+    words = Mod (wrapped, word_range)
+    column = Unsqueeze (words, last)
+    shifted = Div (column, divisor)
+    fields = Mod (shifted, range)
+    middle = Div (range, two)
+    whole = Sub (fields, middle)
+    scale_shape = Shape (scales)
+    grouped_shape = Concat <axis = 0> (scale_shape, last)
+    grouped = Reshape (whole, grouped_shape)
+    float_grouped = Cast <to = 1> (grouped)
+    float_scales = Cast <to = 1> (scales)
+    factor = Unsqueeze (float_scales, last)
+    exact = Mul (float_grouped, factor)
+    flat = Constant <value_ints = [0, -1]> ()
+    matrix = Reshape (exact, flat)
+}
+"""
+)
+
 # norm: 0: none, 1: RMS norm, 2: layer norm
 NORMALIZE = (
     HEADER
@@ -223,6 +269,6 @@ Bias (bias, index, slot) => (y)
 """
 )
 
-SHARED = (ACTIVATE, GATE, LINEAR, NORMALIZE, HEADS, ROTATE, BIAS, ATTEND)
+SHARED = (ACTIVATE, GATE, LINEAR, UNPACK, NORMALIZE, HEADS, ROTATE, BIAS, ATTEND)
 
 __all__ = ["DOMAIN", "HEADER", "OPSET", "SHARED"]

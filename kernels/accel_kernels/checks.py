@@ -79,6 +79,11 @@ class Expect:
         """Stripes of a gated matrix: as long as one another. None: one."""
         self.that(stripe is None or (stripe > 0 and count % stripe == 0), f"stripe {stripe} does not divide {count}")
 
+    def groups(self, groups: int, size: int, fields: int) -> None:
+        """Scales of a row of ``size`` quantised weights, ``fields`` of which share a word: of whole words each."""
+        whole = groups > 0 and size % groups == 0 and size // groups % fields == 0
+        self.that(whole, f"{groups} scales do not divide a row of {size} into whole words")
+
     def that(self, condition: bool, what: str) -> None:
         """Raises ValueError with ``what`` unless the condition holds."""
         if not condition:

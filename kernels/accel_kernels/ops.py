@@ -54,6 +54,8 @@ OPS = (
     Op("block_gemm", "BlockGemm"),
     Op("wide_gemm", "WideGemm"),
     Op("quantized_gemv", "QuantizedGemv"),
+    Op("quantized_gemm", "QuantizedGemm"),
+    Op("quantized_gather", "QuantizedGather"),
     Op("norm", "Norm"),
     Op("activation", "Activation"),
     Op("rotary_append", "RotaryAppend"),

@@ -25,48 +25,12 @@ from accel_kernels.tiles import (
     wait_for_predecessor,
 )
 
-# weight int32 [N, K * bits / 32]: fields of a word by their places, less half of their range, times their group's scale
 BODY = (
     HEADER
     + """
 QuantizedGemv <bits, gated: int = 0, stripe, activation: int = -1> (x, weight, scales, bias, residual) => (out)
 {
-    zero = Constant <value_int = 0> ()
-    one = Constant <value_int = 1> ()
-    two = Constant <value_int = 2> ()
-    four = Constant <value_int = 4> ()
-    word_bits = Constant <value_int = 32> ()
-    word_range = Constant <value_int = 4294967296> ()
-    last = Constant <value_ints = [-1]> ()
-    bits = Constant <value_int: int = @bits> ()
-    count = Div (word_bits, bits)
-    order = Range (zero, count, one)
-    pair = Div (order, two)
-    which = Mod (order, two)
-    half = Mul (which, four)
-    paired = Add (pair, half)
-    is_int4 = Equal (bits, four)
-    field = Where (is_int4, paired, order)
-    place = Mul (field, bits)
-    divisor = Pow (two, place)
-    range = Pow (two, bits)
-    signed = Cast <to = 7> (weight)
-    wrapped = Add (signed, word_range)
-    words = Mod (wrapped, word_range)
-    column = Unsqueeze (words, last)
-    shifted = Div (column, divisor)
-    fields = Mod (shifted, range)
-    middle = Div (range, two)
-    whole = Sub (fields, middle)
-    scale_shape = Shape (scales)
-    grouped_shape = Concat <axis = 0> (scale_shape, last)
-    grouped = Reshape (whole, grouped_shape)
-    float_grouped = Cast <to = 1> (grouped)
-    float_scales = Cast <to = 1> (scales)
-    factor = Unsqueeze (float_scales, last)
-    exact = Mul (float_grouped, factor)
-    flat = Constant <value_ints = [0, -1]> ()
-    matrix = Reshape (exact, flat)
+    matrix = accel.kernels.Unpack <bits: int = @bits> (weight, scales)
     out = accel.kernels.Linear <gated: int = @gated, stripe: int = @stripe, activation: int = @activation>
         (x, matrix, bias, residual)
 }
@@ -271,9 +235,7 @@ def _check(
     expect.tensor("out", out, count)
     expect.tensor("weight", weight, (1 + gated) * count, size * bits // 32, dtypes=(torch.int32,))
     expect.tensor("scales", scales, (1 + gated) * count, -1)
-    groups = scales.shape[1]
-    whole = groups > 0 and size % groups == 0 and size // groups % (32 // bits) == 0
-    expect.that(whole, f"{groups} scales do not divide a row of {size} into whole words")
+    expect.groups(scales.shape[1], size, 32 // bits)
     expect.tensor("bias", bias, (1 + gated) * count)
     expect.tensor("residual", residual, count)
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")

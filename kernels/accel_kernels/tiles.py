@@ -49,6 +49,19 @@ def matrix_line(n, STRIPE, GATED: tl.constexpr):
 
 
 @triton.jit
+def unpacked(words, BITS: tl.constexpr):
+    """The weights [N, W * 32 / BITS] of words [N, W], see ``packing``: whole numbers, float16, which holds them."""
+    FIELDS: tl.constexpr = 32 // BITS
+    i = tl.arange(0, FIELDS)
+    places = i * BITS
+    if BITS == 4:
+        places = (i // 2 + i % 2 * 4) * 4
+    fields = (words[:, :, None] >> places[None, None, :]) & ((1 << BITS) - 1)
+    whole = fields - (1 << (BITS - 1))
+    return tl.reshape(whole.to(tl.float16), (words.shape[0], words.shape[1] * FIELDS))
+
+
+@triton.jit
 def rotate(first, second, cos, sin):
     """The halves of heads, turned; float32."""
     return first * cos - second * sin, second * cos + first * sin

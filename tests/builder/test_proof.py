@@ -196,6 +196,23 @@ def test_a_norm_in_half_precision_is_caught(tmp_path: Path) -> None:
         check(table)
 
 
+def test_a_product_left_in_float32_is_caught(tmp_path: Path) -> None:
+    """It parses, builds and is exact; it only holds its weight at twice the size."""
+    proto = graphs.decoder()
+    place, node = next((i, n) for i, n in enumerate(proto.graph.node) if n.name == "layers.0.o")
+    (weight,) = (tensor for tensor in proto.graph.initializer if tensor.name == node.input[1])
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).astype(np.float32), weight.name))
+    wide = helper.make_node("Cast", [node.input[0]], ["wide"], "wide", to=TensorProto.FLOAT)
+    narrow = helper.make_node("Cast", ["product"], [node.output[0]], "narrowed", to=TensorProto.FLOAT16)
+    node.input[0], node.output[0] = "wide", "product"
+    proto.graph.node.insert(place, wide)
+    proto.graph.node.insert(place + 2, narrow)
+    table = proven(proto, graphs.arch(), tmp_path, "float16")
+    assert failed(table) == {"product dtype"}
+    with pytest.raises(EngineProofError, match=r"should be float16, and is float32.*layers\.0\.o, layer 0.*Cast"):
+        check(table)
+
+
 def test_logits_in_half_precision_are_caught(tmp_path: Path) -> None:
     proto = graphs.change(graphs.decoder(), "logits", lambda node: setattr(node.attribute[0], "i", TensorProto.FLOAT16))
     proto.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
@@ -239,9 +256,11 @@ def test_attention_inside_if_is_named(tmp_path: Path) -> None:
         (ATTENTION, attribute("softcap", 30.0), "softcap.*node layers.0.attention, layer 0"),
         (ATTENTION, attribute("is_causal", 1), "mask cannot be used together.*layer 0"),
         (ATTENTION, lambda node: node.output.extend(["p.key", "p.value"]), "one output.*layer 0"),
+        (ATTENTION, lambda node: node.input.extend(["past.0.key", "past.0.value"]), "past_key.*layer 0"),
+        (ATTENTION, attribute("softmax_precision", TensorProto.FLOAT), "softmax precision.*layer 0"),
         ("layers.0.key_update", attribute("mode", "circular"), "TensorScatter.*layers.0.key_update, layer 0"),
     ],
-    ids=["softcap", "causal and mask", "presents", "circular cache"],
+    ids=["softcap", "causal and mask", "presents", "pasts", "softmax precision", "circular cache"],
 )
 def test_what_the_parser_refuses_is_named(tmp_path: Path, name: str, edit: Callable[[Any], None], message: str) -> None:
     if name.endswith("update"):

@@ -43,8 +43,8 @@ def test_weights_are_read_in_place(tmp_path: Path) -> None:
     external = {name: (address, size) for name, address, size in source.external()}
     assert 0 < sum(size for _, size in external.values()) <= source.weight_bytes
     assert sum(size for _, size in external.values()) <= len(whole) and "layers.0.q.weight" in external
-    with source.trimmed():  # pages that were given back are read again
-        weight = source.constant("layers.0.q.weight")
+    source.drop_pages()  # what was given back is read again
+    weight = source.constant("layers.0.q.weight")
     assert weight is not None and weight.dtype == ml_dtypes.bfloat16
     assert weight.shape == (graphs.HIDDEN, graphs.HEADS * graphs.HEAD_DIM)
     assert weight.tobytes() in whole and float(np.abs(weight.astype(np.float32)).max()) > 0.1
@@ -102,8 +102,24 @@ def test_a_damaged_graph_is_named(tmp_path: Path, content: bytes | None) -> None
 
 def test_layers_of_nodes(tmp_path: Path) -> None:
     source = GraphSource(graphs.save(graphs.decoder(windows=(None, None)), tmp_path), 64)
-    assert source.layer_of("embedded") == "layer 0" and source.layer_of("layers.1.gate") == "layer 1"
-    assert source.layer_of("narrow") == "after the last layer"
+    assert [source.layer_index(f"layers.{index}.gate") for index in (0, 1)] == [0, 1]
+    assert source.layer_of("layers.1.gate") == "layer 1" and source.layer_of("nobody") == "outside the layers"
+    for name in ("seen", "embedded", "narrow", "logits"):
+        assert source.layer_of(name) == "outside the layers"
+
+
+def test_layers_of_nodes_without_a_name_of_their_own(tmp_path: Path) -> None:
+    """Parameters tell, and what stands between them: an activation belongs to the layer whose weights are around it."""
+    proto = graphs.decoder(windows=(None, None))
+    names = {node.name: f"{node.op_type}_{index}" for index, node in enumerate(proto.graph.node)}
+    for node in proto.graph.node:
+        if not node.name.endswith((".attention", "_update", ".scale")):
+            node.name = names[node.name]
+    source = GraphSource(graphs.save(proto, tmp_path), 64)
+    for layer in (0, 1):
+        for part in ("input_norm.norm", "q", "rows", "o", "residual", "post_norm.norm", "swish", "down", "out"):
+            assert source.layer_index(names[f"layers.{layer}.{part}"]) == layer, part
+    assert {source.layer_index(names[name]) for name in ("embedded", "seen", "final.norm", "narrow")} == {None}
 
 
 def test_what_folds_and_what_is_needed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from accel.bundle import Bundle
 from accel.errors import BundleError
 from accel.inspection import inspect, render_page, render_text
 from accel.inspection.report import CacheRow
-from accel.manifest import ParityResult
+from accel.manifest import ParityResult, Variant
 from tests.inspection import decoder_bundle as made
 
 
@@ -45,6 +45,21 @@ def test_cache_sizes(tmp_path: Path) -> None:
     assert cache.bytes_per_token == 2 * 2 * 2 * 8 * 4  # layers, key and value, kv heads, head size, float32
     assert cache.shapes == (("rows", 2, "capacity", 8),) * 2
     assert cache.rows == (CacheRow(1024, 1024 * 256), CacheRow(2048, 2048 * 256))
+
+
+def test_integer_caches_of_other_variants(tmp_path: Path) -> None:
+    plain = made.entry("ort-cpu", ())
+    inputs = tuple(
+        dataclasses.replace(spec, dtype="uint8", shape=("B", 2, "C", 4)) if spec.name.startswith("past.") else spec
+        for spec in plain.inputs
+    )
+    small = dataclasses.replace(plain, inputs=inputs)
+    variants = {**made.manifest().variants, "fp32+kv4": Variant("float32", (made.WEIGHTS,), {"ort-cpu": small})}
+    found = inspect(made.write(tmp_path / "b", variants=variants))
+    assert found.cache is not None and found.cache.dtype == "float32"
+    assert found.cache.integers == (("fp32+kv4", 4, 32),)
+    assert "  in fp32+kv4: int4, 32 bytes per token" in render_text(found).splitlines()
+    assert "In fp32+kv4: int4, 32 bytes per token." in render_page(found)
 
 
 def test_capacities_below_the_usual_ones(tmp_path: Path) -> None:

@@ -98,6 +98,16 @@ def test_quantized_gemv(maker: Maker, bits: int, gated: bool) -> None:
     assert_close(out[0], expected, 1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_products_of_several_rows(maker: Maker, bits: int) -> None:
+    x, bias, residual = maker.normal(3, 64), maker.normal(20), maker.normal(3, 10)
+    words, scales = pack(maker.normal(20, 64), bits, 32)
+    attributes: dict[str, Any] = {"bits": bits, "gated": True, "stripe": 5, "activation": SILU}
+    op = BY_NAME["quantized_gemm"]
+    (out,) = evaluate(op, [x, words, scales, bias, residual], attributes)
+    assert_close(out, op.reference(x, words, scales, bias=bias, residual=residual, **attributes), 1e-5)
+
+
 @pytest.mark.parametrize("kind", [RMS_NORM, LAYER_NORM])
 def test_norm(maker: Maker, kind: int) -> None:
     x, residual, weight, bias = maker.normal(3, 20), maker.normal(2, 3, 20), maker.normal(20), maker.normal(20)
@@ -185,3 +195,10 @@ def test_gather(maker: Maker) -> None:
     table, ids = maker.normal(9, 5), maker.ints(8, 0, 8)
     (out,) = evaluate(BY_NAME["gather"], [table, ids], {})
     assert torch.equal(out.double(), BY_NAME["gather"].reference(table, ids))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_gather(maker: Maker, bits: int) -> None:
+    (words, scales), ids = pack(maker.normal(9, 64), bits, 32), maker.ints(8, 0, 8)
+    (out,) = evaluate(BY_NAME["quantized_gather"], [words, scales, ids], {"bits": bits})
+    assert_close(out, BY_NAME["quantized_gather"].reference(words, scales, ids, bits=bits), 1e-7)

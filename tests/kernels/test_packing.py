@@ -5,7 +5,7 @@ import pytest
 from tests.kernels.comparing import Maker
 
 torch = pytest.importorskip("torch")
-from accel_kernels.packing import pack, unpack  # noqa: E402
+from accel_kernels.packing import pack, pack_integers, unpack  # noqa: E402
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -32,6 +32,28 @@ def test_neighbours_of_int4_stand_four_fields_apart() -> None:
     weight = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -7.0]])
     words, scales = pack(weight, 4, 8)
     assert words.item() & 0xFFFFFFFF == 0x1EC_AFDB9 and scales.item() == 1.0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_are_packed_as_they_are(bits: int) -> None:
+    """Every number in every place, with scales of both signs."""
+    half, fields = 1 << (bits - 1), 32 // bits
+    numbers = torch.arange(2 * half).repeat_interleave(fields)[None] + torch.arange(fields)[:, None] * 7
+    values = (numbers % (2 * half) - half).to(torch.int8)
+    scales = torch.tensor([[0.5], [-0.25]] * (fields // 2))
+    words = pack_integers(values, bits)
+    assert words.dtype == torch.int32 and words.shape == (fields, values.shape[1] // fields)
+    assert torch.equal(unpack(words, scales, bits), values * scales)
+
+
+def test_integers_that_cannot_be_packed() -> None:
+    values = torch.tensor([[8, -8] * 4], dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"beyond \[-8, 7\]"):
+        pack_integers(values, 4)
+    with pytest.raises(ValueError, match="rows of 6 are no whole words"):
+        pack_integers(values[:, :6], 8)
+    with pytest.raises(ValueError, match="2 bits"):
+        pack_integers(values, 2)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:

@@ -64,6 +64,13 @@ def test_batches_keep_their_shape(isa: str) -> None:
         assert_close(run(session, x=x), expected)
 
 
+def test_more_rows_than_are_quantised_at_once(isa: str) -> None:
+    product = random_product(24, 40, 8, 32, optional=("residual",))
+    x = random_rows(4100, 40)
+    residual = random_rows(4100, 24)
+    assert_close(run(open_product(product), x=x, residual=residual), product.expect(x, residual=residual))
+
+
 @pytest.mark.parametrize("block", [0, 32])
 def test_static_scale_clips(isa: str, block: int) -> None:
     product = random_product(32, 64, 8, block, optional=("x_scale",))

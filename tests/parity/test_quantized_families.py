@@ -1,4 +1,4 @@
-"""Integer weights on ONNX Runtime CPU: every family computes what its integers mean, and takes the fused operators."""
+"""Integer weights, every family: on ONNX Runtime CPU, and evaluated in the dialects of the engines on GPUs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import accel
 from accel.bundle import Bundle
 from accel.scheme import parse_scheme
-from accel.variants import add_variant
+from accel.variants import LIMITS, add_variant
 from tests.parity.families import ALL, FAMILIES
 
-VARIANTS = ("w8a8-dyn", "w8g32", "w4g32")
+VARIANTS = ("w8a8-dyn", "w4g32")
 
 
 def operators(bundle: Bundle, variant: str) -> list[ir.Node]:
@@ -52,3 +52,21 @@ def test_decoders_are_fused(name: str, bundle_of: Callable[[str], Path], tmp_pat
     assert len(gated) == layers
     assert {node.attributes["activation"].as_string() for node in gated} <= {"silu", "gelu_tanh"}
     assert len(products) <= 6 * layers + 1  # q, k, v apart at the worst, out, gate and up as one, down; the head
+
+
+@pytest.mark.parametrize(("target", "variant"), [("cuda", "w4g32"), ("ort-cuda", "w8g32")])
+@pytest.mark.parametrize("name", ALL)
+def test_gpu_targets(
+    name: str, variant: str, target: str, bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In fp16 next to the same integers in float32; nothing that was quantised is stored in floats."""
+    copied = shutil.copytree(bundle_of(name), tmp_path / name)
+    bundle = add_variant(copied, variant, target=target, algorithm="rtn", measure=False)
+    parity = bundle.manifest.parity[f"{variant}/{target}"]
+    assert 0 < parity.max_rel_error < parity.limit == 2 * LIMITS["fp16"]
+    record = bundle.variant(variant).quantization
+    model = ir.load(bundle.file(bundle.graph(variant, target).file))
+    stored = {value.name or "" for value in model.graph.initializers.values()}
+    assert record is not None and record.layers
+    for layer in record.layers:
+        assert layer.name not in stored and f"{layer.name}.float16" not in stored

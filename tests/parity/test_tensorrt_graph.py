@@ -78,14 +78,22 @@ def test_decoder(name: str, bundle_of: BundleOf, plain_model: ModelOf, tmp_path:
 
 @pytest.mark.parametrize("dtype", TORCH, ids=lambda dtype: dtype.name.lower())
 @pytest.mark.parametrize("name", DECODERS)
-def test_low_precision_decoder(name: str, dtype: ir.DataType, bundle_of: BundleOf, plain_model: ModelOf) -> None:
+def test_low_precision_decoder(
+    name: str, dtype: ir.DataType, bundle_of: BundleOf, plain_model: ModelOf, tmp_path: Path
+) -> None:
     model, arch = lowered(bundle_of(name), dtype)
     plain, rows = plain_model(name), draw_rows()
     _, exact = decoder_yardstick(plain, rows)
     eager = [logits.astype(np.float32) for logits in half_logits(plain, rows, TORCH[dtype])]
     own = deviation(np.concatenate(eager), np.concatenate(exact))
-    found = decode(TorchGraph(model).run, arch, dtype, "rows that join, wait and go")
-    assert deviation(np.concatenate(found), select(found, exact)).rms <= SLACK * own.rms
+    for runtime, run in low_runs(model, dtype, tmp_path).items():
+        found = decode(run, arch, dtype, "rows that join, wait and go")
+        assert deviation(np.concatenate(found), select(found, exact)).rms <= SLACK * own.rms, runtime
+
+
+def low_runs(model: ir.Model, dtype: ir.DataType, folder: Path) -> dict[str, Run]:
+    """ONNX Runtime's CPU has no bfloat16 kernels; float16 products it computes in float32."""
+    return runs(model, folder) if dtype == FLOAT16 else {"torch": TorchGraph(model).run}
 
 
 def half_logits(model: Any, rows: list[NDArray], dtype: torch.dtype) -> list[NDArray]:
@@ -131,19 +139,21 @@ def test_encoder(name: str, bundle_of: BundleOf, plain_model: ModelOf, tmp_path:
 
 @pytest.mark.parametrize("dtype", TORCH, ids=lambda dtype: dtype.name.lower())
 @pytest.mark.parametrize("name", [*ENCODERS, *HEADS])
-def test_low_precision_encoder(name: str, dtype: ir.DataType, bundle_of: BundleOf, plain_model: ModelOf) -> None:
+def test_low_precision_encoder(
+    name: str, dtype: ir.DataType, bundle_of: BundleOf, plain_model: ModelOf, tmp_path: Path
+) -> None:
     model, arch = lowered(bundle_of(name), dtype)
     plain, names = plain_model(name), list(OUTPUT_NAMES[arch.task])
     low = half_encoder(plain, TORCH[dtype])
-    run, errors = TorchGraph(model).run, []
+    found = low_runs(model, dtype, tmp_path)
+    errors = []
     for feeds in encoder_batches(plain).values():
         _, exact = encoder_references(plain, feeds, names)
-        eager, found = encoder_outputs(low, feeds, names), run(feeds)
+        answers = [encoder_outputs(low, feeds, names), *(run(feeds) for run in found.values())]
         target = flatten_real(exact, feeds)
-        pair = [flatten_real({key: part[key] for key in names}, feeds) for part in (found, eager)]
-        errors.append([deviation(part, target).rms for part in pair])
-    ours, theirs = np.sqrt(np.mean(np.square(errors), axis=0))
-    assert ours <= SLACK * theirs, (ours, theirs)
+        errors.append([deviation(flatten_real({key: a[key] for key in names}, feeds), target).rms for a in answers])
+    theirs, *ours = np.sqrt(np.mean(np.square(errors), axis=0))
+    assert max(ours) <= SLACK * theirs, (list(found), ours, theirs)
 
 
 def edit_constant(model: ir.Model, name: str, factor: float) -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from accel.bench.peers.accel_peer import AccelPeer, AccelW4G32, AccelW8A8, TorchBundlePeer
+from accel.bench.peers.accel_peer import (
+    AccelOpenVINOBf16,
+    AccelPeer,
+    AccelW4G32,
+    AccelW8A8,
+    AccelW8G128,
+    TorchBundlePeer,
+)
 from accel.bench.peers.base import Peer, Unsupported
 from accel.bench.peers.ctranslate2_peer import CTranslate2, CTranslate2Int8
 from accel.bench.peers.genai import Genai, GenaiInt4, GenaiInt8
@@ -31,7 +38,9 @@ PEERS: dict[str, type[Peer]] = {
     for peer in (
         AccelPeer,
         AccelW8A8,
+        AccelW8G128,
         AccelW4G32,
+        AccelOpenVINOBf16,
         TorchBundlePeer,
         TorchEager,
         OrtDynamo,

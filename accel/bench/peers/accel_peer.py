@@ -21,15 +21,21 @@ class AccelPeer(Peer):
     variant: ClassVar[str] = "auto"
     target: ClassVar[str] = "ort-cpu"  # what the variant is lowered for
     engine: ClassVar[str] = "auto"
+    choices: ClassVar[dict[str, Any]] = {}  # of accel.add_variant
 
     def export(self) -> None:
         import accel
+        from accel.variant_targets import find_target
 
+        find_target(self.target)  # raises before the work is done
         shutil.rmtree(self.artifact, ignore_errors=True)
         accel.export(str(self.source), str(self.artifact))
         if self.variant != "auto":
-            # What it costs on text says nothing about random weights, and the benchmark compares answers itself.
-            accel.add_variant(self.artifact, self.variant, target=self.target, algorithm="rtn", measure=False)
+            # Unchecked and unmeasured: the benchmark compares every peer's answers with PyTorch's itself, and what
+            # rounding costs on text says nothing about the decoders' random weights. No algorithm makes them better.
+            choices: dict[str, Any] = {"algorithm": "rtn"} if self.decodes else {}
+            choices |= self.choices
+            accel.add_variant(self.artifact, self.variant, target=self.target, check=False, measure=False, **choices)
 
     def _load(self) -> Any:
         import accel
@@ -67,12 +73,32 @@ class AccelW8A8(AccelPeer):
     variant = "w8a8-dyn"
 
 
+class AccelW8G128(AccelPeer):
+    """int8 weights in groups of 128, activations in int8 with scales found per token and group."""
+
+    name = "accel-w8g128"
+    label = "accel w8g128"
+    variant = "w8g128"
+
+
 class AccelW4G32(AccelPeer):
-    """int4 weights in groups of 32."""
+    """int4 weights in groups of 32, the head's too, as the peers have it."""
 
     name = "accel-w4g32"
     label = "accel w4g32"
     variant = "w4g32"
+    choices: ClassVar[dict[str, Any]] = {"head_bits": 4}
+
+
+class AccelOpenVINOBf16(AccelPeer):
+    """bf16 on the OpenVINO engine, which has kernels for it that ONNX Runtime lacks."""
+
+    name = "accel-openvino-bf16"
+    label = "accel bf16, OpenVINO engine"
+    packages = ("accelrt", "openvino")
+    variant = "bf16"
+    target = "openvino"
+    engine = "openvino"
 
 
 class TorchBundlePeer(Peer):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 import torch
 from accel_kernels.gather import gather
+from accel_kernels.quantized_gather import quantized_gather
 from accel_kernels.tiles import LAYER_NORM, RMS_NORM
 
 from accel.engines.cuda.attention import CachedAttention, StepTensors, encoder_attention
@@ -65,6 +66,7 @@ class _Run:
             "GatedLinear": self._gated_linear,
             "CachedAttention": self._cached_attention,
             "Attention": self._encoder_attention,
+            "Gather": self._quantized_rows,
         }
 
     def run(self) -> dict[str, torch.Tensor]:
@@ -226,6 +228,12 @@ class _Run:
             return None
         out = torch.empty(ids.numel(), table.shape[1], dtype=torch.float32, device=table.device)
         return gather(table, ids.reshape(-1).contiguous(), out).reshape(*ids.shape, -1)
+
+    def _quantized_rows(self, node: ir.Node) -> torch.Tensor:
+        table, scales, ids = (self._tensor(value) for value in node.inputs)
+        bits = node.attributes["bits"].as_int()
+        out = torch.empty(ids.numel(), table.shape[1] * 32 // bits, dtype=torch.float32, device=table.device)
+        return quantized_gather(table, scales, out, ids.reshape(-1).contiguous(), bits=bits).reshape(*ids.shape, -1)
 
     # Everything else
 

@@ -3,10 +3,14 @@
 One row: a GEMV that takes the norm before and the residual behind it. A few rows: the tensor cores with the weights
 as the tall operand; sums are split where the outputs are too few to fill the GPU. Many rows: cuBLAS, or a kernel of
 our own where an activation follows.
+
+Integer weights: a GEMV for one row, tiles dequantised on their way to the tensor cores for more; from
+``MANY_QUANTIZED`` rows on the matrix is dequantised as a whole and multiplied as floats are.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +19,9 @@ from accel_kernels.block_gemm import BlockTile, block_gemm
 from accel_kernels.gemv import GemvTile, gemv
 from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
 from accel_kernels.norm import norm
+from accel_kernels.quantized_gather import quantized_gather
+from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
+from accel_kernels.quantized_gemv import quantized_gemv
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
 from accel_kernels.wide_gemm import WideTile, wide_gemm
 
@@ -25,6 +32,7 @@ KINDS = {"silu": SILU, "gelu": GELU_ERF, "gelu_tanh": GELU_TANH}
 FEW = 64  # rows up to which the weights are read once whatever the rows are
 BLOCK_ROWS = 512  # rows up to which a simple tiled kernel starts faster than one that stays
 WIDE_ROWS = 512
+MANY_QUANTIZED = 512  # rows from which reading and writing the floats of a matrix is the smaller part of its product
 _BLOCKS = 132  # programs that fill the GPU
 _LONG_ROW = 16384  # elements that one program can hold to normalize them
 
@@ -87,6 +95,10 @@ class Products:
         if rows == 1:
             return self._one(value, matrix, kind, out_type, residual)
         x = self.low(value)
+        if matrix.scales is not None:
+            if rows < MANY_QUANTIZED or out_type == torch.float32:
+                return self._several_quantized(x, matrix, kind, out_type, residual)
+            matrix = self._dequantized(matrix)
         if rows <= FEW or (matrix.stripe is not None and rows <= 2 * FEW) or out_type == torch.float32:
             return self._few(x, matrix, kind, out_type, residual)
         assert residual is None, "many rows are added by the norm behind them"
@@ -95,7 +107,7 @@ class Products:
     def parts(self, value: object, matrix: Matrix) -> Parts | torch.Tensor:
         """A product that its reader may add up: in parts where that fills the GPU better."""
         rows, splits = rows_of(value), splits_of(matrix)
-        if rows == 1 or rows > FEW or splits == 1 or matrix.bias is not None:
+        if rows == 1 or rows > FEW or splits == 1 or matrix.bias is not None or matrix.scales is not None:
             return self.linear(value, matrix)
         x = self.low(value)
         out = torch.empty(splits, rows, matrix.outputs, dtype=torch.float32, device=x.device)
@@ -107,6 +119,8 @@ class Products:
     def _one(
         self, value: object, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
     ) -> torch.Tensor:
+        if matrix.scales is not None:
+            return self._one_quantized(self.low(value), matrix, kind, out_type, residual)
         options: dict[str, Any] = {}
         if isinstance(value, Normed) and value.source.shape[-1] <= _LONG_ROW:
             x = value.source
@@ -118,6 +132,35 @@ class Products:
             x.contiguous(), matrix.weight, out, bias=matrix.bias, residual=residual, gated=matrix.stripe is not None,
             stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind], tile=gemv_tile(matrix), **options,
         )  # fmt: skip
+
+    def _one_quantized(
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert matrix.scales is not None
+        out = torch.empty(1, matrix.outputs, dtype=out_type, device=x.device)
+        return quantized_gemv(
+            x.contiguous(), matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
+            gated=matrix.stripe is not None, stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind],
+            tile=quantized_gemv_tile(matrix),
+        )  # fmt: skip
+
+    def _several_quantized(
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert matrix.scales is not None
+        out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
+        return quantized_gemm(
+            x.contiguous(), matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
+            gated=matrix.stripe is not None, stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind],
+            tile=quantized_gemm_tile(len(x)),
+        )  # fmt: skip
+
+    def _dequantized(self, matrix: Matrix) -> Matrix:
+        """The matrix in the engine's type, for one product."""
+        assert matrix.scales is not None
+        weight = torch.empty(len(matrix.weight), matrix.inputs, dtype=self.dtype, device=matrix.weight.device)
+        quantized_gather(matrix.weight, matrix.scales, weight, bits=matrix.bits)
+        return replace(matrix, weight=weight, scales=None, bits=0)
 
     def _few(
         self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
@@ -180,6 +223,17 @@ def gemv_tile(matrix: Matrix) -> GemvTile:
     if size > 4096:
         return GemvTile(4, 8192, 8)
     return GemvTile(8 if matrix.outputs > 1 << 15 else 4, 2048, 4)
+
+
+def quantized_gemv_tile(matrix: Matrix) -> GemvTile:
+    """One turn of 4-bit weights takes a row of 2,048 or 4,096. Not measured yet."""
+    tall = matrix.outputs > 1 << 15 or matrix.stripe is not None
+    return GemvTile(8 if tall else 4, 256 if matrix.inputs <= 4096 else 512, 4)
+
+
+def quantized_gemm_tile(rows: int) -> QuantizedTile:
+    """Not measured yet: more rows reuse a dequantised tile, fewer leave room for turns in flight."""
+    return QuantizedTile(64, 64, 64, 4, 3) if rows > FEW else QuantizedTile(64, 64, 128, 4, 3)
 
 
 def narrow_tile(matrix: Matrix, rows: int) -> NarrowTile:

@@ -21,16 +21,25 @@ class Matrix:
     """A linear layer's weights as the kernels want them.
 
     Attributes:
-        weight: [N, K], gated [2N, K] in stripes of ``stripe`` rows; contiguous.
+        weight: [N, K], gated [2N, K] in stripes of ``stripe`` rows; contiguous. Quantised: words, int32.
         bias: float32 [N], gated [2N], the gate's first; None: none.
-        low_bias: The same in the weights' type, for cuBLAS.
+        low_bias: The same in the engine's type, for cuBLAS.
         stripe: None: not gated.
+        scales: float16 [N, K / group], in the weight's order; None: the weights are floats.
+        bits: Of integers, 4 or 8.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     stripe: int | None = None
     low_bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    bits: int = 0
+
+    @property
+    def inputs(self) -> int:
+        """K."""
+        return self.weight.shape[1] * (32 // self.bits if self.bits else 1)
 
     @property
     def outputs(self) -> int:
@@ -96,7 +105,8 @@ class _Loader:
             else:
                 for value in node.inputs:
                     if value is not None and value.is_initializer():
-                        program.constants[value] = self._constant(value)
+                        fused = node.domain == DOMAIN  # what kernels read is no shape, however small
+                        program.constants[value] = self._move(value) if fused else self._constant(value)
 
     def _constant(self, value: ir.Value) -> torch.Tensor:
         tensor = value.const_value
@@ -113,22 +123,29 @@ class _Loader:
 
     def _matrix(self, node: ir.Node) -> Matrix:
         count = node.attributes["weights"].as_int()
-        turned = not node.attributes["transposed"].as_int()
-        values = [value for value in node.inputs[1 : 1 + count] if value is not None]
+        bits = node.attributes.get_int("bits", None) or 0
+        operands = list(node.inputs[1:])
+        weight = self._whole(node, operands[:count])
+        scales = self._whole(node, operands[count : 2 * count]) if bits else None
+        biases = [self._move(value).float() for value in operands[count * (1 + bool(bits)) :] if value is not None]
+        bias = torch.cat(biases) if biases else None
+        low_bias = None if bias is None else bias.to(self._program.dtype)
         gated = node.op_type == "GatedLinear"
-        biases = [self._move(value).float() for value in node.inputs[1 + count :] if value is not None]
+        return Matrix(weight, bias, stripe_of(weight.shape[0] // 2) if gated else None, low_bias, scales, bits)
+
+    def _whole(self, node: ir.Node, inputs: list[ir.Value | None]) -> torch.Tensor:
+        """A node's weights, or their scales, as one tensor; made once."""
+        values = [value for value in inputs if value is not None]
+        turned, gated = not node.attributes["transposed"].as_int(), node.op_type == "GatedLinear"
         key = (node.op_type, *(value.name or "" for value in values))
         if key not in self._made:
             parts = [self._move(value).T if turned else self._move(value) for value in values]
-            parts = list(parts[0].chunk(2)) if gated and count == 1 else parts
+            parts = list(parts[0].chunk(2)) if gated and len(values) == 1 else parts
             self._made[key] = _striped(*parts) if gated else _joined(parts)
             for value in values:  # a copy stands for it; a tied embedding keeps its own
                 if self._made[key] is not self._moved.get(value) and value not in self._program.constants:
                     self._moved.pop(value, None)
-        weight = self._made[key]
-        bias = torch.cat(biases) if biases else None
-        low_bias = None if bias is None else bias.to(weight.dtype)
-        return Matrix(weight, bias, stripe_of(weight.shape[0] // 2) if gated else None, low_bias)
+        return self._made[key]
 
 
 def stripe_of(outputs: int) -> int:

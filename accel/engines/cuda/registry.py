@@ -8,6 +8,7 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import resolve_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
+from accel.scheme import gpu_type
 
 TARGET = "cuda"  # of the graph
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -16,7 +17,10 @@ _SHARE_LEFT = 0.9  # of the free memory: steps need some of their own
 
 
 def pick_precision(bundle: Bundle, variant: str) -> str | None:
-    """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a graph for this engine."""
+    """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a graph for this engine.
+
+    Integers lose more than that: they run when they are asked for.
+    """
     if variant != "auto":
         return variant if TARGET in bundle.variant(variant).graphs else None
     variants = bundle.manifest.variants
@@ -26,7 +30,8 @@ def pick_precision(bundle: Bundle, variant: str) -> str | None:
 def probe(bundle: Bundle, variant: str) -> str | None:
     """Why the engine cannot run a bundle here, or None."""
     if pick_precision(bundle, variant) is None:
-        command = f"accel quantize {bundle.path} --variant fp16 --target cuda"
+        asked = "fp16" if variant == "auto" else variant
+        command = f"accel quantize {bundle.path} --variant {asked} --target cuda"
         return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds it"
     missing = [name for name in ("torch", "triton", "onnx_ir") if find_spec(name) is None]
     if missing:
@@ -56,9 +61,8 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
     assert chosen is not None, "probe comes first"
     entry, arch = bundle.graph(chosen, TARGET), bundle.manifest.arch
     device, path = open_device(), bundle.file(entry.file)
-    dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}[
-        bundle.variant(chosen).dtype
-    ]
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    dtype = types[gpu_type(chosen, bundle.variant(chosen).dtype)]
     try:
         if arch.kind == "encoder":
             from accel.engines.cuda.encoder import CudaEncoderSession

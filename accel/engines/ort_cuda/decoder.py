@@ -21,6 +21,7 @@ from accel.engines.padded import PaddedStep, StepPadder
 from accel.engines.session import EngineInfo, StepInputs
 from accel.errors import AccelError, BundleError, EngineBrokenError
 from accel.manifest import Manifest
+from accel.scheme import gpu_type
 
 MAX_TOKENS = 2048  # of one run; a longer prompt runs in chunks
 LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
@@ -163,7 +164,7 @@ class OrtCudaDecoderSession:
         return self._session.get_inputs(), self._session.get_outputs()
 
     def _allocate(self, manifest: Manifest, variant: str) -> _Memory:
-        dtype, provider = manifest.variants[variant].dtype, self._provider
+        dtype, provider = gpu_type(variant, manifest.variants[variant].dtype), self._provider
         values = {}
         for name, layer in zip(self._names, (layer for layer in manifest.arch.layers for _ in range(2)), strict=True):
             shape = self.max_batch, layer.kv_heads, self.capacity, layer.head_dim

@@ -9,6 +9,7 @@ from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, OutOfMemoryError, 
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, DependencyError, EngineUnavailableError
 from accel.machine import has_nvidia_device, hidden_gpu
+from accel.scheme import gpu_type
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers
 RESERVE = 512 << 20  # bytes beside weights and caches: activations, logits, the libraries' own
@@ -31,12 +32,14 @@ def probe(bundle: Bundle, variant: str) -> str | None:
 def pick_precision(bundle: Bundle, variant: str) -> str | None:
     """The variant to run: the one asked for, else fp16, bf16, fp32, whichever has a graph that runs on the GPU.
 
-    A decoder in fp32 is none: CUDA's attention over a cache takes fp16 and bf16, in fp32 it would run on the CPU.
+    Integers lose more than that: they run, in fp16, when they are asked for. A decoder in fp32 is none: CUDA's
+    attention over a cache takes fp16 and bf16, in fp32 it would run on the CPU.
     """
     names = PRECISIONS if variant == "auto" else (variant,)
     for name in names:
         known = bundle.manifest.variants.get(name)
-        runs = known is not None and (known.dtype != "float32" or bundle.manifest.arch.kind == "encoder")
+        low = known is not None and gpu_type(name, known.dtype) != "float32"
+        runs = known is not None and (low or bundle.manifest.arch.kind == "encoder")
         if known is not None and runs and NAME in known.graphs:
             return name
     return None
@@ -96,7 +99,7 @@ def _weight_bytes(bundle: Bundle, variant: str) -> int:
 
 def _shape(bundle: Bundle, variant: str, options: SessionOptions, room: int | None) -> CacheShape:
     """The caches' shape: what was asked for must fit; where nothing was, a GPU that is full is passed over."""
-    item = ITEM_BYTES[bundle.variant(variant).dtype]
+    item = ITEM_BYTES[gpu_type(variant, bundle.variant(variant).dtype)]
     try:
         return resolve_cache(bundle.manifest.arch, options, item, room)
     except CapacityError as error:
@@ -112,7 +115,7 @@ def _does_not_fit(
     if bundle.manifest.arch.kind == "encoder" or not _asked(options):
         remedy = "Close other programs on this GPU"
         return EngineUnavailableError(error.what, where="GPU memory", remedy=remedy)
-    size = bytes_per_token(bundle.manifest.arch, ITEM_BYTES[bundle.variant(variant).dtype])
+    size = bytes_per_token(bundle.manifest.arch, ITEM_BYTES[gpu_type(variant, bundle.variant(variant).dtype)])
     free = free_memory()
     fits = f"{max(0, free - RESERVE) // size:,} positions in all rows together" if free is not None else "fewer"
     remedy = f"A position of a row takes {size:,} bytes, which leaves room for {fits}: lower capacity or max_batch"

@@ -34,8 +34,12 @@ def row_step(x: Tensor) -> Tensor:
 def _quantized_linear(
     node: ir.Node, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, step: Tensor | None = None
 ) -> Tensor:
-    if node.attributes["activation"].as_string() == "dynamic":
+    activation = node.attributes["activation"].as_string()
+    if activation == "dynamic":
         step = row_step(x)
+    elif activation == "grouped":
+        groups = x.unflatten(-1, (scale.shape[-1], -1))
+        x = round_input(groups, row_step(groups)).flatten(-2)
     x = x if step is None else round_input(x, step)
     return torch.nn.functional.linear(x, _dequantized(weight, scale), bias)
 
@@ -82,6 +86,8 @@ def _cached_attention(
     window = node.attributes.get_int("window", None)
     results, start = [], 0
     for row, (past, fresh) in enumerate(zip(past_lengths.tolist(), query_lengths.tolist(), strict=True)):
+        if fresh == 0:  # the row sits this step out
+            continue
         here, end = slice(start, start + fresh), past + fresh
         keys[row, :, past:end] = key[here].unflatten(-1, (groups, -1)).transpose(0, 1)
         values[row, :, past:end] = value[here].unflatten(-1, (groups, -1)).transpose(0, 1)

@@ -143,6 +143,23 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, first * sin + second * cos, x[..., part:]], -1)
 
 
+def _weights(node: ir.Node, blocks: Tensor, scales: Tensor) -> Tensor:
+    """Unsigned integers uint8 [.., groups, bytes] and scales [.., groups] -> floats of the scales' type, [.., K]."""
+    bits = _int(node, "bits", 4)
+    fields = blocks[..., None] >> torch.arange(0, 8, bits, dtype=torch.uint8) & ((1 << bits) - 1)
+    whole = fields.flatten(-2).float() - (1 << (bits - 1))
+    return (whole * scales.float()[..., None]).flatten(-2).to(scales.dtype)
+
+
+def _mat_mul_n_bits(node: ir.Node, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:
+    return x @ _weights(node, blocks, scales.reshape(blocks.shape[:2])).T
+
+
+def _gather_block_quantized(node: ir.Node, blocks: Tensor, ids: Tensor, scales: Tensor) -> Tensor:
+    """Rows of [N, groups, bytes] and [N, groups, 1] -> [.., groups, group]."""
+    return _weights(node, blocks[ids], scales[ids][..., 0]).unflatten(-1, (blocks.shape[1], -1))
+
+
 CONTRIB: dict[str, Callable[..., Any]] = {
     "FusedMatMul": _product,
     "BiasGelu": _bias_gelu,
@@ -152,11 +169,14 @@ CONTRIB: dict[str, Callable[..., Any]] = {
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
     "MultiHeadAttention": _multi_head_attention,
     "GroupQueryAttention": _group_query_attention,
+    "MatMulNBits": _mat_mul_n_bits,
+    "GatherBlockQuantized": _gather_block_quantized,
 }
 # Attributes that are not looked at, with the only value at which that is right.
 CONTRIB_FIXED: dict[str, dict[str, Any]] = {
     "FusedMatMul": {"alpha": 1.0, "transA": 0, "transBatchA": 0, "transBatchB": 0},
     "MultiHeadAttention": {"unidirectional": 0},
+    "GatherBlockQuantized": {"gather_axis": 0, "quantize_axis": 2},
     "GroupQueryAttention": {"rotary_interleaved": 0, "smooth_softmax": 0},
 }
 

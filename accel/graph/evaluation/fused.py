@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from accel_kernels.packing import unpack
 from torch.nn import functional
 
 from accel.engines.torch_operators import Tensor
@@ -19,10 +20,15 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _products(node: ir.Node, x: Tensor, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """x W_i^T + b_i for each weight, float32 again after rounding to the weights' type."""
+    """x W_i^T + b_i for each weight, float32 again after rounding to the weights' type; integers' is float16."""
     count = node.attributes["weights"].as_int()
     turned = node.attributes["transposed"].as_int()
+    bits = node.attributes.get_int("bits", None)
     weights, biases = tensors[:count], tensors[count:]
+    if bits is not None:
+        scales, biases = biases[:count], biases[count:]
+        pairs = zip(weights, scales, strict=True)
+        weights = tuple(unpack(words, scale, bits).to(scale.dtype) for words, scale in pairs)
     results = []
     for place, weight in enumerate(weights):
         product = (x.to(weight.dtype) @ (weight.T if turned else weight)).float()
@@ -40,6 +46,12 @@ def _gated_linear(node: ir.Node, x: Tensor, *tensors: Tensor) -> Tensor:
     parts = _products(node, x, tensors)
     gate, up = parts if len(parts) == 2 else parts[0].chunk(2, -1)
     return _ACTIVATIONS[node.attributes["activation"].as_string()](gate) * up
+
+
+def _rows(node: ir.Node, words: Tensor, scales: Tensor, ids: Tensor) -> Tensor:
+    """Rows of an integer table, float32."""
+    flat = ids.reshape(-1)
+    return unpack(words[flat], scales[flat], node.attributes["bits"].as_int()).reshape(*ids.shape, -1)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,6 +123,7 @@ def _attention(
 FUSED: dict[str, Callable[..., Any]] = {
     "Linear": _linear,
     "GatedLinear": _gated_linear,
+    "Gather": _rows,
     "CachedAttention": _cached_attention,
     "Attention": _attention,
 }

@@ -8,12 +8,16 @@ import onnx_ir as ir
 
 from accel.graph.edit import ints, operands, producer, replace_value, sole_consumer, substitute
 from accel.graph.fusions.rotary import column_range
+from accel.graph.quantized import quantized_alike
 
 DOMAIN = "accel.kernels"
 
 
 def join_linears(graph: ir.Graph, before: ir.Node, outputs: Sequence[ir.Value]) -> ir.Value | None:
-    """One Linear that computes all outputs side by side; None unless all are linears of one input, alike."""
+    """One Linear that computes all outputs side by side; None unless all are linears of one input, alike.
+
+    Integer weights are alike if they have as many bits and as large groups.
+    """
     nodes = [node for value in outputs if (node := producer(value, "Linear")) is not None]
     if len(nodes) != len(outputs) or len({id(node.inputs[0]) for node in nodes}) != 1:
         return None
@@ -22,6 +26,8 @@ def join_linears(graph: ir.Graph, before: ir.Node, outputs: Sequence[ir.Value]) 
     if len(alike) != 1 or any(node.domain != "accel" for node in nodes):
         return None
     weights = [node.inputs[1] for node in nodes]
+    if not quantized_alike(weights):
+        return None
     biases = [node.inputs[2] for node in nodes if len(node.inputs) > 2]
     attributes = {"weights": len(nodes), "transposed": first.attributes.get_int("transposed", 0)}
     made = ir.node("Linear", [first.inputs[0], *weights, *biases], attributes, domain=DOMAIN)
@@ -62,7 +68,8 @@ def drop_row_reshapes(model: ir.Model) -> int:
 def fuse_gates(model: ir.Model) -> int:
     """activation(x W_gate) * (x W_up) -> GatedLinear.
 
-    The two products are linears of one input, or the halves of one linear. A gate that something else reads stays.
+    The two products are linears of one input, or the halves of one linear. A gate that something else reads stays, and
+    so do linears whose weights are quantised unlike each other.
     """
     count = 0
     for node in list(model.graph):
@@ -121,7 +128,8 @@ def _gated(gate: ir.Value, up: ir.Value, kind: str) -> ir.Node | None:
             for node in (first, second)
         )
         turned = {node.attributes.get_int("transposed", 0) for node in (first, second)}
-        if same and plain and len(turned) == 1 and first is not second:
+        alike = quantized_alike([first.inputs[1], second.inputs[1]])
+        if same and plain and alike and len(turned) == 1 and first is not second:
             inputs = [first.inputs[0], first.inputs[1], second.inputs[1], *first.inputs[2:], *second.inputs[2:]]
             attributes |= {"weights": 2, "transposed": turned.pop()}
             return ir.node("GatedLinear", inputs, attributes, domain=DOMAIN)

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from accel.graph.edit import producer
-from accel.graph.quantized import QuantizedWeight, concatenated, quantized_of
+from accel.graph.quantized import QuantizedWeight, concatenated, quantized_alike, quantized_of
 from accel.spec import PARTS, ROWS
 
 
 def merge_linears(graph: ir.Graph, before: ir.Node, outputs: Sequence[ir.Value], name: str) -> ir.Value | None:
     """One ``accel::Linear`` over the same input that computes all outputs side by side.
 
-    Returns None unless all come from transposed linears of one input, all with or all without bias.
+    Returns None unless all come from transposed linears of one input, all with or all without bias, quantised alike.
     """
     linears = [producer(value, "Linear") for value in outputs]
     first = linears[0]
@@ -22,6 +22,8 @@ def merge_linears(graph: ir.Graph, before: ir.Node, outputs: Sequence[ir.Value],
         return None
     nodes = [node for node in linears if node is not None]
     if any(node.attributes.get_int("transposed", 0) != 1 or len(node.inputs) != len(first.inputs) for node in nodes):
+        return None
+    if not quantized_alike([node.inputs[1] for node in nodes]):
         return None
     merged = [
         merge_rows(graph, [node.inputs[i] for node in nodes], f"{name}.{kind}")  # type: ignore[misc]

@@ -7,6 +7,7 @@
 namespace accel_cpu {
 namespace {
 
+constexpr int64_t kRowsPerPass = 2048;       // quantised at once: bounds the memory that they take
 constexpr int64_t kRowsPerTask = 192;        // their activations stay in a core's cache while panels pass by
 constexpr int64_t kFewestRows = 32;          // below, a task would read its weights for too little work
 constexpr int64_t kTasksPerProcessor = 8;    // so that all end at nearly the same time
@@ -112,26 +113,39 @@ void gather_task(void* data, size_t index) {
   gather_rows(*l.weight, l.ids, l.count * i / l.tasks, l.count * (i + 1) / l.tasks, l.result);
 }
 
+// Quantises all rows, then multiplies them.
+Outcome run(Product* p, const Pool& pool) {
+  const int64_t values = p->rows * p->weight->shape.inputs;
+  if (values <= kSerialValues) {
+    quantize_task(p, 0);
+  } else {
+    p->quantize_tasks = least(p->rows, (values + kQuantizedPerTask - 1) / kQuantizedPerTask);
+    if (!pool.run(pool, quantize_task, static_cast<size_t>(p->quantize_tasks), p)) return Outcome::kPoolFailed;
+  }
+  plan(p);
+  const size_t tasks = static_cast<size_t>(p->row_tasks * p->panel_tasks);
+  return pool.run(pool, multiply_task, tasks, p) ? Outcome::kDone : Outcome::kPoolFailed;
+}
+
 }  // namespace
 
 Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const float* x, int64_t rows,
                          float fixed_scale, const Epilogue& epilogue, const Pool& pool) {
   if (rows == 0) return Outcome::kDone;
-  const RowsLayout layout(weight.shape, rows);
+  const RowsLayout layout(weight.shape, least(rows, kRowsPerPass));
   const Scratch scratch(layout.bytes());
   if (scratch.data() == nullptr) return Outcome::kOutOfMemory;
-  Product product{&kernels, &weight, x, rows, fixed_scale, &epilogue, layout.in(scratch.data()), 1, 1, 1};
-  const int64_t values = rows * weight.shape.inputs;
-  if (values <= kSerialValues) {
-    quantize_task(&product, 0);
-  } else {
-    product.quantize_tasks = least(rows, (values + kQuantizedPerTask - 1) / kQuantizedPerTask);
-    const size_t tasks = static_cast<size_t>(product.quantize_tasks);
-    if (!pool.run(pool, quantize_task, tasks, &product)) return Outcome::kPoolFailed;
+  const QuantizedRows quantized = layout.in(scratch.data());
+  Outcome outcome = Outcome::kDone;
+  for (int64_t first = 0; first < rows && outcome == Outcome::kDone; first += kRowsPerPass) {
+    Epilogue part = epilogue;
+    part.result += first * part.features;
+    if (part.residual != nullptr) part.residual += first * part.features;
+    const int64_t count = least(rows - first, kRowsPerPass);
+    Product product{&kernels, &weight, x + first * weight.shape.inputs, count, fixed_scale, &part, quantized, 1, 1, 1};
+    outcome = run(&product, pool);
   }
-  plan(&product);
-  const size_t tasks = static_cast<size_t>(product.row_tasks * product.panel_tasks);
-  return pool.run(pool, multiply_task, tasks, &product) ? Outcome::kDone : Outcome::kPoolFailed;
+  return outcome;
 }
 
 Outcome quantized_gather(const Weight& weight, const int64_t* ids, int64_t count, float* result, const Pool& pool) {

@@ -55,6 +55,8 @@ struct Portable {
     return x;
   }
   static void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+  static void prefetch_read(const float* p) { __builtin_prefetch(p, 0); }
+  static void prefetch_write(const float* p) { __builtin_prefetch(p, 1); }
   static F load_scales(const uint16_t* p) {
     return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
   }

@@ -10,6 +10,7 @@
 //   kZero8, kZero4  what V's dot adds to each weight: 128 or 8 where it takes them unsigned, else 0
 //   load, store, load_scales (L float16)
 //   magnitude(largest, x): running maximum of the bits of |x|, as an integer vector; largest_bits(v)
+//   prefetch_read(p), prefetch_write(p)
 //   quantize(p, x, inverse) -> I: clamps x * inverse to +-127, rounds to even, stores L bytes; sum(I)
 //   kRows, kVectors, kBlockRows, kBlockVectors: register blocking
 
@@ -234,6 +235,21 @@ void finish_row(const float* sums, int tiles, int64_t panel, int64_t row, const 
   }
 }
 
+// Fetches the lines of a result before its product is computed: written after it, each would be waited for.
+template <class V>
+inline void prefetch_result(int rows, int tiles, int64_t panel, int64_t row, const Epilogue& e) {
+  constexpr int kLine = 64 / static_cast<int>(sizeof(float));
+  const int64_t width = tiles * kTile / (e.gated ? 2 : 1);
+  const int64_t first = panel * kPanel / (e.gated ? 2 : 1);
+  for (int m = 0; m < rows; ++m) {
+    const int64_t place = (row + m) * e.features + first;
+    for (int64_t column = 0; column < width; column += kLine) {
+      V::prefetch_write(e.result + place + column);
+      if (e.residual != nullptr) V::prefetch_read(e.residual + place + column);
+    }
+  }
+}
+
 template <class V, int BITS, bool BLOCKED, int M, int N>
 inline void product(const Operands& a) {
   if constexpr (BLOCKED) {
@@ -291,6 +307,7 @@ void multiply_tiles(const Weight& weight, const QuantizedRows& rows, int64_t fir
     for (int64_t group = 0; group < groups; ++group) {  // of nearly equal size: no short one at the end
       const int64_t row = first_row + count * group / groups;
       const int some = static_cast<int>(first_row + count * (group + 1) / groups - row);
+      prefetch_result<V>(some, tiles, panel, row, epilogue);
       a.x = rows.values + row * rows.stride;
       a.x_scales = rows.scales + row * a.blocks;
       a.starts = rows.starts + row * a.blocks;

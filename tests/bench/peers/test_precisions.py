@@ -71,25 +71,33 @@ def test_ctranslate2_gets_rows_without_padding_in_int8(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"), [("accel", None), ("accel-w8a8-dyn", "w8a8-dyn"), ("accel-w4g32", "w4g32")]
+    ("name", "variant", "target", "engine"),
+    [
+        ("accel", None, "ort-cpu", "auto"),
+        ("accel-w8a8-dyn", "w8a8-dyn", "ort-cpu", "auto"),
+        ("accel-w4g32", "w4g32", "ort-cpu", "auto"),
+        ("accel-openvino-bf16", "bf16", "openvino", "openvino"),
+    ],
 )
-def test_accels_variants_are_added_for_the_cpu(
-    name: str, variant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_accels_variants_are_added_for_their_engine(
+    name: str, variant: str | None, target: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setattr("accel.export", lambda source, out: calls.append(("export", out)), raising=False)
 
-    def add_variant(bundle: Path, name: str, *, target: str, measure: bool) -> None:
-        calls.append((str(bundle), name, target, measure))
+    def add_variant(bundle: Path, name: str, *, target: str, check: bool, measure: bool, **choices: Any) -> None:
+        calls.append((str(bundle), name, target, check, measure))
 
-    monkeypatch.setattr("accel.variants.add_variant", add_variant)
+    monkeypatch.setattr("accel.add_variant", add_variant, raising=False)
+    monkeypatch.setattr("accel.variant_targets.find_target", lambda name: calls.append(("target", name)))
     monkeypatch.setattr("accel.load", lambda path, **options: calls.append(options), raising=False)
     ours = peer(name, tmp_path)
     ours.export()
     ours.open_embedder()
     path = str(tmp_path / "artifact")
-    added = [(path, variant, "ort-cpu", False)] if variant else []
-    assert calls == [("export", path), *added, {"engine": "auto", "variant": variant or "auto", "threads": 2}]
+    added = [(path, variant, target, False, False)] if variant else []
+    loaded = {"engine": engine, "variant": variant or "auto", "threads": 2}
+    assert calls == [("target", target), ("export", path), *added, loaded]
 
 
 def test_token_gaps_are_what_a_choice_lost_at_each_position(tmp_path: Path) -> None:

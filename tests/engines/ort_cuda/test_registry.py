@@ -56,7 +56,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_its_place_in_the_order() -> None:
     names = [engine.name for engine in ENGINES]
-    assert names == ["tensorrt", "rtx", "cuda", "ort-cuda", "ort-cpu", "torch"]
+    assert names == ["tensorrt", "rtx", "cuda", "ort-cuda", "ort-cpu", "openvino", "torch"]
     assert next(engine for engine in ENGINES if engine.name == "ort-cuda").device == "cuda"
 
 

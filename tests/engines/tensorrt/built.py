@@ -101,7 +101,7 @@ def build(model: ir.Model, folder: Path, profiles: list[Ranges], capacity: int |
         taken.append({name: _three(tuple(shape) for shape in profile.get_shape(name)) for name in ranges})
     plan = builder.build_serialized_network(network, config)
     assert plan is not None, log.errors
-    return BuiltEngine(bytes(memoryview(plan)), tuple(_read_tensors(network)), tuple(taken), graph)
+    return BuiltEngine(bytes(memoryview(plan)), tuple(read_tensors(network)), tuple(taken), graph)
 
 
 def _parse(flavour: Flavour, logger: Any, proto: bytes) -> tuple[Any, Any]:
@@ -116,7 +116,7 @@ def _parse(flavour: Flavour, logger: Any, proto: bytes) -> tuple[Any, Any]:
     return builder, network
 
 
-def _read_tensors(network: Any) -> list[Tensor]:
+def read_tensors(network: Any) -> list[Tensor]:
     aliases = {}
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         if layer.type.name == "KV_CACHE_UPDATE":

@@ -9,10 +9,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from accel.errors import FusionError
 from accel.graph.evaluation.contrib import CONTRIB
 from accel.graph.evaluation.torch_graph import TorchGraph
+from accel.graph.lowering.ort_cuda.quantized import pack_blocks
+from accel.quantized_tensor import QuantizedTensor
 from tests.graph.evaluation.test_torch_graph import draw, value_like
 
 Arrays = list[NDArray | None]
@@ -112,7 +115,8 @@ def test_group_query_attention(
 
 def test_every_operator_is_compared() -> None:
     attention, norms = {"MultiHeadAttention", "GroupQueryAttention"}, {"SkipLayerNormalization"}
-    assert {"FusedMatMul", "BiasGelu", "FastGelu", "QuickGelu"} | attention | norms == set(CONTRIB) - {
+    integers = {"MatMulNBits", "GatherBlockQuantized"}
+    assert {"FusedMatMul", "BiasGelu", "FastGelu", "QuickGelu"} | attention | norms | integers == set(CONTRIB) - {
         "SkipSimplifiedLayerNormalization"
     }
 
@@ -122,3 +126,40 @@ def test_attributes_that_would_be_ignored_are_refused() -> None:
         TorchGraph(graph("FusedMatMul", [draw(3, 3), draw(3, 3)], ("out",), transA=1))
     with pytest.raises(FusionError, match="no evaluation for com.microsoft::Unheard"):
         TorchGraph(graph("Unheard", [draw(3, 3)], ("out",)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_products_and_rows_of_integers(bits: int, group: int, dtype: type) -> None:
+    """Every integer of the range, scales of both signs; both operators read one initializer."""
+    half, (count, size) = 1 << (bits - 1), (33, 256)
+    values = (np.arange(count * size) * 7919 % (2 * half) - half).astype(np.int8).reshape(count, size)
+    scales = (draw(count, size // group) / half).astype(np.float16).astype(np.float32)
+    tensor = QuantizedTensor(values, scales, bits, group)
+    blocks, stored = pack_blocks(tensor), scales.astype(dtype)
+    x, ids = draw(3, size).astype(dtype), np.array([[32, 0], [5, 5]])
+    exact = x.astype(np.float64) @ tensor.dequantize().T
+    attributes = {"bits": bits, "block_size": group}
+    op = graph("MatMulNBits", [x, blocks, stored], ("out",), N=count, K=size, **attributes)
+    for found in both(op, {"a": x, "b": blocks, "c": stored}):
+        assert found.dtype == dtype
+        np.testing.assert_allclose(found, exact, atol=(2e-6 if dtype == np.float32 else 2e-3) * np.abs(exact).max())
+    attributes |= {"gather_axis": 0, "quantize_axis": 2}
+    op = graph("GatherBlockQuantized", [blocks, ids, stored[..., None]], ("out",), **attributes)
+    for found in both(op, {"a": blocks, "b": ids, "c": stored[..., None]}):
+        assert found.shape == (2, 2, size // group, group) and found.dtype == dtype
+        np.testing.assert_array_equal(found.reshape(2, 2, size), tensor.dequantize()[ids].astype(dtype))
+
+
+def both(model: ir.Model, feeds: dict[str, NDArray]) -> list[NDArray]:
+    """The output by PyTorch and by ONNX Runtime, whose operators want the integers as initializers."""
+    proto = ir.to_proto(model)
+    for value in [value for value in proto.graph.input if feeds[value.name].dtype == np.uint8]:
+        proto.graph.input.remove(value)
+        proto.graph.initializer.append(numpy_helper.from_array(feeds[value.name], value.name))
+    for value in proto.graph.output:
+        value.ClearField("type")
+    session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    given = {node.name: feeds[node.name] for node in session.get_inputs()}
+    return [TorchGraph(model).run(feeds)["out"], session.run(None, given)[0]]

@@ -74,6 +74,7 @@ def check(op: str, inputs: list[NDArray | None], outputs: int = 1, **attributes:
 
 UNARY = {
     "Neg": draw(3, 4), "Abs": draw(3, 4), "Sigmoid": draw(3, 4), "Tanh": draw(3, 4), "Relu": draw(3, 4),
+    "Round": np.array([[-1.5, -0.5, 0.5, 1.5, 2.5, 0.4, -0.6]], np.float32),
     "Sqrt": draw(3, 4, low=0.0), "Exp": draw(3, 4), "Log": draw(3, 4, low=0.1), "Cos": draw(3, 4), "Sin": draw(3, 4),
     "Erf": draw(3, 4), "Reciprocal": draw(3, 4, low=0.5), "Identity": draw(3, 4), "Not": bools(3, 4),
 }  # fmt: skip

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from accel.errors import FusionError
 from accel.graph.clean import clean
 from accel.graph.lowering.cuda.attention import lower_attention, lower_cached_attention
+from accel.graph.lowering.cuda.quantized import pack_weights
 from accel.graph.lowering.cuda.weights import lower_weights
 from accel.graph.lowering.fused_linear import DOMAIN, drop_row_reshapes, fuse_activations, fuse_gates, lower_linear
 from accel.graph.lowering.unit_batch import drop_unit_batch
@@ -27,6 +28,9 @@ def lower(
 
     - ``Linear(x, w_0 .. w_n-1, b_0 .. b_n-1)``: the n products side by side, then ``activation`` if there is one.
     - ``GatedLinear(x, w_gate, w_up, b_gate, b_up)``: activation(gate) * up.
+    - Both with ``bits`` 4 or 8: integer weights, packed, w_0 .. w_n-1 followed by their scales s_0 .. s_n-1; see
+      ``accel.graph.lowering.cuda.quantized``.
+    - ``Gather(words, scales, ids)`` with ``bits``: rows of an integer table, float32.
     - ``CachedAttention(query, key, value, past_key, past_value, past_lengths, query_lengths, cos, sin)``: as the
       canonical node; key and value absent: query holds all three side by side; with tables [positions, D / 2],
       queries and keys are rotated by halves first.
@@ -35,7 +39,7 @@ def lower(
     Args:
         model: Canonical model in float32; left as it is.
         max_positions: Rows of the rotary tables.
-        dtype: FLOAT, FLOAT16 or BFLOAT16, of matrices, embeddings and caches.
+        dtype: FLOAT, FLOAT16 or BFLOAT16, of matrices and embeddings that are not quantised, and of caches.
 
     Raises:
         FusionError: An attention layer is lost.
@@ -56,6 +60,7 @@ def lower(
             ("gates", fuse_gates),
             ("activations", fuse_activations),
             ("clean", clean),
+            ("pack", pack_weights),
             ("weights", lambda model: lower_weights(model, dtype)),
         ),
     )

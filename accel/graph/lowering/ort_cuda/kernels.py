@@ -45,6 +45,8 @@ KERNELS: dict[tuple[str, str], frozenset[ir.DataType]] = {
     ("com.microsoft", "SkipSimplifiedLayerNormalization"): _FLOATS,
     ("com.microsoft", "MultiHeadAttention"): _FLOATS,
     ("com.microsoft", "GroupQueryAttention"): _HALVES,
+    ("com.microsoft", "MatMulNBits"): _FLOATS,
+    ("com.microsoft", "GatherBlockQuantized"): _FLOATS,
 }
 SIDE_INPUTS: dict[tuple[str, str], frozenset[int]] = {
     ("", "Gather"): frozenset({1}),
@@ -60,6 +62,8 @@ SIDE_INPUTS: dict[tuple[str, str], frozenset[int]] = {
     ("", "RotaryEmbedding"): frozenset({3}),
     ("com.microsoft", "MultiHeadAttention"): frozenset({4}),
     ("com.microsoft", "GroupQueryAttention"): frozenset({5, 6}),
+    ("com.microsoft", "MatMulNBits"): frozenset({1}),
+    ("com.microsoft", "GatherBlockQuantized"): frozenset({0, 1}),
 }
 # May differ in type from input to input, or from input to output; all others have one type.
 _MIXED = frozenset({("", "Cast"), ("", "Shape"), ("", "RMSNormalization"), ("", "LayerNormalization")})

@@ -13,6 +13,7 @@ from accel.graph.lowering.ort_cuda.decoder_attention import lower_cached_attenti
 from accel.graph.lowering.ort_cuda.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cuda.kernels import check_kernels
 from accel.graph.lowering.ort_cuda.norms import fuse_skip_norms
+from accel.graph.lowering.ort_cuda.quantized import lower_quantized
 from accel.graph.lowering.tensorrt.precision import ISLANDS, PRODUCTS, set_precision
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.pipeline import run_passes
@@ -23,7 +24,7 @@ VERSION = 1  # raise it when the same canonical graph lowers to another one
 MICROSOFT = "com.microsoft"
 # As for TensorRT: norms and the residual stream stay float32. A step costs two small casts per norm for that.
 NORMS = frozenset({"SkipLayerNormalization", "SkipSimplifiedLayerNormalization"})
-KERNELS = frozenset({"FusedMatMul", "GroupQueryAttention", "MultiHeadAttention"})
+KERNELS = frozenset({"FusedMatMul", "GatherBlockQuantized", "GroupQueryAttention", "MatMulNBits", "MultiHeadAttention"})
 
 
 def lower(
@@ -43,8 +44,9 @@ def lower(
     Args:
         model: Canonical model in float32; left as it is.
         max_positions: Rows of the rotary tables; the cache's capacity cannot exceed it.
-        dtype: FLOAT, FLOAT16 or BFLOAT16; see ``accel.graph.lowering.tensorrt.precision``. A decoder in FLOAT has no
-            CUDA kernel for its attention: it runs on ONNX Runtime's CPU kernels.
+        dtype: FLOAT, FLOAT16 or BFLOAT16; see ``accel.graph.lowering.tensorrt.precision``. FLOAT16 with integers,
+            whose scales are that. A decoder in FLOAT has no CUDA kernel for its attention: it runs on ONNX Runtime's
+            CPU kernels.
 
     Raises:
         FusionError: A layer, a private node or a type has no lowering or no CUDA kernel.
@@ -58,6 +60,7 @@ def lower(
     reports += run_passes(
         lowered,
         (
+            ("quantized", lower_quantized),
             ("linear", lower_linear),
             ("bias_gelu", fuse_bias_gelu),
             ("silu", fuse_silu),

@@ -1,0 +1,1 @@
+"""OpenVINO on the CPU: encoders in float32 and bfloat16."""
