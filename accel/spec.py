@@ -20,6 +20,7 @@ PARTS = "accel.parts"  # of a merged initializer: the parameters that lie in it 
 ROWS = "accel.rows"  # of an initializer that is a range of a parameter's rows: name, start, stop
 EMBEDDING = "accel.embedding"  # of a graph: the parameter whose rows it takes as this input
 EMBEDDING_INPUT = "token_embeddings"
+BEST_TOKENS, BEST_LOGITS = "best_tokens", "best_logits"  # outputs of a lowered decoder, where its engine looks for them
 
 # What a model of each task puts out, by transformers' names.
 OUTPUT_NAMES: dict[Task, tuple[str, ...]] = {

@@ -187,7 +187,7 @@ class Sequence:
         Raises:
             EngineError: Its logit is NaN or infinite.
         """
-        return check_best(int(best.tokens[at]), float(best.logits[at]))
+        return check_best(best.tokens.item(at), best.logits.item(at))
 
     def append(self, token: int) -> None:
         """Adds a generated token and decides whether it is the last."""

@@ -280,9 +280,12 @@ class SlotLoop:
 
     def _step(self, plan: Plan, inputs: StepInputs) -> NDArray[np.float32] | GreedyTokens:
         """The wanted logits, or their best tokens alone where nobody looks at the rest and the engine can."""
-        if self._greedy is not None and all(sequence.takes_best for sequence, _ in plan):
-            return self._greedy(inputs)
-        return self._session.step(inputs)
+        if self._greedy is None:
+            return self._session.step(inputs)
+        for sequence, _ in plan:  # a loop: in every step a generator costs more than the answer
+            if not sequence.takes_best:
+                return self._session.step(inputs)
+        return self._greedy(inputs)
 
     def _build(self, plan: Plan) -> StepInputs:
         query, past = self._query, self._past

@@ -1,4 +1,4 @@
-"""Quantised weights on CPUs: operators for ONNX Runtime in the domain ``accel.cpu``, and how their weights are packed.
+"""Operators for ONNX Runtime on CPUs, in the domain ``accel.cpu``, most on quantised weights, and how those are packed.
 
 ``QuantizedMatMul(x, weight, scales, bias?, x_scale?, residual?) -> y``
     y = activation(x @ dequantised(weight).T + bias) + residual, float32 ``[..., N]`` from float32 ``[..., K]``.
@@ -10,6 +10,10 @@
 ``QuantizedGather(ids, weight, scales) -> y``
     Rows of the same packed weight, dequantised: float32 ``[..., K]`` from int64 ``[...]``. Attributes ``N``, ``K``,
     ``bits``, ``block_size``.
+
+``ArgMax(x) -> (index, value)``
+    The largest value of each row and its place, the first among equals; a NaN wins. int64 and float32 ``[...]`` from
+    float32 ``[..., N]``.
 
 Activations are quantised at run time to int8 in [-127, 127], symmetric, rounded to even: one scale per row of x where
 ``block_size`` is 0, else one per row and group of inputs; or the given ``x_scale`` for all. Products are summed up in
@@ -31,10 +35,12 @@ from accel_cpu.packing import (
 )
 
 DOMAIN = "accel.cpu"
+ARGMAX = "ArgMax"
 MATMUL = "QuantizedMatMul"
 GATHER = "QuantizedGather"
 
 __all__ = [
+    "ARGMAX",
     "DOMAIN",
     "GATHER",
     "MATMUL",

@@ -77,9 +77,10 @@ def open_graph(path: Path, threads: int, variant: str) -> Any:
         # Long enough for the gap between two decode steps, where waking the workers would cost more
         # than the gap itself; short enough not to keep the cores from another session's workers.
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
-    if stores_integers(variant):
+    library = accel_cpu.library_path()
+    if library is not None or stores_integers(variant):  # without it, what else it offers has a body in the graph
         with translated_errors("loading the CPU operators"):
-            options.register_custom_ops_library(str(accel_cpu.library_path()))
+            options.register_custom_ops_library(str(library))
     with translated_errors(f"opening {path.name}"), huge_pages():
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

@@ -13,10 +13,10 @@ from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort.common import NAME, engine_error, import_onnxruntime, open_graph, translated_errors
 from accel.engines.ort.embedding import EmbeddingRows
-from accel.engines.session import EngineInfo, StepInputs
+from accel.engines.session import EngineInfo, GreedyTokens, StepInputs
 from accel.errors import BundleError
 from accel.manifest import Manifest
-from accel.spec import EMBEDDING, EMBEDDING_INPUT, ArchSpec
+from accel.spec import BEST_LOGITS, BEST_TOKENS, EMBEDDING, EMBEDDING_INPUT, ArchSpec
 
 # Types of a graph's caches: NumPy's type, and how many numbers share one of it.
 CACHE_TYPES: dict[str, tuple[type[np.generic], int]] = {
@@ -27,11 +27,12 @@ CACHE_TYPES: dict[str, tuple[type[np.generic], int]] = {
 
 
 class StepBuffers:
-    """The small inputs and the logits of one step shape, bound once and written in place.
+    """The small inputs and the outputs of one step shape, bound once and written in place.
 
     Attributes:
         arrays: Graph input -> its numpy buffer.
         logits: float32 [R, V].
+        best: Of each row of logits, where the graph says it.
     """
 
     def __init__(
@@ -61,7 +62,11 @@ class StepBuffers:
             self._embedded = every[EMBEDDING_INPUT].data.cast("B")
         self.arrays = every
         self.bound = {name: ort.OrtValue.ortvalue_from_numpy(every[name]) for name in every if name in names}
-        self.bound_logits = ort.OrtValue.ortvalue_from_numpy(logits)
+        self.best = GreedyTokens(np.zeros(len(logits), np.int64), np.zeros(len(logits), np.float32))
+        outputs = {"logits": logits, BEST_TOKENS: self.best.tokens, BEST_LOGITS: self.best.logits}
+        self.bound_outputs = {
+            name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in outputs.items() if name in names
+        }
         self._full = width == 1 and tokens == rows  # every row brings one token: the indices never change
         if self._full:
             every["pad_index"][:, 0] = np.arange(rows)
@@ -139,7 +144,8 @@ class RowBinding:
             return
         for name, value in buffers.bound.items():
             self.io.bind_ortvalue_input(name, value)
-        self.io.bind_ortvalue_output("logits", buffers.bound_logits)
+        for name, value in buffers.bound_outputs.items():
+            self.io.bind_ortvalue_output(name, value)
         self._current = buffers
 
 
@@ -172,8 +178,10 @@ class OrtDecoderSession:
         self._session: Any = open_graph(path, threads, variant)
         self.info = EngineInfo(NAME, self._ort.__version__, "cpu", variant, threads)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
-        self._names = {node.name for node in self._session.get_inputs()}
+        self._names = {node.name for node in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._check_names(path, arch)
+        if {BEST_TOKENS, BEST_LOGITS} <= self._names:  # not in graphs of before
+            self.greedy = self._greedy
         self._caches = {
             name: np.zeros((shape.rows, heads, shape.capacity, width), dtype)
             for name, heads, width, dtype in _cache_layouts(self._session, path, arch)
@@ -189,6 +197,13 @@ class OrtDecoderSession:
         Raises:
             EngineError: ONNX Runtime failed, or the session is closed or was forked.
         """
+        return self._run(inputs).logits
+
+    def _greedy(self, inputs: StepInputs) -> GreedyTokens:
+        """See ``GreedySession``; raises as ``step``."""
+        return self._run(inputs).best
+
+    def _run(self, inputs: StepInputs) -> StepBuffers:
         self._lifetime.check()
         binding, buffers = self._buffers(inputs)
         buffers.fill(inputs)
@@ -197,7 +212,7 @@ class OrtDecoderSession:
             self._session.run_with_iobinding(binding.io)
         except Exception as error:
             raise engine_error(error, "decoder step") from error
-        return buffers.logits
+        return buffers
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
@@ -245,10 +260,8 @@ class OrtDecoderSession:
         return binding, buffers
 
     def _check_names(self, path: Path, arch: ArchSpec) -> None:
-        outputs = {node.name for node in self._session.get_outputs()}
-        caches = _cache_names(arch)
-        missing = [f"past.{name}" for name in caches if f"past.{name}" not in self._names]
-        missing += [f"present.{name}" for name in caches if f"present.{name}" not in outputs]
+        wanted = [f"{side}.{name}" for side in ("past", "present") for name in _cache_names(arch)]
+        missing = [name for name in wanted if name not in self._names]
         needed = {"pad_index", "unpad_index", "seqlens_k", "query_seqlens", "logits_positions"}
         missing += sorted(needed - self._names)
         if self._names.isdisjoint({"input_ids", EMBEDDING_INPUT}):

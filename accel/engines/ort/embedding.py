@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from accel.errors import BundleError, EngineError
 from accel.manifest import ParameterEntry
 
+RECENT_BYTES = 4 << 20  # of rows that are kept
+
 
 class EmbeddingRows:
-    """An embedding table that stays in its file. For one thread at a time.
+    """An embedding table that stays in its file; rows read lately are kept. For one thread at a time.
 
     Args:
         path: The weight file; it stays open.
@@ -29,6 +31,8 @@ class EmbeddingRows:
             raise BundleError(what, where=path.name, remedy="Export the model again")
         self.count, self.width = entry.shape
         self._start, self._size = entry.offset, 4 * self.width
+        self._recent: dict[int, bytes] = {}  # text repeats itself, and a call to the system costs ten times a copy
+        self._most = max(1, RECENT_BYTES // self._size)
         try:
             self._stream = path.open("rb", buffering=0)
             self._file = self._stream.fileno()
@@ -48,6 +52,10 @@ class EmbeddingRows:
 
     def read_row(self, row: int, target: memoryview) -> None:
         """Writes one row's bytes. Raises as ``read``."""
+        kept = self._recent.get(row)
+        if kept is not None:
+            target[:] = kept
+            return
         if not 0 <= row < self.count:
             raise EngineError(f"id {row} is outside the embedding of {self.count} rows", where="decoder step")
         try:
@@ -57,6 +65,9 @@ class EmbeddingRows:
         if got != self._size:
             what = "the weight file has become shorter since it was opened"
             raise EngineError(what, where="decoder step", remedy="Load the bundle again")
+        if len(self._recent) >= self._most:
+            self._recent.clear()
+        self._recent[row] = bytes(target)
 
     def close(self) -> None:
         """Closes the file. Safe to call twice."""

@@ -71,13 +71,11 @@ OrtStatus* read_constant(const OrtApi& api, const OrtKernelInfo* info, size_t in
   return constant == 0 || value == nullptr ? nullptr : read_tensor(api, value, tensor, nullptr);
 }
 
-OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, const Dimensions& dimensions, float** data) {
+OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, size_t index, const Dimensions& dimensions,
+                       void** data) {
   OrtValue* value = nullptr;
-  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, 0, dimensions.sizes, dimensions.rank, &value));
-  void* memory = nullptr;
-  ACCEL_RETURN_IF_ERROR(api.GetTensorMutableData(value, &memory));
-  *data = static_cast<float*>(memory);
-  return nullptr;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetOutput(context, index, dimensions.sizes, dimensions.rank, &value));
+  return api.GetTensorMutableData(value, data);
 }
 
 OrtStatus* read_integer(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* value) {

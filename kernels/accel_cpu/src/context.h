@@ -33,7 +33,8 @@ OrtStatus* read_input(const OrtApi& api, const OrtKernelContext* context, size_t
                       Dimensions* dimensions);
 // Of an initializer, whose memory stays where it is as long as the session lives; absent for what comes with each run.
 OrtStatus* read_constant(const OrtApi& api, const OrtKernelInfo* info, size_t index, Tensor* tensor);
-OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, const Dimensions& dimensions, float** data);
+OrtStatus* make_output(const OrtApi& api, OrtKernelContext* context, size_t index, const Dimensions& dimensions,
+                       void** data);
 OrtStatus* read_integer(const OrtApi& api, const OrtKernelInfo* info, const char* name, int64_t* value);
 OrtStatus* read_text(const OrtApi& api, const OrtKernelInfo* info, const char* name, char* text, size_t size);
 

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "argmax.h"
 #include "context.h"
 
 namespace accel_cpu {
@@ -12,7 +13,7 @@ constexpr char kDomain[] = "accel.cpu";
 // Inputs; the last three are those of the product, and optional.
 constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5;
 
-// Attributes of both operators: N, K, bits, block_size; those of the product: activation, gated.
+// Attributes of the operators with a weight: N, K, bits, block_size; those of the product: activation, gated.
 struct Kernel {
   const OrtApi* api;
   const KernelTable* table;
@@ -113,8 +114,16 @@ OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool 
   return nullptr;
 }
 
-OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, bool product, void** result) {
-  *result = nullptr;
+OrtStatus* keep(const Kernel& kernel, void** result) {
+  Kernel* kept = static_cast<Kernel*>(malloc(sizeof kernel));
+  if (kept == nullptr) return kernel.api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel");
+  *kept = kernel;
+  *result = kept;
+  return nullptr;
+}
+
+// Of the operators with a weight.
+OrtStatus* create_weighted(const OrtApi* api, const OrtKernelInfo* info, bool product, void** result) {
   Kernel kernel{};
   kernel.api = api;
   const char* error = nullptr;
@@ -123,11 +132,7 @@ OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, bool product, vo
   if (product) ACCEL_RETURN_IF_ERROR(read_epilogue(*api, info, &kernel));
   ACCEL_RETURN_IF_ERROR(read_shape(*api, info, &kernel));
   ACCEL_RETURN_IF_ERROR(read_initializers(*api, info, product, &kernel));
-  Kernel* kept = static_cast<Kernel*>(malloc(sizeof kernel));
-  if (kept == nullptr) return api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel");
-  *kept = kernel;
-  *result = kept;
-  return nullptr;
+  return keep(kernel, result);
 }
 
 OrtStatus* read_weight(const Kernel& kernel, const OrtKernelContext* context, Weight* weight) {
@@ -156,8 +161,13 @@ OrtStatus* read_floats(const OrtApi& api, const OrtKernelContext* context, size_
 
 struct QuantizedMatMul {
   static constexpr const char* kName = "QuantizedMatMul";
-  static constexpr size_t kInputs = 6, kRequired = 3;
-  static constexpr bool kProduct = true;
+  static constexpr size_t kInputs = 6, kRequired = 3, kOutputs = 1;
+
+  static ONNXTensorElementDataType output_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+
+  static OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, void** result) {
+    return create_weighted(api, info, true, result);
+  }
 
   static ONNXTensorElementDataType input_type(size_t index) {
     return index == kWeight   ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8
@@ -193,7 +203,9 @@ struct QuantizedMatMul {
       return invalid(api, "accel.cpu: x_scale = %g; must be a positive number", static_cast<double>(*x_scale));
     }
     dimensions.sizes[dimensions.rank - 1] = kernel.features;
-    ACCEL_RETURN_IF_ERROR(make_output(api, context, dimensions, &epilogue.result));
+    void* result = nullptr;
+    ACCEL_RETURN_IF_ERROR(make_output(api, context, 0, dimensions, &result));
+    epilogue.result = static_cast<float*>(result);
     return status_of(api, quantized_matmul(*kernel.table, weight, static_cast<const float*>(x.data), rows,
                                            x_scale == nullptr ? 0.0f : *x_scale, epilogue,
                                            session_threads(api, context)));
@@ -202,8 +214,13 @@ struct QuantizedMatMul {
 
 struct QuantizedGather {
   static constexpr const char* kName = "QuantizedGather";
-  static constexpr size_t kInputs = 3, kRequired = 3;
-  static constexpr bool kProduct = false;
+  static constexpr size_t kInputs = 3, kRequired = 3, kOutputs = 1;
+
+  static ONNXTensorElementDataType output_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+
+  static OrtStatus* create(const OrtApi* api, const OrtKernelInfo* info, void** result) {
+    return create_weighted(api, info, false, result);
+  }
 
   static ONNXTensorElementDataType input_type(size_t index) {
     return index == kData     ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
@@ -227,9 +244,44 @@ struct QuantizedGather {
     }
     if (dimensions.rank == kMaxRank) return invalid(api, "accel.cpu: ids have rank %zu; too many", kMaxRank);
     dimensions.sizes[dimensions.rank++] = kernel.shape.inputs;
-    float* result = nullptr;
-    ACCEL_RETURN_IF_ERROR(make_output(api, context, dimensions, &result));
-    return status_of(api, quantized_gather(weight, values, ids.elements, result, session_threads(api, context)));
+    void* result = nullptr;
+    ACCEL_RETURN_IF_ERROR(make_output(api, context, 0, dimensions, &result));
+    return status_of(api, quantized_gather(weight, values, ids.elements, static_cast<float*>(result),
+                                           session_threads(api, context)));
+  }
+};
+
+struct ArgMax {
+  static constexpr const char* kName = "ArgMax";
+  static constexpr size_t kInputs = 1, kRequired = 1, kOutputs = 2;
+
+  static ONNXTensorElementDataType input_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
+
+  static ONNXTensorElementDataType output_type(size_t index) {
+    return index == 0 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+
+  static OrtStatus* create(const OrtApi* api, const OrtKernelInfo*, void** result) {
+    Kernel kernel{};
+    kernel.api = api;
+    return keep(kernel, result);
+  }
+
+  static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
+    const OrtApi& api = *kernel.api;
+    Tensor x;
+    Dimensions dimensions;
+    ACCEL_RETURN_IF_ERROR(read_input(api, context, kData, &x, &dimensions));
+    if (dimensions.rank == 0 || dimensions.sizes[dimensions.rank - 1] < 1) {
+      return invalid(api, "accel.cpu: x must have a last dimension of one value at least");
+    }
+    const int64_t width = dimensions.sizes[--dimensions.rank];
+    void *indices = nullptr, *values = nullptr;
+    ACCEL_RETURN_IF_ERROR(make_output(api, context, 0, dimensions, &indices));
+    ACCEL_RETURN_IF_ERROR(make_output(api, context, 1, dimensions, &values));
+    return status_of(api, argmax(static_cast<const float*>(x.data), x.elements / width, width,
+                                 static_cast<int64_t*>(indices), static_cast<float*>(values),
+                                 session_threads(api, context)));
   }
 };
 
@@ -238,7 +290,8 @@ constexpr OrtCustomOp describe() {
   OrtCustomOp op{};
   op.version = ORT_API_VERSION;
   op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    return create(api, info, Operator::kProduct, kernel);
+    *kernel = nullptr;
+    return Operator::create(api, info, kernel);
   };
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return Operator::compute(*static_cast<const Kernel*>(kernel), context);
@@ -252,8 +305,8 @@ constexpr OrtCustomOp describe() {
     return index < Operator::kRequired ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t index) { return Operator::output_type(index); };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
@@ -267,10 +320,12 @@ constexpr OrtCustomOp describe() {
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   static constexpr OrtCustomOp matmul = describe<QuantizedMatMul>();
   static constexpr OrtCustomOp gather = describe<QuantizedGather>();
+  static constexpr OrtCustomOp best = describe<ArgMax>();
   OrtCustomOpDomain* domain = nullptr;
   ACCEL_RETURN_IF_ERROR(api.CreateCustomOpDomain(kDomain, &domain));
   OrtStatus* status = api.CustomOpDomain_Add(domain, &matmul);
   if (status == nullptr) status = api.CustomOpDomain_Add(domain, &gather);
+  if (status == nullptr) status = api.CustomOpDomain_Add(domain, &best);
   if (status == nullptr) status = api.AddCustomOpDomain(options, domain);
   if (status != nullptr) api.ReleaseCustomOpDomain(domain);
   return status;  // the domain lives as long as the library: sessions refer to it

@@ -12,6 +12,7 @@ from accel.errors import FusionError, InputError
 from accel.graph.checks import attention_nodes
 from accel.graph.clean import clean
 from accel.graph.lowering.fused_linear import fuse_activations, fuse_gates
+from accel.graph.lowering.ort_cpu.best_token import add_best_token
 from accel.graph.lowering.ort_cpu.decoder_attention import lower_cached_attention
 from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, lower_rms_norm
 from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
@@ -87,6 +88,7 @@ def lower(
             ("residuals", fuse_residuals),
             ("split_head", lambda model: split_head(model, arch)),
             ("embedding", partial(take_out_embedding, parameters=parameters) if arch.kind == "decoder" else _nothing),
+            ("best_token", lambda model: add_best_token(model, arch)),
         ),
     )
     _check(lowered, arch)
