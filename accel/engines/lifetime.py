@@ -6,7 +6,6 @@ import os
 
 from accel.errors import EngineError
 
-
 # Forks between the first process and this one. The process id would cost a call to the system in every decode step,
 # 10 microseconds on cold caches.
 _forks = 0

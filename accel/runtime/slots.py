@@ -280,12 +280,10 @@ class SlotLoop:
 
     def _step(self, plan: Plan, inputs: StepInputs) -> NDArray[np.float32] | GreedyTokens:
         """The wanted logits, or their best tokens alone where nobody looks at the rest and the engine can."""
-        if self._greedy is None:
-            return self._session.step(inputs)
+        greedy = self._greedy
         for sequence, _ in plan:  # a loop: in every step a generator costs more than the answer
-            if not sequence.takes_best:
-                return self._session.step(inputs)
-        return self._greedy(inputs)
+            greedy = greedy if sequence.takes_best else None
+        return self._session.step(inputs) if greedy is None else greedy(inputs)
 
     def _build(self, plan: Plan) -> StepInputs:
         query, past = self._query, self._past

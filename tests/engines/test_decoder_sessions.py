@@ -13,7 +13,7 @@ import pytest
 
 from accel.bundle import Bundle
 from accel.engines import open_session
-from accel.engines.session import SessionOptions, StepInputs
+from accel.engines.session import GreedySession, SessionOptions, StepInputs
 from accel.errors import EngineError
 from tests.engines.tiny_llama import VOCAB, draw_weights, reference_logits, write_bundle
 
@@ -150,3 +150,27 @@ def test_many_wanted_logits_outgrow_the_reused_buffer(session: Any) -> None:
     first = step(session, [(0, 0, 10)], list(range(10)))
     assert np.abs(first - LOGITS[:10]).max() < LIMIT
     assert np.abs(step(session, [(0, 10, 11)], [0]) - LOGITS[[10]]).max() < LIMIT
+
+
+def test_the_graph_finds_the_likeliest_tokens_itself(tiny_decoder_bundle: Path) -> None:
+    """An exported decoder's; several rows, several tokens, and none wanted."""
+    session: Any = open_session(
+        Bundle.open(tiny_decoder_bundle), engine="ort-cpu", options=SessionOptions(2, 64, ROWS)
+    ).session
+    assert isinstance(session, GreedySession)
+    query, past = np.array([3, 0, 2], np.int32), np.zeros(ROWS, np.int32)
+    for wanted in ([2, 4], [0, 1, 2, 3, 4], []):
+        inputs = StepInputs(np.arange(5), np.array([0, 1, 2, 0, 1]), query, past, np.array(wanted, np.int64))
+        logits = session.step(inputs).copy()
+        best = session.greedy(inputs)
+        np.testing.assert_array_equal(best.tokens, logits.argmax(axis=-1))
+        np.testing.assert_array_equal(best.logits, logits.max(axis=-1, initial=-np.inf))
+    session.close()
+    with pytest.raises(EngineError, match="closed"):
+        session.greedy(inputs)
+
+
+def test_a_graph_of_before_leaves_the_choice_to_its_caller(bundle: Bundle) -> None:
+    session = open_session(bundle, engine="ort-cpu", options=SessionOptions(2, CAPACITY, ROWS)).session
+    assert not isinstance(session, GreedySession)
+    session.close()

@@ -41,6 +41,19 @@ def test_rows_in_any_order_and_twice(path: Path) -> None:
     np.testing.assert_array_equal(out, TABLE[ids])
 
 
+def test_rows_read_lately_are_kept_up_to_a_limit(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    real = module._read_at
+    monkeypatch.setattr(module, "_read_at", lambda *given: reads.append(given[2]) or real(*given))
+    monkeypatch.setattr(module, "RECENT_BYTES", 3 * TABLE[0].nbytes)
+    ids, out = np.array([4, 5, 4, 6, 5, 7, 7, 4]), np.empty((8, 6), np.float32)
+    with open_rows(path) as rows:
+        rows.read(ids, out.data.cast("B"))
+    np.testing.assert_array_equal(out, TABLE[ids])
+    places = [(offset - OFFSET) // TABLE[0].nbytes for offset in reads]
+    assert places == [4, 5, 6, 7, 4]  # the fourth row takes the place of the first three
+
+
 @pytest.mark.parametrize("bad", [-1, 11])
 def test_id_outside_the_table(path: Path, bad: int) -> None:
     with open_rows(path) as rows, pytest.raises(EngineError, match=f"id {bad} is outside the embedding of 11 rows"):

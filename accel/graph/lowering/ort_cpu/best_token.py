@@ -8,16 +8,16 @@ from __future__ import annotations
 import accel_cpu
 import onnx_ir as ir
 
-from accel.spec import BEST_LOGITS, BEST_TOKENS, ArchSpec
+from accel.spec import BEST_LOGITS, BEST_TOKENS
 
 
-def add_best_token(model: ir.Model, arch: ArchSpec) -> int:
-    """Adds the outputs ``best_tokens`` int64 [R] and ``best_logits`` float32 [R], of ``logits`` [R, V], in place.
+def add_best_token(model: ir.Model) -> int:
+    """Adds the outputs ``best_tokens`` int64 [R] and ``best_logits`` float32 [R] of a decoder's ``logits`` [R, V].
 
-    A decoder's alone. The operator is one of ``accel_cpu``; its body serves where that library is missing.
+    The operator is one of ``accel_cpu``; its body serves where that library is missing. Returns 1 if it applied.
     """
     logits = next((value for value in model.graph.outputs if value.name == "logits"), None)
-    if arch.kind != "decoder" or logits is None or logits.shape is None or logits.dtype != ir.DataType.FLOAT:
+    if logits is None or logits.shape is None or logits.dtype != ir.DataType.FLOAT:
         return 0
     node = ir.node(accel_cpu.ARGMAX, [logits], domain=accel_cpu.DOMAIN, num_outputs=2)
     shape = ir.Shape(logits.shape[:-1])
@@ -35,7 +35,8 @@ def add_best_token(model: ir.Model, arch: ArchSpec) -> int:
 
 def _body() -> ir.Function:
     """TopK finds NaN too, and the first among equals; ArgMax does not find NaN."""
-    x, nodes = ir.Value(name="x"), []
+    x = ir.Value(name="x")
+    nodes: list[ir.Node] = []
     for op_type, inputs, attributes, names in (
         ("Constant", [], {"value_ints": [1]}, ["k"]),
         ("TopK", ["x", "k"], {"axis": -1}, ["largest", "places"]),

@@ -88,7 +88,7 @@ def lower(
             ("residuals", fuse_residuals),
             ("split_head", lambda model: split_head(model, arch)),
             ("embedding", partial(take_out_embedding, parameters=parameters) if arch.kind == "decoder" else _nothing),
-            ("best_token", lambda model: add_best_token(model, arch)),
+            ("best_token", add_best_token if arch.kind == "decoder" else _nothing),
         ),
     )
     _check(lowered, arch)
