@@ -102,8 +102,12 @@ def tiny_decoder_bundle(made_once: MakeOnce, tiny_decoder_source: Path) -> Path:
     return made_once("tiny_decoder", lambda out: accel.export(tiny_decoder_source, out))
 
 
-def write_tiny_decoder(folder: Path) -> None:
-    """Writes config, safetensors, tokenizer, chat template and generation config, as a hub folder has them."""
+def write_tiny_decoder(folder: Path, **changes: Any) -> None:
+    """Writes config, safetensors, tokenizer, chat template and generation config, as a hub folder has them.
+
+    Args:
+        changes: Of the configuration.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -117,18 +121,19 @@ def write_tiny_decoder(folder: Path) -> None:
         tokenizer_object=tokenizer, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|end|>"
     )
     fast.chat_template = TEMPLATE
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    usual: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    config = LlamaConfig(**usual | changes)
     model = LlamaForCausalLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
