@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them all. At most 20 minutes on two cores. Safe to run twice.
-# Arguments go to pytest. Settings: see scripts/install.sh
+# Arguments go to pytest. Settings: see scripts/install.sh, and
+#   ACCEL_TEST_WORKERS  processes that share the tests (default 2; 0: none but pytest itself)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh dev
 export HF_HUB_OFFLINE=1
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses "${ACCEL_TEST_WORKERS:-2}" "$@"
