@@ -15,8 +15,9 @@ from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, InputError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
-from accel.quality import Gate, TextSet
+from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
 from accel.scheme import Scheme
+from accel.spec import Kind
 from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
@@ -55,6 +56,34 @@ class Quantizing:
     keep: Mapping[str, int] | None = None
     head_bits: int | None = None
     max_bytes: int | None = None
+
+    def check(self, kind: Kind, scheme: Scheme, target: Target) -> None:
+        """Refuses what would be ignored: limits that nothing is measured for, choices that the scheme does not have.
+
+        Raises:
+            InputError: Names the option, and what it is for.
+        """
+        self.gate.check(kind)
+        measured = {"max_q_drop": self.gate.max_q_drop, "min_cosine": self.gate.min_cosine, "text": self.text}
+        for where, value in measured.items():
+            if value is None or (self.measure and is_measured(scheme, target)):
+                continue
+            why = f"{scheme.name} for {target.title} is not measured here" if self.measure else "measuring is off"
+            remedy = f"Leave it out; graphs for {CPU} are measured, and accel report measures what runs here"
+            raise InputError(f"{where} needs a measurement, and {why}", where=where, remedy=remedy)
+        algorithm = None if self.algorithm == "auto" else self.algorithm
+        chosen = {"algorithm": algorithm, "keep": self.keep or None, "head_bits": self.head_bits}
+        if scheme.base != "fp8" and scheme.kv_bits is None:
+            chosen["calibration"] = self.calibration
+        for where, value in {**chosen, "max_bytes": self.max_bytes}.items():
+            if value is not None and not scheme.quantized:
+                what = f"{scheme.name} has no integer weights to choose, and takes no {where}"
+                raise InputError(what, where=where, remedy="Leave it out, or take a variant with integer weights")
+
+
+def is_measured(scheme: Scheme, target: Target) -> bool:
+    """Whether a variant is measured as it is added: its graph runs here, in the target's own engine."""
+    return target.name == CPU or (target.rounds and scheme.name != BASE)
 
 
 @dataclasses.dataclass
@@ -101,7 +130,7 @@ class Addition:
             self.progress.stage("Checking parity")
             result = self._check(canonical, model, manifest)
             manifest = dataclasses.replace(manifest, parity={**manifest.parity, self._key(): result})
-        if self.target.name == CPU and self.quantizing.measure:
+        if self.quantizing.measure and is_measured(self.scheme, self.target):
             manifest = self._measured(manifest)
         return manifest
 
@@ -201,17 +230,10 @@ class Addition:
         """What a lowering is told of 8-bit floats; there is one way to choose them.
 
         Raises:
-            InputError: Something was asked for that only integers have, or there is no text.
+            InputError: There is no text.
         """
         from accel.compress.float8 import calibrate_float8
 
-        chosen = self.quantizing
-        algorithm = None if chosen.algorithm == "auto" else chosen.algorithm
-        asked = {"algorithm": algorithm, "keep": chosen.keep, "head_bits": chosen.head_bits}
-        for where, value in {**asked, "max_bytes": chosen.max_bytes}.items():
-            if value is not None:
-                what = f"fp8 has one algorithm and one width, and takes no {where}"
-                raise InputError(what, where=where, remedy="Leave it out, or take a variant with integers")
         calibration = self._calibration()
         if calibration is None:
             what, remedy = "fp8 needs calibration text", "Give token ids: the model has no tokenizer"
@@ -280,12 +302,10 @@ class Addition:
         return result
 
     def _measured(self, manifest: Manifest) -> Manifest:
-        from accel.quality import measure_reference, measure_variant
-
-        gate = self.quantizing.gate
+        gate, settings = self.quantizing.gate, Settings(engine=self.target.name)  # no other graph that it may have
         self.progress.stage("Measuring quality")
         with self.extension.preview(manifest) as preview:
-            reference = measure_reference(preview, self.quantizing.text)
+            reference = measure_reference(preview, self.quantizing.text, settings)
             quality = measure_variant(
                 preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
             )
@@ -314,4 +334,4 @@ def _links_in_words() -> Iterator[None]:
         raise BundleError(f"The weights cannot be read: {error}", where="fp32.weights", remedy=remedy) from error
 
 
-__all__ = ["DTYPES", "Addition", "Quantizing"]
+__all__ = ["DTYPES", "Addition", "Quantizing", "is_measured"]
