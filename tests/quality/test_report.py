@@ -12,7 +12,7 @@ import accel
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import BundleError, EngineError, InputError, QualityError
-from accel.quality import Gate, render_text
+from accel.quality import Gate, Report, render_page, render_text
 from tests.quality.samples import decoder_report, encoder_report
 
 Output = pytest.CaptureFixture[str]
@@ -146,6 +146,25 @@ def test_text_of_reports_by_hand() -> None:
     assert [cell.strip() for cell in lines[3:7]] == ["82 MB", "6.59", "0.970", "4.88"]
     text = render_text(encoder_report())
     assert "0.99871" in text and "0.99440" in text and "perplexity" not in text
+
+
+@pytest.mark.parametrize("whole", [decoder_report(), encoder_report()], ids=["decoder", "encoder"])
+def test_figures_of_different_texts_say_so(whole: Report) -> None:
+    """fp32's Q on one text beside a variant's on another would be read as a loss."""
+    last = whole.variants[2]
+    assert last.quality is not None
+    moved = dataclasses.replace(last.quality, text="mine.txt", text_sha256="ab" * 32, machine="Another CPU")
+    if moved.likelihood is not None:
+        moved = dataclasses.replace(moved, likelihood=dataclasses.replace(moved.likelihood, reference_q=-2.5))
+    variants = (*whole.variants[:2], dataclasses.replace(last, quality=moved), *whole.variants[3:])
+    mixed = dataclasses.replace(whole, variants=variants)
+    for render in (render_text, render_page):
+        before, after = render(whole), " ".join(render(mixed).split())
+        assert "text measured" not in before and "mine.txt" not in before
+        assert "text measured" in after and "mine.txt ababab" in after and "built-in d" in after
+        assert f"{last.name}: text mine.txt (sha256 ababab" in after and "fp32: text built-in" not in after
+        assert ("−2.5000" in after) == (whole.arch.kind == "decoder")
+    assert "AMD EPYC and Another CPU" in render_page(mixed)
 
 
 def test_json_of_a_hopeless_variant_holds_no_infinity() -> None:
