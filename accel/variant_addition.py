@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError, InputError
+from accel.errors import BundleError, EngineUnavailableError, InputError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
 from accel.scheme import Scheme
@@ -302,13 +302,20 @@ class Addition:
         return result
 
     def _measured(self, manifest: Manifest) -> Manifest:
+        """The manifest with what the variant costs; without, where its engine cannot run here and no limit is set."""
         gate, settings = self.quantizing.gate, Settings(engine=self.target.name)  # no other graph that it may have
         self.progress.stage("Measuring quality")
         with self.extension.preview(manifest) as preview:
             reference = measure_reference(preview, self.quantizing.text, settings)
-            quality = measure_variant(
-                preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
-            )
+            try:
+                quality = measure_variant(
+                    preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
+                )
+            except EngineUnavailableError as error:
+                if gate != Gate() or self.target.name == CPU:
+                    raise
+                _log.warning("%s was not measured: %s", self.variant, error)
+                return manifest
         variant = dataclasses.replace(manifest.variants[self.variant], quality=quality)
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant})
 
