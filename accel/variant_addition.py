@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, EngineUnavailableError, InputError
-from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
+from accel.manifest import GraphEntry, Manifest, ParityResult, Quality, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
 from accel.scheme import Scheme
 from accel.spec import Kind
@@ -149,9 +149,25 @@ class Addition:
         new = [file for file in entry.weights or () if file not in lent]
         weights = tuple(dict.fromkeys((*kept, *new)))
         graphs = {**old.graphs, self.target.name: entry}
-        quantization = self.quantization or old.quantization
-        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        quantization, quality = self._recorded(old)
+        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization, quality=quality)
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)
+
+    def _recorded(self, old: Variant) -> tuple[Quantization | None, Quality | None]:
+        """What the manifest says of the integers and of what they cost; both of the same ones.
+
+        The record is that of the target that came first: what was measured ran there.
+        """
+        known, new = old.quantization, self.quantization
+        if known is None or new is None:
+            return new or known, old.quality
+        if _choice(known) == _choice(new):
+            return known if self._others() else new, old.quality
+        if not self._others():
+            return new, None
+        what = "%s for %s has other integers (%s) than its graphs for other targets (%s), whose record stays"
+        _log.warning(what, self.variant, self.target.title, new.algorithm, known.algorithm)
+        return known, old.quality
 
     def outdated(self) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that other graphs read are left."""
@@ -327,6 +343,12 @@ def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
         report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
         report.bytes_before, report.bytes_after, report.scales, report.error_of,
     )  # fmt: skip
+
+
+def _choice(record: Quantization) -> tuple[object, ...]:
+    """What decides the integers: two records of one choice differ by errors of the arithmetic alone."""
+    layers = [(layer.name, layer.bits, layer.group) for layer in record.layers]
+    return record.algorithm, record.calibration_sha256, layers
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import accel
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import InputError, QualityError
+from accel.graph.lowering.versions import VERSIONS
 from accel.quality import save_quality
 from accel.variants import add_variant
 from tests.test_bundle_extension import content
@@ -85,6 +86,27 @@ def test_a_variant_without_a_record_is_measured_for_its_gate(decoder: Path) -> N
         for number in range(8):
             add_variant(decoder, "w4g32", text=[f"{number * 7} {passage}" for passage in text], max_q_drop=0.0)
     assert Bundle.open(decoder).variant("w4g32").quality is None
+
+
+def test_the_record_is_of_the_integers_that_were_measured(decoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = add_variant(decoder, "w8g32", algorithm="rtn", check=False).variant("w8g32")
+    assert first.quality is not None and first.quantization is not None
+    same = add_variant(decoder, "w8g32", target="cuda", algorithm="rtn", check=False).variant("w8g32")
+    assert same.quantization == first.quantization and not caplog.records
+    other = add_variant(decoder, "w8g32", target="tensorrt", algorithm="gptq", check=False).variant("w8g32")
+    assert set(other.graphs) == {"ort-cpu", "cuda", "tensorrt"}
+    assert (other.quantization, other.quality) == (first.quantization, first.quality)
+    assert "w8g32 for TensorRT has other integers (gptq) than its graphs for other targets (rtn)" in caplog.text
+
+
+def test_a_record_of_former_integers_goes(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = add_variant(decoder, "w8g32", algorithm="rtn", check=False).variant("w8g32")
+    monkeypatch.setitem(VERSIONS, "ort-cpu", 98)
+    same = add_variant(decoder, "w8g32", algorithm="rtn", check=False, measure=False).variant("w8g32")
+    assert same.quality == first.quality is not None
+    monkeypatch.setitem(VERSIONS, "ort-cpu", 99)
+    made = add_variant(decoder, "w8g32", algorithm="gptq", check=False, measure=False).variant("w8g32")
+    assert made.quantization is not None and made.quantization.algorithm == "gptq" and made.quality is None
 
 
 def test_what_is_measured_is_the_new_graph(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
