@@ -11,7 +11,7 @@ import pytest
 import accel
 from accel.bundle import Bundle
 from accel.cli import main
-from accel.errors import BundleError, EngineError, InputError, QualityError
+from accel.errors import BundleError, EngineError, InputError, QualityError, StorageError
 from accel.quality import Gate, Report, render_page, render_text
 from tests.quality.samples import decoder_report, encoder_report
 
@@ -123,6 +123,22 @@ def test_the_command(copy: Path, capsys: Output, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert run("report", copy, "--html", tmp_path / "no" / "page.html") == 1
     assert "page cannot be written" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_is_told_before_the_measuring(
+    copy: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("accel.quality.collect.measure_reference", never)
+    for path in (copy / "no" / "page.html", copy):
+        assert run("report", copy, "--measure", "--html", path) == 1
+        assert "The page cannot be written: it" in capsys.readouterr().err
+    failure = StorageError("The file system is read-only")
+    monkeypatch.setattr("accel.bundle_extension.TemporarySibling.create", lambda self: (_ for _ in ()).throw(failure))
+    with pytest.raises(StorageError, match="read-only"):
+        accel.report(copy, text=PASSAGES, save=True, **OPTIONS)
 
 
 def test_limits_make_the_command_fail(copy: Path, capsys: Output) -> None:
