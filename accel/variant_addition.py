@@ -65,9 +65,8 @@ class Quantizing:
         """
         self.gate.check(kind)
         measured = {"max_q_drop": self.gate.max_q_drop, "min_cosine": self.gate.min_cosine, "text": self.text}
-        for where, value in measured.items():
-            if value is None or (self.measure and is_measured(scheme, target)):
-                continue
+        asked = [name for name, value in measured.items() if value is not None]
+        for where in asked if not (self.measure and is_measured(scheme, target)) else ():
             why = f"{scheme.name} for {target.title} is not measured here" if self.measure else "measuring is off"
             remedy = f"Leave it out; graphs for {CPU} are measured, and accel report measures what runs here"
             raise InputError(f"{where} needs a measurement, and {why}", where=where, remedy=remedy)

@@ -70,8 +70,8 @@ def add_variant(
         InputError: An unknown variant or target, a target that cannot run the variant, or an option that would be
             ignored: a limit where nothing is measured, a choice of integers where there are none.
         ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
-        QualityError: The variant loses more than ``max_q_drop`` or ``min_cosine`` allows; nothing was added (or, if it was
-            there already, it stays).
+        QualityError: The variant loses more than ``max_q_drop`` or ``min_cosine`` allows; nothing was added (one that
+            was there already stays).
         BundleError: It is damaged, its weight file has hard links, or an outdated variant cannot be lowered again.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.

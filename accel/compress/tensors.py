@@ -105,4 +105,7 @@ def pack(values: Any, scales: Any, bits: int, group: int) -> QuantizedTensor:
     return QuantizedTensor(integers, scales.float().contiguous().numpy(), bits, group)
 
 
-__all__ = ["GROUPS", "LIMITS", "check_finite", "check_moments", "check_weight", "fitting_group", "pack", "storable_scales"]
+__all__ = [
+    *("GROUPS", "LIMITS"),
+    *("check_finite", "check_moments", "check_weight", "fitting_group", "pack", "storable_scales"),
+]

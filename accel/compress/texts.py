@@ -64,8 +64,8 @@ def resolve_calibration(
         max_tokens: What comes later is not looked at.
 
     Raises:
-        InputError: The file cannot be read, is no UTF-8, binary or JSON; nothing is in it; there are less than 256 tokens; an entry
-            is neither a text nor token ids of the model; or the model has no tokenizer for a text.
+        InputError: The file cannot be read, is no UTF-8, binary or JSON; nothing is in it; there are less than 256
+            tokens; an entry is neither a text nor token ids of the model; or the model has no tokenizer for a text.
     """
     if source is None:
         return _checked(Calibration(BUILT_IN, _samples(TEXTS, arch, _needed(tokenizer), max_tokens)))
@@ -82,7 +82,7 @@ def resolve_calibration(
     if not entries:
         raise _empty("calibration")
     if all(isinstance(entry, str) for entry in entries):
-        texts = [entry for entry in entries if isinstance(entry, str) and entry.strip()]
+        texts = tuple(entry for entry in entries if isinstance(entry, str) and entry.strip())
         if not texts:
             raise _empty("calibration")
         return _checked(Calibration("given", _samples(texts, arch, _needed(tokenizer), max_tokens)))

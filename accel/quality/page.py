@@ -101,7 +101,8 @@ def _likelihood(known: Known) -> str:
             cells += [f"{100 * greedy.top1:.2f} %", f"{100 * greedy.prefix:.1f} % of {greedy.new_tokens}"]
         tokens = (f"{likelihood.tokens:,}", f"{likelihood.blocks:,}")
         on = (wording.number(likelihood.reference_q) if texts[name] else "", texts[name])
-        rows.append((name, wording.number(likelihood.q), wording.perplexity(likelihood.perplexity), *cells, *tokens, *on))
+        figures = (wording.number(likelihood.q), wording.perplexity(likelihood.perplexity))
+        rows.append((name, *figures, *cells, *tokens, *on))
     head = ("variant", "Q", "perplexity", "against fp32", "95 % interval", "same next token", "same beginning",
             "tokens", "blocks", "Q of fp32", "text measured")  # fmt: skip
     content = html.table(head, rows, right=tuple(range(1, len(head))))

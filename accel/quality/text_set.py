@@ -43,7 +43,8 @@ def resolve_text(text: str | Path | Sequence[str] | None) -> TextSet:
             texts. The pairs of a text that is given are each of its first 64 passages with each other one.
 
     Raises:
-        InputError: The file cannot be read, is no UTF-8, binary or JSON, or there is no passage; one is no string, or empty.
+        InputError: The file cannot be read, is no UTF-8, binary or JSON, or there is no passage; one is no string, or
+            empty.
     """
     if text is None:
         return TextSet(BUILT_IN, PASSAGES, PAIRS)
