@@ -136,6 +136,7 @@ def report(options: Namespace) -> int:
 
     bundle, gate = Bundle.open(options.bundle), Gate(options.max_q_drop, options.min_cosine)
     gate.check(bundle.manifest.arch.kind)  # before anything is measured
+    _check_page(options.html)
     names = ("variant", "text", "measure", "save", "engine", "device", "threads", "max_tokens", "new_tokens")
     found = accel.report(bundle, **{name: getattr(options, name) for name in names})
     if options.html is not None:
@@ -190,6 +191,13 @@ def _check_kind(path: Path, kind: str, other: str) -> None:
     if arch.kind != kind:
         what = f"The bundle holds {arch.architecture}, which is no {kind}"
         raise InputError(what, where=str(path), remedy=f"Use {other}")
+
+
+def _check_page(path: Path | None) -> None:
+    """Refuses a path that no page can be written to, before the work is done."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        what = "it is a directory" if path.is_dir() else "its directory does not exist"
+        raise StorageError(f"The page cannot be written: {what}", where=str(path), remedy="Give another path")
 
 
 def _write_page(path: Path, page: str) -> None:

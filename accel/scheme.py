@@ -78,7 +78,7 @@ def parse_scheme(name: str) -> Scheme:
         activations: Activations = "dynamic" if weights.endswith("dyn") else "static"
         return Scheme(name, weight_bits=8, activations=activations, kv_bits=kv_bits)
     found = _GROUPED.fullmatch(weights)
-    if found is None or int(found[2]) not in GROUPS:
+    if found is None or weights not in QUANTIZED:  # w4g032 is another name for nothing
         raise _unknown(name)
     return Scheme(name, weight_bits=int(found[1]), group=int(found[2]), kv_bits=kv_bits)
 

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError, InputError
-from accel.manifest import GraphEntry, Manifest, ParityResult, Quantization, QuantizedLayer, Variant
-from accel.quality import Gate, TextSet
+from accel.errors import BundleError, EngineUnavailableError, InputError
+from accel.manifest import GraphEntry, Manifest, ParityResult, Quality, Quantization, QuantizedLayer, Variant
+from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
 from accel.scheme import Scheme
+from accel.spec import Kind
 from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
 from accel.variant_targets import CPU, Plan, Target, float_type
 
@@ -55,6 +56,33 @@ class Quantizing:
     keep: Mapping[str, int] | None = None
     head_bits: int | None = None
     max_bytes: int | None = None
+
+    def check(self, kind: Kind, scheme: Scheme, target: Target) -> None:
+        """Refuses what would be ignored: limits that nothing is measured for, choices that the scheme does not have.
+
+        Raises:
+            InputError: Names the option, and what it is for.
+        """
+        self.gate.check(kind)
+        measured = {"max_q_drop": self.gate.max_q_drop, "min_cosine": self.gate.min_cosine, "text": self.text}
+        asked = [name for name, value in measured.items() if value is not None]
+        for where in asked if not (self.measure and is_measured(scheme, target)) else ():
+            why = f"{scheme.name} for {target.title} is not measured here" if self.measure else "measuring is off"
+            remedy = f"Leave it out; graphs for {CPU} are measured, and accel report measures what runs here"
+            raise InputError(f"{where} needs a measurement, and {why}", where=where, remedy=remedy)
+        algorithm = None if self.algorithm == "auto" else self.algorithm
+        chosen = {"algorithm": algorithm, "keep": self.keep or None, "head_bits": self.head_bits}
+        if scheme.base != "fp8" and scheme.kv_bits is None:
+            chosen["calibration"] = self.calibration
+        for where, value in {**chosen, "max_bytes": self.max_bytes}.items():
+            if value is not None and not scheme.quantized:
+                what = f"{scheme.name} has no integer weights to choose, and takes no {where}"
+                raise InputError(what, where=where, remedy="Leave it out, or take a variant with integer weights")
+
+
+def is_measured(scheme: Scheme, target: Target) -> bool:
+    """Whether a variant is measured as it is added: its graph runs here, in the target's own engine."""
+    return target.name == CPU or (target.rounds and scheme.name != BASE)
 
 
 @dataclasses.dataclass
@@ -101,7 +129,7 @@ class Addition:
             self.progress.stage("Checking parity")
             result = self._check(canonical, model, manifest)
             manifest = dataclasses.replace(manifest, parity={**manifest.parity, self._key(): result})
-        if self.target.name == CPU and self.quantizing.measure:
+        if self.quantizing.measure and is_measured(self.scheme, self.target):
             manifest = self._measured(manifest)
         return manifest
 
@@ -120,9 +148,25 @@ class Addition:
         new = [file for file in entry.weights or () if file not in lent]
         weights = tuple(dict.fromkeys((*kept, *new)))
         graphs = {**old.graphs, self.target.name: entry}
-        quantization = self.quantization or old.quantization
-        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization)
+        quantization, quality = self._recorded(old)
+        variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization, quality=quality)
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)
+
+    def _recorded(self, old: Variant) -> tuple[Quantization | None, Quality | None]:
+        """What the manifest says of the integers and of what they cost; both of the same ones.
+
+        The record is that of the target that came first: what was measured ran there.
+        """
+        known, new = old.quantization, self.quantization
+        if known is None or new is None:
+            return new or known, old.quality
+        if _choice(known) == _choice(new):
+            return known if self._others() else new, old.quality
+        if not self._others():
+            return new, None
+        what = "%s for %s has other integers (%s) than its graphs for other targets (%s), whose record stays"
+        _log.warning(what, self.variant, self.target.title, new.algorithm, known.algorithm)
+        return known, old.quality
 
     def outdated(self) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that other graphs read are left."""
@@ -201,17 +245,10 @@ class Addition:
         """What a lowering is told of 8-bit floats; there is one way to choose them.
 
         Raises:
-            InputError: Something was asked for that only integers have, or there is no text.
+            InputError: There is no text.
         """
         from accel.compress.float8 import calibrate_float8
 
-        chosen = self.quantizing
-        algorithm = None if chosen.algorithm == "auto" else chosen.algorithm
-        asked = {"algorithm": algorithm, "keep": chosen.keep, "head_bits": chosen.head_bits}
-        for where, value in {**asked, "max_bytes": chosen.max_bytes}.items():
-            if value is not None:
-                what = f"fp8 has one algorithm and one width, and takes no {where}"
-                raise InputError(what, where=where, remedy="Leave it out, or take a variant with integers")
         calibration = self._calibration()
         if calibration is None:
             what, remedy = "fp8 needs calibration text", "Give token ids: the model has no tokenizer"
@@ -280,15 +317,20 @@ class Addition:
         return result
 
     def _measured(self, manifest: Manifest) -> Manifest:
-        from accel.quality import measure_reference, measure_variant
-
-        gate = self.quantizing.gate
+        """The manifest with what the variant costs; without, where its engine cannot run here and no limit is set."""
+        gate, settings = self.quantizing.gate, Settings(engine=self.target.name)  # no other graph that it may have
         self.progress.stage("Measuring quality")
         with self.extension.preview(manifest) as preview:
-            reference = measure_reference(preview, self.quantizing.text)
-            quality = measure_variant(
-                preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
-            )
+            reference = measure_reference(preview, self.quantizing.text, settings)
+            try:
+                quality = measure_variant(
+                    preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
+                )
+            except EngineUnavailableError as error:
+                if gate != Gate() or self.target.name == CPU:
+                    raise
+                _log.warning("%s was not measured: %s", self.variant, error)
+                return manifest
         variant = dataclasses.replace(manifest.variants[self.variant], quality=quality)
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant})
 
@@ -300,6 +342,12 @@ def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
         report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
         report.bytes_before, report.bytes_after, report.scales, report.error_of,
     )  # fmt: skip
+
+
+def _choice(record: Quantization) -> tuple[object, ...]:
+    """What decides the integers: two records of one choice differ by errors of the arithmetic alone."""
+    layers = [(layer.name, layer.bits, layer.group) for layer in record.layers]
+    return record.algorithm, record.calibration_sha256, layers
 
 
 @contextmanager
@@ -314,4 +362,4 @@ def _links_in_words() -> Iterator[None]:
         raise BundleError(f"The weights cannot be read: {error}", where="fp32.weights", remedy=remedy) from error
 
 
-__all__ = ["DTYPES", "Addition", "Quantizing"]
+__all__ = ["DTYPES", "Addition", "Quantizing", "is_measured"]

@@ -11,34 +11,46 @@ from accel.errors import InputError
 from accel.manifest import Manifest, Quality
 from accel.schema import to_dict
 
-_PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text", "max_q_drop", "min_cosine")
+_PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text")
 
 
 def quantize(options: Namespace) -> int:
-    """Adds variants to a bundle, for the targets asked for, or see ``default_targets``."""
+    """Adds variants to a bundle, for the targets asked for, or see ``default_targets``; checks all names first."""
     from accel.bundle import Bundle
+    from accel.quality import Gate
     from accel.scheme import parse_scheme
-    from accel.variant_targets import default_targets
+    from accel.variant_targets import default_targets, find_target
+    from accel.variants import check_addition, is_current, read_choices
 
     bundle = Bundle.open(options.bundle)
     before = {name: entry.size for name, entry in bundle.manifest.files.items()}
     names = [parse_scheme(variant).name for variant in options.variant]
+    targets = [find_target(name).name for name in options.target or ()]
+    wanted = [(name, target) for name in names for target in targets or default_targets(bundle.manifest.arch, name)]
     choices = {name: getattr(options, name) for name in _PASSED}
-    for name in names:
-        for target in options.target or default_targets(bundle.manifest.arch, name):
-            bundle = accel.add_variant(
-                bundle, name, target=target, check=not options.no_parity, measure=not options.no_quality,
-                keep=_read_keep(options.keep), **choices,
-            )  # fmt: skip
+    choices |= {"measure": not options.no_quality, "keep": _read_keep(options.keep)}
+    quantizing = read_choices(**choices, gate=Gate(options.max_q_drop, options.min_cosine))
+    checked = [check_addition(bundle, name, target, quantizing) for name, target in wanted]
+    known = []
+    for scheme, target in checked:
+        if is_current(bundle, scheme.name, target.name):
+            known.append(f"{scheme.name}/{target.name}")
+        bundle = accel.add_variant(
+            bundle, scheme.name, target=target.name, check=not options.no_parity,
+            max_q_drop=options.max_q_drop, min_cosine=options.min_cosine, **choices,
+        )  # fmt: skip
     manifest = bundle.manifest
     added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
     if options.json:
-        print(json.dumps({"variants": list(manifest.variants), "added": added, **_records(manifest, names)}))
+        content = {"variants": list(manifest.variants), "added": added, "known": known, **_records(manifest, names)}
+        print(json.dumps(content))
         return 0
     print(f"{bundle.path}: {', '.join(manifest.variants)}; {sum(added.values()) / 1e6:.1f} MB added")
+    for key in dict.fromkeys(known):
+        print(f"{key} was there already and stays as it was made")
     for name, result in _parity(manifest, names).items():
         print(f"{name}: error {result.max_rel_error:.1e} against {result.reference} (limit {result.limit:.0e})")
-    for name in names:
+    for name in dict.fromkeys(names):
         quality = manifest.variants[name].quality
         if quality is not None:
             print(f"{name}: {_cost(quality)}; accel report {bundle.path} shows more")

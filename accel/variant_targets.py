@@ -247,9 +247,15 @@ def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     Each target stores integers in a layout of its own, and choosing them takes its time.
 
     Raises:
-        InputError: No such scheme.
+        InputError: No such scheme, or no target runs this kind of model in it; says why each does not.
     """
     able = sensible_targets(arch, variant)
+    if not able:
+        scheme = parse_scheme(variant)
+        reasons = {target.title: target.refuses(arch, scheme) for target in TARGETS.values()}
+        told = "; ".join(f"{title}: {reason}" for title, reason in reasons.items() if reason)
+        remedy = "Take the parts that one target runs: accel's README lists the schemes of each"
+        raise InputError(f"no target runs this {arch.kind} as {scheme.name} ({told})", where="variant", remedy=remedy)
     return able[:1] if parse_scheme(variant).quantized else able
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError, StorageError
+from accel.errors import BundleError, QualityError, StorageError
 from accel.manifest import GraphEntry
-from accel.quality import Gate, resolve_text
+from accel.quality import Gate, Settings, measure_reference, measure_variant, resolve_text
 from accel.scheme import Scheme, parse_scheme
 from accel.sizes import parse_size
 from accel.variant_addition import Addition, Quantizing
 from accel.variant_checks import BASE, CANONICAL, LIMITS, quantize_command
-from accel.variant_targets import DEFAULT, check_target, default_targets, find_target
+from accel.variant_targets import DEFAULT, Target, check_target, default_targets, find_target
 
 
 def add_variant(
@@ -36,6 +36,8 @@ def add_variant(
     show_progress: bool | None = None,
 ) -> Bundle:
     """Adds a variant's graph for a target, and its weights, to a bundle, unless they are there.
+
+    One that is there stays as it was made, whatever is asked for now; ``max_q_drop`` and ``min_cosine`` hold it too.
 
     A graph in floats is evaluated with PyTorch in its own precision (OpenVINO's, which rounds by itself, in
     OpenVINO, which must be installed) and compared with the bundle's fp32 engine. One with integers runs in its
@@ -65,34 +67,66 @@ def add_variant(
         The bundle, opened anew.
 
     Raises:
-        InputError: An unknown variant or target, or a target that cannot run the variant.
+        InputError: An unknown variant or target, a target that cannot run the variant, or an option that would be
+            ignored: a limit where nothing is measured, a choice of integers where there are none.
         ParityError: The rounding, or the graph, costs more than the limit; nothing was added.
-        QualityError: The variant loses more than ``max_q_drop`` or ``min_cosine`` allows; nothing was added.
+        QualityError: The variant loses more than ``max_q_drop`` or ``min_cosine`` allows; nothing was added (one that
+            was there already stays).
         BundleError: It is damaged, its weight file has hard links, or an outdated variant cannot be lowered again.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.
     """
-    scheme = parse_scheme(variant)
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    chosen = find_target(target or _first_target(opened, scheme))
-    check_target(opened.manifest.arch, scheme, chosen)
-    if is_current(opened, scheme.name, chosen.name):
-        return opened
-    gate = Gate(max_q_drop, min_cosine)
-    gate.check(opened.manifest.arch.kind)
+    quantizing = read_choices(
+        algorithm, calibration, keep, head_bits, max_bytes, measure, text, Gate(max_q_drop, min_cosine)
+    )
+    scheme, chosen = check_addition(opened, variant, target, quantizing)
+    if not is_current(opened, scheme.name, chosen.name):
+        with _outdated_in_words(opened, scheme.name, chosen.name):
+            from accel.exporter.progress import ExportProgress
+
+            with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
+                opened = extension.bundle
+                if not is_current(opened, scheme.name, chosen.name):  # no other process was faster
+                    addition = Addition(extension, scheme, chosen, quantizing, progress)
+                    manifest = addition.make(check)
+                    progress.stage("Hashing and syncing")
+                    return extension.commit(manifest, addition.outdated())
+    _hold_known(opened, scheme.name, chosen.name, quantizing)
+    return opened
+
+
+def read_choices(
+    algorithm: str,
+    calibration: str | Path | Sequence[str] | None,
+    keep: Mapping[str, int] | None,
+    head_bits: int | None,
+    max_bytes: int | str | None,
+    measure: bool,
+    text: str | Path | Sequence[str] | None,
+    gate: Gate,
+) -> Quantizing:
+    """The options of ``add_variant`` as one; its text is read.
+
+    Raises:
+        InputError: A size or a text of no use.
+    """
     most = None if max_bytes is None else parse_size(max_bytes, "max_bytes", least=1)
     evaluation = None if text is None else resolve_text(text)
-    quantizing = Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, most)
-    with _outdated_in_words(opened, scheme.name, chosen.name):
-        from accel.exporter.progress import ExportProgress
+    return Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, most)
 
-        with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
-            if is_current(extension.bundle, scheme.name, chosen.name):  # another process was faster
-                return extension.bundle
-            addition = Addition(extension, scheme, chosen, quantizing, progress)
-            manifest = addition.make(check)
-            progress.stage("Hashing and syncing")
-            return extension.commit(manifest, addition.outdated())
+
+def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing: Quantizing) -> tuple[Scheme, Target]:
+    """The scheme and target that ``add_variant`` would add, before anything is made.
+
+    Raises:
+        InputError: An unknown variant or target, one that cannot run the other, or a choice that would be ignored.
+    """
+    scheme, arch = parse_scheme(variant), bundle.manifest.arch
+    chosen = find_target(target or _first_target(bundle, scheme))
+    check_target(arch, scheme, chosen)
+    quantizing.check(arch.kind, scheme, chosen)
+    return scheme, chosen
 
 
 def is_current(bundle: Bundle, variant: str, target: str = DEFAULT) -> bool:
@@ -109,7 +143,29 @@ def canonical_graph(bundle: Bundle) -> Path | None:
 
 def _first_target(bundle: Bundle, scheme: Scheme) -> str:
     able = default_targets(bundle.manifest.arch, scheme.name)
-    return DEFAULT if DEFAULT in able or not able else able[0]
+    return DEFAULT if DEFAULT in able else able[0]
+
+
+def _hold_known(bundle: Bundle, variant: str, target: str, quantizing: Quantizing) -> None:
+    """Holds a variant that is there already to the gate, measured where no record is of the text that is asked for.
+
+    Raises:
+        QualityError: It lost more than it may; it stays in the bundle.
+    """
+    gate, text = quantizing.gate, quantizing.text
+    if gate == Gate():
+        return
+    quality = bundle.variant(variant).quality
+    if quality is None or (text is not None and quality.text_sha256 != text.sha256):
+        reference = measure_reference(bundle, text, Settings(engine=target))
+        quality = measure_variant(bundle, variant, reference=reference)
+    try:
+        gate.hold(variant, quality, str(bundle.path))
+    except QualityError as error:
+        remedy = f"It was in the bundle already, and stays there. {error.remedy}"
+        raise QualityError(
+            error.what, value=error.value, limit=error.limit, where=error.where, remedy=remedy
+        ) from error
 
 
 def _entry(bundle: Bundle, variant: str, target: str) -> GraphEntry | None:
@@ -133,4 +189,4 @@ def _outdated_in_words(bundle: Bundle, variant: str, target: str) -> Iterator[No
         raise BundleError(what, where=str(bundle.path), remedy=remedy) from error
 
 
-__all__ = ["LIMITS", "add_variant", "canonical_graph", "is_current"]
+__all__ = ["LIMITS", "add_variant", "canonical_graph", "check_addition", "is_current", "read_choices"]

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel_cpu", "accel.errors", "accel.machine"),
     ("accel.spec", "accel.schema", "accel.scheme", "accel.sizes", "accel.quantized_tensor", "accel.kv_quantization"),
-    ("accel.storage", "accel.recipe", "accel.capabilities"),
+    ("accel.storage", "accel.recipe", "accel.capabilities", "accel.passages"),
     (
         *("accel.manifest", "accel.bundle", "accel.bundle_extension"),
         *("accel.engines.session", "accel.measurements", "accel.store"),

@@ -14,6 +14,7 @@ import accel
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import EngineUnavailableError, InputError, ParityError, QualityError
+from accel.graph.lowering.versions import VERSIONS
 from accel.variants import add_variant, is_current
 from tests.test_bundle_extension import content
 
@@ -117,7 +118,7 @@ def test_without_the_library(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_outdated_integers_are_made_anew(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = add_variant(decoder, "w8a8-dyn", algorithm="rtn", check=False, measure=False)
-    monkeypatch.setattr("accel.graph.lowering.ort_cpu.VERSION", 99)
+    monkeypatch.setitem(VERSIONS, "ort-cpu", 99)
     assert not is_current(first, "w8a8-dyn", "ort-cpu")
     bundle = add_variant(decoder, "w8a8-dyn", algorithm="rtn", check=False, measure=False)
     assert bundle.graph("w8a8-dyn", "ort-cpu").lowering == 99

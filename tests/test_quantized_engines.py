@@ -155,7 +155,7 @@ def test_refused_by_add_variant(tiny_decoder_bundle: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="TensorRT cannot run this decoder as w8a8-dyn.*Targets that can: ort-cpu"):
         add_variant(copied, "w8a8-dyn", target=TENSORRT)
     for options, where in (({"algorithm": "gptq"}, "algorithm"), ({"max_bytes": "1G"}, "max_bytes")):
-        with pytest.raises(InputError, match=f"fp8 has one algorithm and one width, and takes no {where}"):
+        with pytest.raises(InputError, match=f"fp8 has no integer weights to choose, and takes no {where}"):
             add_variant(copied, "fp8", **options)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the calibration data is too short"):
         add_variant(copied, "fp8", calibration=[[1, 2, 3]])

@@ -27,6 +27,7 @@ def test_parts() -> None:
 
 
 UNKNOWN = ["", "w4", "w4g33", "w4g", "w3g32", "kv8+kv4", "w4g32+kv8+kv8", "w8a8+fp16", "W4g32", "+kv8"]
+UNKNOWN += ["w4g032", "w4g\uff13\uff12", "w4g32+", "kv8+w4g32", " w4g32", "w4g32\n"]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)

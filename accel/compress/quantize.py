@@ -16,6 +16,7 @@ from accel.compress.progress import Progress, Silent
 from accel.compress.report import LayerReport, QuantizationReport
 from accel.compress.rtn import round_to_nearest
 from accel.compress.sensitivity import Budget, keep_worst
+from accel.compress.tensors import check_finite
 from accel.compress.texts import Calibration
 from accel.compress.weights import read_weight, weight_error, write_quantized
 from accel.errors import InputError
@@ -102,6 +103,7 @@ def quantize_graph(
     """
     result, progress = model.clone(), progress or Silent()
     chosen = choose_algorithm(algorithm, scheme, calibration)
+    _check_finite(model)
     layers, kept = find_layers(result, arch)
     samples = calibration.samples if calibration is not None else ()
     notes = []
@@ -120,6 +122,18 @@ def quantize_graph(
         keep_worst(work, budget, model)
     kept |= {name: choice.note for name, choice in choices.items() if choice.bits == FLOAT_BITS}
     return result, _summary(model, work, scheme, chosen, calibration, kept)
+
+
+def _check_finite(model: ir.Model) -> None:
+    """Refuses a damaged model before anything is computed: a NaN in a norm would be told of the layer after it.
+
+    Raises:
+        InputError: NaN or infinity among an initializer's floats.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype == ir.DataType.FLOAT and len(tensor.shape):  # type: ignore[arg-type]
+            check_finite(tensor.numpy(), value.name or "")
 
 
 def choose_algorithm(name: str, scheme: Scheme, calibration: Calibration | None) -> Algorithm:

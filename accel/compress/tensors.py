@@ -23,6 +23,19 @@ def check_weight(weight: NDArray, name: str) -> None:
     """
     if weight.ndim != 2:
         raise InputError(f"a weight of shape {list(weight.shape)} is no matrix", where=name)
+    check_finite(weight, name)
+
+
+def check_finite(weight: NDArray, name: str) -> None:
+    """Refuses what is no number.
+
+    Args:
+        weight: Floats of any shape.
+        name: Of the weight, for the error.
+
+    Raises:
+        InputError: NaN or infinity in it; counts them.
+    """
     bad = weight.size - int(np.count_nonzero(np.isfinite(weight)))
     if bad:
         remedy = "The checkpoint is damaged or was trained into overflow: export the model again from a sound one"
@@ -92,4 +105,7 @@ def pack(values: Any, scales: Any, bits: int, group: int) -> QuantizedTensor:
     return QuantizedTensor(integers, scales.float().contiguous().numpy(), bits, group)
 
 
-__all__ = ["GROUPS", "LIMITS", "check_moments", "check_weight", "fitting_group", "pack", "storable_scales"]
+__all__ = [
+    *("GROUPS", "LIMITS"),
+    *("check_finite", "check_moments", "check_weight", "fitting_group", "pack", "storable_scales"),
+]

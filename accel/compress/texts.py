@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from accel.compress.builtin_texts import TEXTS
 from accel.errors import InputError
+from accel.passages import CHARACTERS, read_passages
 from accel.runtime.text import Tokenizer
 from accel.spec import ArchSpec
 
@@ -21,7 +21,6 @@ BUILT_IN = "built-in"
 WINDOW = 512  # tokens of one sample of a decoder
 MIN_TOKENS = 256  # fewer say next to nothing of what a layer's inputs are like
 MAX_TOKENS = 16384  # more changes little, and all are held in memory
-MAX_TEXT_BYTES = 256 << 20
 
 Source = str | Path | Sequence[str] | Sequence[Sequence[int]] | Sequence[NDArray] | None
 
@@ -65,22 +64,25 @@ def resolve_calibration(
         max_tokens: What comes later is not looked at.
 
     Raises:
-        InputError: The file cannot be read or is no UTF-8; nothing is in it; there are less than 256 tokens; an entry
-            is neither a text nor token ids of the model; or the model has no tokenizer for a text.
+        InputError: The file cannot be read, is no UTF-8, binary or JSON; nothing is in it; there are less than 256
+            tokens; an entry is neither a text nor token ids of the model; or the model has no tokenizer for a text.
     """
     if source is None:
         return _checked(Calibration(BUILT_IN, _samples(TEXTS, arch, _needed(tokenizer), max_tokens)))
     if isinstance(source, str | Path):
         path = Path(source)
-        texts = _passages(_read(path))
+        texts = read_passages(path, "the calibration text")
         if not texts:
             raise _empty(str(path))
         return _checked(Calibration(path.name, _samples(texts, arch, _needed(tokenizer), max_tokens)))
+    if not isinstance(source, Sequence | np.ndarray):
+        remedy = "Give a UTF-8 file, a list of passages, or a list of sequences of token ids"
+        raise InputError(f"{source!r:.60} is no calibration data", where="calibration", remedy=remedy)
     entries = list(source)
     if not entries:
         raise _empty("calibration")
     if all(isinstance(entry, str) for entry in entries):
-        texts = [entry for entry in entries if isinstance(entry, str) and entry.strip()]
+        texts = tuple(entry for entry in entries if isinstance(entry, str) and entry.strip())
         if not texts:
             raise _empty("calibration")
         return _checked(Calibration("given", _samples(texts, arch, _needed(tokenizer), max_tokens)))
@@ -108,34 +110,17 @@ def _checked(calibration: Calibration) -> Calibration:
     return calibration
 
 
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise InputError("the calibration text is larger than 256 MiB", where=str(path), remedy="Take a part of it")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        remedy = "Check the path; a text itself goes into a file or a list"
-        what = f"the calibration text cannot be read: {error.strerror}"
-        raise InputError(what, where=str(path), remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        what = "the calibration text is not UTF-8"
-        raise InputError(what, where=str(path), remedy="Convert the file, or give a list of token ids") from error
-
-
-def _passages(text: str) -> list[str]:
-    parts = re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n"))
-    return [part.strip() for part in parts if part.strip()]
-
-
 def _samples(texts: Sequence[str], arch: ArchSpec, tokenizer: Tokenizer, limit: int) -> tuple[NDArray[np.int64], ...]:
     width = min(WINDOW, arch.max_positions)
     if arch.kind == "encoder":
-        encoded = (np.array(item.ids, np.int64) for item in tokenizer.encode_batch(texts, max_length=width))
+        some = [text[: width * CHARACTERS] for text in texts[:limit]]  # each has a token at least
+        encoded = (np.array(item.ids, np.int64) for item in tokenizer.encode_batch(some, max_length=width))
         return tuple(_cut((row for row in encoded if len(row) > 1), limit))
     start = [token for token in tokenizer.encode("") if token not in tokenizer.eos_token_ids][:1]
     stream: list[int] = []
     for text in texts:
-        stream += tokenizer.encode(text + "\n\n", add_special_tokens=False)
+        part = text[: (limit - len(stream)) * CHARACTERS]
+        stream += tokenizer.encode(part + "\n\n", add_special_tokens=False)
         if len(stream) >= limit:
             break
     room = width - len(start)

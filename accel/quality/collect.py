@@ -63,6 +63,9 @@ def report(
     measured: dict[str, Quality] = {}
     missing: dict[str, str] = {}
     if unknown and (names == unknown or unknown != [REFERENCE]):  # fp32's figures are in the others' records, too
+        if save:
+            with BundleExtension(opened):  # raises now what it would after the measuring
+                pass
         reference = measure_reference(opened, texts, settings, show_progress)
         measured[REFERENCE] = reference.quality
         for name in unknown:

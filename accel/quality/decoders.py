@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from accel.engines.session import EngineInfo
 from accel.errors import EngineError, InputError
 from accel.manifest import GreedyAgreement, Likelihood, PhaseTimings
+from accel.passages import CHARACTERS
 from accel.quality.statistics import paired_difference
 from accel.quality.text_set import TextSet
 from accel.quality.timing import time_decoder
@@ -20,7 +21,6 @@ from accel.runtime.results import TeacherForced
 
 WINDOW = 512  # tokens of a block; longer passages are cut into several, shorter ones are a block each
 PROMPTS, PROMPT_TOKENS = 8, 32  # continued greedily
-CHARACTERS = 64  # per token, at most: the rest of a very long passage is not even tokenized
 TOGETHER = 2048  # tokens scored per call: enough to fill every step, few enough to show progress
 Advance = Callable[[int], None]
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from accel.engines.session import EngineInfo
 from accel.errors import BundleError, EngineError, InputError
 from accel.manifest import EncoderFidelity, PhaseTimings
+from accel.passages import CHARACTERS
 from accel.quality.statistics import cosines, rank_correlation
 from accel.quality.text_set import TextSet
 from accel.quality.timing import time_call, time_encoder
@@ -95,9 +96,12 @@ def make_plan(encoder: Encoder, text: TextSet, max_tokens: int, new_tokens: int 
     """
     task = encoder.arch.task
     paired = task == "question-answering" or (task == "text-classification" and _label_count(encoder) == 1)
-    texts: list[Any] = list(text.pairs)
+    longest = encoder.max_length * CHARACTERS
+    text_pairs = [(a[:longest], b[:longest]) for a, b in text.pairs]
+    texts: list[Any] = list(text_pairs)
     if not paired:
-        texts = list(dict.fromkeys([*(part for pair in text.pairs for part in pair), *text.passages]))
+        passages = (passage[:longest] for passage in text.passages)
+        texts = list(dict.fromkeys([*(part for pair in text_pairs for part in pair), *passages]))
     texts = texts[:max_tokens]  # each has a token at least
     if not texts:
         what = "The task takes pairs of texts, and there is one text only"
@@ -111,7 +115,7 @@ def make_plan(encoder: Encoder, text: TextSet, max_tokens: int, new_tokens: int 
     if task == "fill-mask":
         rows = tuple(_masked(row, encoder.tokenizer.mask_token_id) for row in rows)
     place = {entry: index for index, entry in enumerate(texts[:kept])}
-    pairs = [] if paired else [(place[a], place[b]) for a, b in text.pairs if a in place and b in place]
+    pairs = [] if paired else [(place[a], place[b]) for a, b in text_pairs if a in place and b in place]
     embeds = task == "feature-extraction"
     chosen = np.array(pairs if embeds else [], np.int64).reshape(-1, 2)
     return EncoderPlan("embeddings" if embeds else "logits", tuple(texts[:kept]), rows, chosen)

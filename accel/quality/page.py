@@ -90,7 +90,7 @@ def _likelihood(known: Known) -> str:
     shown = [(name, quality) for name, quality in known if quality.likelihood is not None]
     if not shown:
         return ""
-    rows, agreements = [], []
+    rows, agreements, texts = [], [], wording.texts(shown)
     for name, quality in shown:
         likelihood, greedy = quality.likelihood, quality.greedy
         assert likelihood is not None
@@ -100,10 +100,12 @@ def _likelihood(known: Known) -> str:
             cells = [wording.signed(likelihood.difference), wording.span(likelihood.interval)]
             cells += [f"{100 * greedy.top1:.2f} %", f"{100 * greedy.prefix:.1f} % of {greedy.new_tokens}"]
         tokens = (f"{likelihood.tokens:,}", f"{likelihood.blocks:,}")
-        rows.append((name, wording.number(likelihood.q), wording.perplexity(likelihood.perplexity), *cells, *tokens))
+        on = (wording.number(likelihood.reference_q) if texts[name] else "", texts[name])
+        figures = (wording.number(likelihood.q), wording.perplexity(likelihood.perplexity))
+        rows.append((name, *figures, *cells, *tokens, *on))
     head = ("variant", "Q", "perplexity", "against fp32", "95 % interval", "same next token", "same beginning",
-            "tokens", "blocks")  # fmt: skip
-    content = html.table(head, rows, right=tuple(range(1, 9)))
+            "tokens", "blocks", "Q of fp32", "text measured")  # fmt: skip
+    content = html.table(head, rows, right=tuple(range(1, len(head))))
     if agreements:
         keys = [("after", "same next token, the text before it given"), ("mlp", "same beginning of own greedy text")]
         content += "<h3>Greedy agreement with fp32</h3>" + charts.draw_agreement(agreements) + html.legend(keys)
@@ -115,16 +117,17 @@ def _encoders(known: Known) -> str:
     shown = [(name, quality.encoder) for name, quality in known if quality.encoder is not None]
     if not shown:
         return ""
-    rows = []
+    rows, texts = [], wording.texts(known)
     for name, item in shown:
         rank = "" if item.rank_correlation is None else f"{item.rank_correlation:.5f} of {item.pairs:,} pairs"
         error = "" if item.logit_error is None else f"{item.logit_error:.2e}"
         labels = "" if item.label_agreement is None else f"{100 * item.label_agreement:.2f} % of {item.labels:,}"
         cosines = (f"{item.cosine_mean:.6f}", f"{item.cosine_min:.6f}")
-        rows.append((name, *cosines, rank, error, labels, f"{item.texts:,}", f"{item.tokens:,}"))
-    head = ("variant", "cosine, mean", "least", "rank correlation", "logit error", "labels equal", "texts", "tokens")
+        rows.append((name, *cosines, rank, error, labels, f"{item.texts:,}", f"{item.tokens:,}", texts[name]))
+    head = ("variant", "cosine, mean", "least", "rank correlation", "logit error", "labels equal", "texts", "tokens",
+            "text measured")  # fmt: skip
     note = f"Of {shown[0][1].output}, each text's against fp32's."
-    return html.section("Fidelity", note, html.table(head, rows, right=tuple(range(1, 8))))
+    return html.section("Fidelity", note, html.table(head, rows, right=tuple(range(1, len(head)))))
 
 
 def _times(known: Known) -> str:
@@ -142,7 +145,8 @@ def _times(known: Known) -> str:
     head = ("call", "variant", "T_c ms", "T_p ms", "T_s ms", "T_r ms", "of fp32's")
     table = html.details("Times as a table", html.table(head, rows, right=(2, 3, 4, 5, 6)))
     rounds = max(timings.rounds for _, quality in known for timings in quality.timings)
-    note = f"T_r = T_c + T_p + T_s, medians of {rounds} calls, on {known[0][1].machine}. Right: the three parts in ms."
+    machines = " and ".join(dict.fromkeys(quality.machine for _, quality in known))
+    note = f"T_r = T_c + T_p + T_s, medians of {rounds} calls, on {machines}. Right: the three parts in ms."
     return html.section("Time", note, content + html.legend(keys) + table)
 
 

@@ -78,7 +78,7 @@ def _sizes(variants: Iterable[VariantReport]) -> Table:
 
 
 def _likelihood(known: Known) -> Table | None:
-    rows = []
+    rows, texts = [], wording.texts(known)
     for name, quality in known:
         likelihood, greedy = quality.likelihood, quality.greedy
         if likelihood is None:
@@ -86,13 +86,14 @@ def _likelihood(known: Known) -> Table | None:
         cells = ["reference", "", ""]
         if greedy is not None:
             cells = [wording.difference(likelihood), f"{100 * greedy.top1:.2f} %", f"{100 * greedy.prefix:.1f} %"]
-        rows.append((name, wording.number(likelihood.q), wording.perplexity(likelihood.perplexity), *cells))
-    columns = ("variant", "Q", "perplexity", "Q − fp32's (95 %)", "top-1", "prefix")
+        on = (wording.number(likelihood.reference_q) if texts[name] else "", texts[name])
+        rows.append((name, wording.number(likelihood.q), wording.perplexity(likelihood.perplexity), *cells, *on))
+    columns = ("variant", "Q", "perplexity", "Q − fp32's (95 %)", "top-1", "prefix", "fp32's Q", "text measured")
     return _table("Q = mean log p(y|x) per token; top-1 and prefix: tokens chosen as by fp32", columns, rows)
 
 
 def _encoders(known: Known) -> Table | None:
-    rows = []
+    rows, texts = [], wording.texts(known)
     for name, quality in known:
         item = quality.encoder
         if item is None:
@@ -100,8 +101,8 @@ def _encoders(known: Known) -> Table | None:
         error = "" if item.logit_error is None else f"{item.logit_error:.1e}"
         labels = "" if item.label_agreement is None else f"{100 * item.label_agreement:.2f} %"
         rank = "" if item.rank_correlation is None else f"{item.rank_correlation:.5f}"
-        rows.append((name, f"{item.cosine_mean:.5f}", f"{item.cosine_min:.5f}", rank, error, labels))
-    columns = ("variant", "cosine, mean", "least", "rank correlation", "logit error", "same labels")
+        rows.append((name, f"{item.cosine_mean:.5f}", f"{item.cosine_min:.5f}", rank, error, labels, texts[name]))
+    columns = ("variant", "cosine, mean", "least", "rank correlation", "logit error", "same labels", "text measured")
     return _table("Quality: outputs against fp32's", columns, rows)
 
 

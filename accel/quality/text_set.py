@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from accel.errors import InputError
+from accel.passages import read_passages
 from accel.quality.texts import PAIRS, PASSAGES
 
 BUILT_IN = "built-in"
-MAX_TEXT_BYTES = 256 << 20
 MAX_PAIRED = 64  # passages of a user's text whose similarities are compared, each with each
 
 
@@ -44,36 +43,22 @@ def resolve_text(text: str | Path | Sequence[str] | None) -> TextSet:
             texts. The pairs of a text that is given are each of its first 64 passages with each other one.
 
     Raises:
-        InputError: The file cannot be read, is no UTF-8, or there is no passage; one is no string, or empty.
+        InputError: The file cannot be read, is no UTF-8, binary or JSON, or there is no passage; one is no string, or
+            empty.
     """
     if text is None:
         return TextSet(BUILT_IN, PASSAGES, PAIRS)
     if isinstance(text, str | Path):
         path = Path(text)
-        return _paired(path.name, split_passages(_read(path)), str(path))
+        return _paired(path.name, read_passages(path, "The text"), str(path))
+    if not isinstance(text, Sequence) or isinstance(text, bytes):
+        remedy = "Give a UTF-8 file, or a list of passages"
+        raise InputError(f"{text!r:.60} is no text to measure on", where="text", remedy=remedy)
     for index, passage in enumerate(text):
         if not isinstance(passage, str) or not passage.strip():
             shown = repr(passage)[:60]
             raise InputError(f"A passage is no text: {shown}", where=f"text[{index}]", remedy="Leave it out")
     return _paired("given", tuple(text), "text")
-
-
-def split_passages(text: str) -> tuple[str, ...]:
-    """What stands between blank lines."""
-    parts = re.split(r"\n[^\S\n]*\n", text.replace("\r\n", "\n"))
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _read(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES:
-            raise InputError("The text is larger than 256 MiB", where=str(path), remedy="Take a part of it")
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        remedy = "Check the path; a text itself goes into a file or a list"
-        raise InputError(f"The text cannot be read: {error.strerror}", where=str(path), remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        raise InputError("The text is not UTF-8", where=str(path), remedy="Convert the file") from error
 
 
 def _paired(name: str, passages: tuple[str, ...], where: str) -> TextSet:
@@ -85,4 +70,4 @@ def _paired(name: str, passages: tuple[str, ...], where: str) -> TextSet:
     return TextSet(name, passages, pairs)
 
 
-__all__ = ["BUILT_IN", "TextSet", "resolve_text", "split_passages"]
+__all__ = ["BUILT_IN", "TextSet", "resolve_text"]

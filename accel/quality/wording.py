@@ -13,6 +13,8 @@ from accel.quality.records import Report
 def notes(found: Report) -> list[str]:
     """On what it was measured, with what, and what was not."""
     lines, alone = [], len(found.variants) == 1
+    known = [(item.name, item.quality) for item in found.variants if item.quality is not None]
+    mixed = len({(quality.text_sha256, quality.machine) for _, quality in known}) > 1
     for item in found.variants:
         quality = item.quality
         if item.missing is not None:
@@ -21,7 +23,8 @@ def notes(found: Report) -> list[str]:
             continue
         if item.name != REFERENCE or alone:
             machine, engine = printable(quality.machine), printable(quality.reference_engine)
-            lines.append(f"{scope(quality)}; {machine}; fp32 on {engine}")
+            whose = f"{printable(item.name)}: " if mixed else ""
+            lines.append(f"{whose}{scope(quality)}; {machine}; fp32 on {engine}")
         if item.name != REFERENCE:
             lines.append(f"{printable(item.name)} on {printable(quality.engine)}")
         if not quality.size.exact:
@@ -39,6 +42,17 @@ def scope(quality: Quality) -> str:
         pairs = f", {encoder.pairs:,} pairs" if encoder.pairs else ""
         return f"{name}: {encoder.texts:,} texts of {encoder.tokens:,} tokens{pairs}"
     return name
+
+
+def texts(known: Iterable[tuple[str, Quality]]) -> dict[str, str]:
+    """The text of each variant's measurement, where not all were measured on the same; else empty strings.
+
+    Figures of different texts stand beside each other in one table then, and are not to be compared.
+    """
+    found = {name: (quality.text, quality.text_sha256) for name, quality in known}
+    if len({sha256 for _, sha256 in found.values()}) < 2:
+        return dict.fromkeys(found, "")
+    return {name: f"{printable(text)} {sha256[:6]}" for name, (text, sha256) in found.items()}
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -158,5 +172,6 @@ __all__ = [
     "scope",
     "signed",
     "span",
+    "texts",
     "time_share",
 ]

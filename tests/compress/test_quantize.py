@@ -120,6 +120,17 @@ def test_bad_weights_name_their_layer(bundle_of: Get) -> None:
         quantize_graph(model, arch, parse_scheme("w8g32"))
 
 
+@pytest.mark.parametrize("algorithm", ["rtn", "gptq"])
+def test_bad_numbers_of_a_norm_are_named_too(bundle_of: Get, algorithm: str) -> None:
+    """It is no layer that is rounded: the layer behind it would be blamed, or with rtn nothing said."""
+    model, arch = canonical(bundle_of("olmo2"))
+    value = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(np.full(64, np.inf, np.float32), name=value.name)
+    with pytest.raises(InputError, match="64 of 64 weights are NaN.*at model.layers.1.post_attention_layernorm"):
+        quantize_graph(model, arch, parse_scheme("w8g32"), algorithm, sample(arch))
+
+
 def test_progress_is_told(bundle_of: Get) -> None:
     class Told:
         def __init__(self) -> None:
@@ -251,7 +262,7 @@ def test_a_model_that_gives_no_numbers_is_named(bundle_of: Get) -> None:
     model, arch = canonical(bundle_of("olmo2"))
     value = model.graph.initializers["model.layers.1.post_attention_layernorm.weight"]
     assert value.const_value is not None
-    value.const_value = ir.tensor(np.full(64, np.inf, np.float32), name=value.name)
+    value.const_value = ir.tensor(np.full(64, 3e38, np.float32), name=value.name)  # overflows
     for algorithm in ("gptq", "awq", "awq+gptq"):
         with pytest.raises(InputError, match="NaN or infinity among the inputs.*model.layers.1.mlp"):
             quantize_graph(model, arch, parse_scheme("w4g32"), algorithm, sample(arch), head_bits=8)

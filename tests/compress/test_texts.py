@@ -92,6 +92,8 @@ def test_wrong_form(tmp_path: Path, decoder: tuple[ArchSpec, Tokenizer]) -> None
         ([[1, 2], [3]], r"neither a text nor token ids: \[3\].*at calibration\[1\]"),
         ([{"text": "x"}], "neither a text nor token ids"),
         ([[1, 999999]], "999999 is no token of a vocabulary of"),
+        (5, "5 is no calibration data"),
+        ({"text": "x"}, "is no calibration data"),
         ([[1] * 5000], "5000 tokens are more than the model's 512 positions"),
         (tmp_path / "missing.txt", "cannot be read: No such file.*missing.txt"),
     ]
@@ -102,5 +104,27 @@ def test_wrong_form(tmp_path: Path, decoder: tuple[ArchSpec, Tokenizer]) -> None
     path.write_bytes("Grüße".encode("latin-1") * 100)
     with pytest.raises(InputError, match="not UTF-8.*latin.txt.*Convert"):
         resolve_calibration(path, arch, tokenizer)
+    path.write_text('[{"text": "' + WORDS + '"}]')
+    with pytest.raises(InputError, match="the calibration text is JSON"):
+        resolve_calibration(path, arch, tokenizer)
+    path.write_bytes(b"\0" * 5000)
+    with pytest.raises(InputError, match="the calibration text is binary"):
+        resolve_calibration(path, arch, tokenizer)
     with pytest.raises(InputError, match="no tokenizer.*Give token ids"):
         resolve_calibration(None, arch, None)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_no_more_is_tokenized_than_is_looked_at(
+    decoder: tuple[ArchSpec, Tokenizer], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of one line of hundreds of megabytes would keep a tokenizer busy for an hour."""
+    arch, tokenizer = decoder
+    arch, seen = dataclasses.replace(arch, kind=kind), list[int]()
+    encode, encode_batch = tokenizer.encode, tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **more: (seen.append(len(text)), encode(text, **more))[1])
+    monkeypatch.setattr(
+        tokenizer, "encode_batch", lambda texts, **more: (seen.extend(map(len, texts)), encode_batch(texts, **more))[1]
+    )
+    found = resolve_calibration([WORDS * 1000] * 3, arch, tokenizer, max_tokens=1024)
+    assert 1000 <= found.tokens <= 1024 and sum(seen) <= 3 * 1024 * 64 + 2

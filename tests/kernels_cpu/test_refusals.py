@@ -18,13 +18,21 @@ from tests.kernels_cpu.products import open_product, random_product, run
         ({"block_size": 16}, "block_size = 16; must be 0, 32, 64 or 128"),
         ({"K": 0}, "K must be|K in 1"),
         ({"K": 131073}, "K in 1..131072"),
-        ({"N": -1}, "N must be positive"),
+        ({"N": -1}, "N must be in 1..2147483648"),
+        ({"N": 2147483649}, "N must be in 1..2147483648"),
         ({"activation": "relu"}, "activation 'relu'; must be"),
     ],
 )
 def test_attributes(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(Exception, match=message):
         open_product(random_product(32, 64, 8, 0), **changed)
+
+
+def test_sizes_that_wrap_around() -> None:
+    """2**52 rows of 131072 inputs take 2**69 bytes, which is 0 in 64 bits: no empty weight may pass for it."""
+    empty = {"weight": np.zeros(0, np.uint8), "scales": np.zeros(0, np.float16)}
+    with pytest.raises(Exception, match="N must be in 1..2147483648"):
+        open_product(random_product(32, 64, 8, 32), N=2**52, K=131072, **empty)
 
 
 @pytest.mark.parametrize(

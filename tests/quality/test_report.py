@@ -11,8 +11,8 @@ import pytest
 import accel
 from accel.bundle import Bundle
 from accel.cli import main
-from accel.errors import BundleError, EngineError, InputError, QualityError
-from accel.quality import Gate, render_text
+from accel.errors import BundleError, EngineError, InputError, QualityError, StorageError
+from accel.quality import Gate, Report, render_page, render_text
 from tests.quality.samples import decoder_report, encoder_report
 
 Output = pytest.CaptureFixture[str]
@@ -125,6 +125,22 @@ def test_the_command(copy: Path, capsys: Output, tmp_path: Path) -> None:
     assert "page cannot be written" in capsys.readouterr().err
 
 
+def test_what_cannot_be_written_is_told_before_the_measuring(
+    copy: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("it was measured")
+
+    monkeypatch.setattr("accel.quality.collect.measure_reference", never)
+    for path in (copy / "no" / "page.html", copy):
+        assert run("report", copy, "--measure", "--html", path) == 1
+        assert "The page cannot be written: it" in capsys.readouterr().err
+    failure = StorageError("The file system is read-only")
+    monkeypatch.setattr("accel.bundle_extension.TemporarySibling.create", lambda self: (_ for _ in ()).throw(failure))
+    with pytest.raises(StorageError, match="read-only"):
+        accel.report(copy, text=PASSAGES, save=True, **OPTIONS)
+
+
 def test_limits_make_the_command_fail(copy: Path, capsys: Output) -> None:
     accel.report(copy, text=PASSAGES, save=True, **OPTIONS)
     assert run("report", copy, "--variant", "fine", "--max-q-drop", 0.5) == 0
@@ -146,6 +162,25 @@ def test_text_of_reports_by_hand() -> None:
     assert [cell.strip() for cell in lines[3:7]] == ["82 MB", "6.59", "0.970", "4.88"]
     text = render_text(encoder_report())
     assert "0.99871" in text and "0.99440" in text and "perplexity" not in text
+
+
+@pytest.mark.parametrize("whole", [decoder_report(), encoder_report()], ids=["decoder", "encoder"])
+def test_figures_of_different_texts_say_so(whole: Report) -> None:
+    """fp32's Q on one text beside a variant's on another would be read as a loss."""
+    last = whole.variants[2]
+    assert last.quality is not None
+    moved = dataclasses.replace(last.quality, text="mine.txt", text_sha256="ab" * 32, machine="Another CPU")
+    if moved.likelihood is not None:
+        moved = dataclasses.replace(moved, likelihood=dataclasses.replace(moved.likelihood, reference_q=-2.5))
+    variants = (*whole.variants[:2], dataclasses.replace(last, quality=moved), *whole.variants[3:])
+    mixed = dataclasses.replace(whole, variants=variants)
+    for render in (render_text, render_page):
+        before, after = render(whole), " ".join(render(mixed).split())
+        assert "text measured" not in before and "mine.txt" not in before
+        assert "text measured" in after and "mine.txt ababab" in after and "built-in d" in after
+        assert f"{last.name}: text mine.txt (sha256 ababab" in after and "fp32: text built-in" not in after
+        assert ("−2.5000" in after) == (whole.arch.kind == "decoder")
+    assert "AMD EPYC and Another CPU" in render_page(mixed)
 
 
 def test_json_of_a_hopeless_variant_holds_no_infinity() -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from accel.bench.sentences import docstring_passages
 from accel.errors import InputError
+from accel.passages import split_passages
 from accel.quality import resolve_text
-from accel.quality.text_set import MAX_PAIRED, split_passages
+from accel.quality.text_set import MAX_PAIRED
 from accel.quality.texts import PAIRS, PASSAGES
 
 
@@ -36,7 +37,16 @@ def test_pairs_of_a_long_text_are_limited() -> None:
 
 
 @pytest.mark.parametrize(
-    "content,message", [(b"", "no text to measure"), (b" \n\n\t\n", "no text to measure"), (b"\xff\xfe\x00", "UTF-8")]
+    "content,message",
+    [
+        (b"", "no text to measure"),
+        (b" \n\n\t\n", "no text to measure"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"words\0" * 99, "The text is binary: it holds null characters.*plain text"),
+        (b'[{"text": "words"}]\n', "The text is JSON.*a list of passages"),
+        (b'{\n "data": ["words", "words"]\n}', "is JSON"),
+        (b'{"text": "words"}\n{"text": "words"}\n', "is JSON"),
+    ],
 )
 def test_useless_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "text.txt"
@@ -44,6 +54,13 @@ def test_useless_files(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message) as info:
         resolve_text(path)
     assert info.value.where == str(path)
+
+
+def test_text_that_only_begins_as_json_does(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    for text in ("[1]\nSmith, J., On lists.", "{ x | x > 0 } is a set.", "[" * 5000, "12"):
+        path.write_text(text)
+        assert resolve_text(path).passages == (text,)
 
 
 def test_useless_lists_and_paths(tmp_path: Path) -> None:
@@ -57,6 +74,11 @@ def test_useless_lists_and_paths(tmp_path: Path) -> None:
         resolve_text("The quick brown fox")
     with pytest.raises(InputError, match="cannot be read"):
         resolve_text(tmp_path)
+    with pytest.raises(InputError, match="cannot be read: embedded null"):
+        resolve_text("a\0b")
+    for junk in (5, b"bytes", {"text": "words"}):
+        with pytest.raises(InputError, match="is no text to measure on"):
+            resolve_text(junk)  # type: ignore[arg-type]
 
 
 def test_docstrings_are_the_larger_set() -> None:

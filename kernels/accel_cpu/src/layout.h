@@ -12,6 +12,7 @@ constexpr int kPanel = kTile * kPanelTiles;
 constexpr int kStepBytes = 64;          // of a tile: 4 inputs of 16 outputs in 8 bits, or 8 inputs in 4 bits
 constexpr int kInputMultiple = 8;       // inputs are padded to it
 constexpr int64_t kMaxInputs = 131072;  // above, 127 * 127 * K leaves int32
+constexpr int64_t kMaxOutputs = int64_t{1} << 31;  // above, bytes and numbers of scales may leave int64
 
 constexpr int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 

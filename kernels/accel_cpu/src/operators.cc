@@ -36,10 +36,10 @@ OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Kernel* kern
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "K", &shape.inputs));
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "bits", &bits));
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "block_size", &shape.block));
-  if (kernel->features < 1 || shape.inputs < 1 || shape.inputs > kMaxInputs) {
-    return invalid(api, "accel.cpu: N = %lld, K = %lld; N must be positive and K in 1..%lld",
+  if (kernel->features < 1 || kernel->features > kMaxOutputs || shape.inputs < 1 || shape.inputs > kMaxInputs) {
+    return invalid(api, "accel.cpu: N = %lld, K = %lld; N must be in 1..%lld and K in 1..%lld",
                    static_cast<long long>(kernel->features), static_cast<long long>(shape.inputs),
-                   static_cast<long long>(kMaxInputs));
+                   static_cast<long long>(kMaxOutputs), static_cast<long long>(kMaxInputs));
   }
   if (bits != 4 && bits != 8) {
     return invalid(api, "accel.cpu: bits = %lld; must be 4 or 8", static_cast<long long>(bits));

@@ -193,6 +193,9 @@ def test_bfloat16_is_a_variant_of_its_own(bundle: Bundle, reference: Any, tmp_pa
     assert found.warnings == () and [item.files for item in found.weights] == [("fp32.weights",)] * 2
     parity = both.manifest.parity["bf16/openvino"]
     assert LIMITS["fp32"] < parity.max_rel_error < LIMITS["bf16"]
+    quality = both.variant("bf16").quality
+    assert quality is not None and quality.engine.startswith("openvino ") and quality.encoder is not None
+    assert quality.reference_engine.startswith("ort-cpu ") and 0.99 < quality.encoder.cosine_min < 1
     feeds = batch(20, 9)
     expected = reference.run(feeds)["last_hidden_state"][feeds["attention_mask"] == 1]
     with accel.load(both.path, engine="openvino") as exact, accel.load(both.path, variant="bf16") as rounded:
@@ -203,6 +206,20 @@ def test_bfloat16_is_a_variant_of_its_own(bundle: Bundle, reference: Any, tmp_pa
             assert least < np.abs(found - expected).max() < most
         vectors = rounded.embed(["A man is eating.", "Someone has a meal."])
         assert np.abs((vectors * exact.embed(["A man is eating.", "Someone has a meal."])).sum(-1) - 1).max() < 1e-3
+
+
+def test_what_cannot_run_here_is_not_measured(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from accel.engines.openvino import registry
+
+    monkeypatch.setattr(registry, "computes_bfloat16", lambda core: False)
+    folder = Path(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    with pytest.raises(EngineUnavailableError, match="no bfloat16 instructions"):
+        add_variant(folder, "bf16", target="openvino", check=False, min_cosine=0.9)
+    assert "bf16" not in Bundle.open(folder).manifest.variants
+    added = add_variant(folder, "bf16", target="openvino", check=False)
+    assert added.variant("bf16").quality is None and "bf16 was not measured: " in caplog.text
 
 
 def test_a_wrong_graph_is_not_added(

@@ -1,0 +1,125 @@
+"""Options of a new variant: each counts, or is refused before anything is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import accel
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.errors import InputError, QualityError
+from accel.graph.lowering.versions import VERSIONS
+from accel.quality import save_quality
+from accel.variants import add_variant
+from tests.test_bundle_extension import content
+
+
+@pytest.fixture
+def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "decoder"))
+
+
+REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
+    ("w4g32", "cuda", {"max_q_drop": 1.0}, "max_q_drop needs a measurement, and w4g32 for the cuda engine is not"),
+    ("w4g32", "tensorrt", {"max_q_drop": 1.0}, "w4g32 for TensorRT is not measured here.*ort-cpu are measured"),
+    ("fp16", None, {"max_q_drop": 1.0}, "fp16 for TensorRT is not measured here"),
+    ("w8g32", None, {"max_q_drop": 1.0, "measure": False}, "max_q_drop needs .*measuring is off"),
+    ("w8g32", None, {"text": ["A text.", "Another."], "measure": False}, "text needs .*measuring is off"),
+    ("fp16", None, {"algorithm": "gptq"}, "fp16 has no integer weights to choose, and takes no algorithm"),
+    ("bf16", "cuda", {"keep": {"*": 8}}, "bf16 .*takes no keep"),
+    ("fp16", None, {"calibration": ["text"]}, "fp16 .*takes no calibration"),
+    ("kv8", None, {"head_bits": 8}, "fp32\\+kv8 .*takes no head_bits"),
+    ("fp8", None, {"max_bytes": "1M"}, "fp8 .*takes no max_bytes"),
+    ("fp16+kv8", None, {}, "no target runs this decoder as fp16\\+kv8 .*TensorRT: its cache layer takes no integers"),
+]
+
+
+@pytest.mark.parametrize(("variant", "target", "options", "said"), REFUSED)
+def test_what_would_be_ignored_is_refused(
+    decoder: Path, variant: str, target: str | None, options: dict[str, Any], said: str
+) -> None:
+    before = content(decoder)
+    with pytest.raises(InputError, match=said):
+        add_variant(decoder, variant, target=target, **options)
+    assert content(decoder) == before
+
+
+def test_the_command_checks_all_before_the_first(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(decoder)
+    plain = ["quantize", str(decoder), "--variant", "w8g32", "--no-parity"]
+    for more, said in (
+        (["--variant", "fp16", "--algorithm", "rtn"], "fp16 has no integer weights"),
+        (["--variant", "fp16+kv8"], "no target runs this decoder as fp16+kv8"),
+        (["--target", "ort-cpu", "--target", "cuda", "--max-q-drop", "1"], "for the cuda engine is not measured here"),
+        (["--no-quality", "--max-q-drop", "1"], "measuring is off"),
+    ):
+        assert main([*plain, *more]) == 1 and said in capsys.readouterr().err
+        assert content(decoder) == before
+
+
+def test_a_variant_that_is_there_is_held_too(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = add_variant(decoder, "w8g32", algorithm="rtn", check=False)
+    quality = bundle.variant("w8g32").quality
+    assert quality is not None and quality.likelihood is not None
+    worse = dataclasses.replace(quality, likelihood=dataclasses.replace(quality.likelihood, difference=-0.5))
+    save_quality(bundle, {"w8g32": worse})
+    before = content(decoder)
+    with pytest.raises(QualityError, match=r"loses 0\.5000 of Q .*It was in the bundle already, and stays there"):
+        add_variant(decoder, "w8g32", max_q_drop=0.1)
+    assert main(["quantize", str(decoder), "--variant", "w8g32", "--max-q-drop", "0.1"]) == 1
+    assert "0.1 is allowed" in capsys.readouterr().err
+    add_variant(decoder, "w8g32", max_q_drop=0.6)
+    assert main(["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "gptq"]) == 0
+    assert "w8g32/ort-cpu was there already and stays as it was made" in capsys.readouterr().out
+    assert content(decoder) == before
+
+
+def test_a_variant_without_a_record_is_measured_for_its_gate(decoder: Path) -> None:
+    add_variant(decoder, "w4g32", algorithm="rtn", check=False, measure=False)
+    text = ["Some words to measure on.", "And a few more of them.", "The end of it."]
+    with pytest.raises(QualityError, match="It was in the bundle already"):  # Q of random weights falls or rises
+        for number in range(8):
+            add_variant(decoder, "w4g32", text=[f"{number * 7} {passage}" for passage in text], max_q_drop=0.0)
+    assert Bundle.open(decoder).variant("w4g32").quality is None
+
+
+def test_the_record_is_of_the_integers_that_were_measured(decoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = add_variant(decoder, "w8g32", algorithm="rtn", check=False).variant("w8g32")
+    assert first.quality is not None and first.quantization is not None
+    same = add_variant(decoder, "w8g32", target="cuda", algorithm="rtn", check=False).variant("w8g32")
+    assert same.quantization == first.quantization and not caplog.records
+    other = add_variant(decoder, "w8g32", target="tensorrt", algorithm="gptq", check=False).variant("w8g32")
+    assert set(other.graphs) == {"ort-cpu", "cuda", "tensorrt"}
+    assert (other.quantization, other.quality) == (first.quantization, first.quality)
+    assert "w8g32 for TensorRT has other integers (gptq) than its graphs for other targets (rtn)" in caplog.text
+
+
+def test_a_record_of_former_integers_goes(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = add_variant(decoder, "w8g32", algorithm="rtn", check=False).variant("w8g32")
+    monkeypatch.setitem(VERSIONS, "ort-cpu", 98)
+    same = add_variant(decoder, "w8g32", algorithm="rtn", check=False, measure=False).variant("w8g32")
+    assert same.quality == first.quality is not None
+    monkeypatch.setitem(VERSIONS, "ort-cpu", 99)
+    made = add_variant(decoder, "w8g32", algorithm="gptq", check=False, measure=False).variant("w8g32")
+    assert made.quantization is not None and made.quantization.algorithm == "gptq" and made.quality is None
+
+
+def test_what_is_measured_is_the_new_graph(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant may have graphs that another engine here would take first."""
+    from accel.quality import measure
+
+    asked = []
+    real = measure.open_model
+
+    def note(bundle: Bundle, device: str, engine: str, variant: str, options: Any) -> Any:
+        asked.append((variant, engine))
+        return real(bundle, device, engine, variant, options)
+
+    monkeypatch.setattr(measure, "open_model", note)
+    accel.add_variant(decoder, "w8g32", algorithm="rtn", check=False)
+    assert asked == [("fp32", "ort-cpu"), ("w8g32", "ort-cpu")]
