@@ -91,7 +91,7 @@ def block_gemm_kernel(
         total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-    total = finish(total, total, ACTIVATION, False)
+    total = finish(total, total, ACTIVATION, False, out.dtype.element_ty != tl.float32)
     cells = m.to(tl.int64)[:, None] * N + n[None]
     mask = (m < M)[:, None] & (n < N)[None]
     if HAS_RESIDUAL:
