@@ -104,7 +104,7 @@ def wide_gemm_kernel(
 ):  # fmt: skip
     """out[m, n] = act(x[m] . weight[n] + bias[n]); x, weight and out are descriptors."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    ROUNDED: tl.constexpr = ELEMENT != tl.float32
+    ROUNDED: tl.constexpr = tl.float32 != ELEMENT
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         m, n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         total = _sums(x, weight, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -133,7 +133,7 @@ def gated_gemm_kernel(
         m, n = _place(tile, M, 2 * N, BLOCK_M, BLOCK_N, GROUP)
         total = _sums(x, weight, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         gate, up = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
-        out.store([m, n // 2], (activate(gate, ACTIVATION, ELEMENT != tl.float32) * up).to(ELEMENT))
+        out.store([m, n // 2], (activate(gate, ACTIVATION, tl.float32 != ELEMENT) * up).to(ELEMENT))
 
 
 def wide_gemm(
