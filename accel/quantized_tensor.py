@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 FLOAT8_MAX = 448.0  # of E4M3 without infinities
 
-
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """Symmetric integers: weight[n, k] = values[n, k] * scales[n, k // group].

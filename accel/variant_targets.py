@@ -213,14 +213,8 @@ TARGETS: dict[str, Target] = {
             "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
         ),
         Target(
-            "openvino",
-            "OpenVINO",
-            _lower_openvino,
-            _no_session,
-            _refuse_openvino,
-            ("encoder",),
-            rounds=True,
-            usable=_has_openvino,
+            "openvino", "OpenVINO", _lower_openvino, _no_session, _refuse_openvino, ("encoder",),
+            rounds=True, usable=_has_openvino,
         ),
     )
 }

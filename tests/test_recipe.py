@@ -54,10 +54,8 @@ def test_profiles_of_engines(tmp_path: Path) -> None:
         ({"parity": 3}, "Expected a mapping, found 3"),
         ({"profiles": {"decode": {"batch": ONE}}}, "Missing key 'sequence'"),
         ({"profiles": {"decode": {"batch": ONE, "sequence": ONE, "width": ONE}}}, "Unknown key 'width'"),
-        (
-            {"profiles": {"long": {"batch": ONE, "sequence": {"min": 9, "opt": 5, "max": 1}}}},
-            "profiles.long.sequence must be 1 <= min <= opt <= max, not 9, 5, 1",
-        ),
+        ({"profiles": {"long": {"batch": ONE, "sequence": {"min": 9, "opt": 5, "max": 1}}}},
+         "profiles.long.sequence must be 1 <= min <= opt <= max, not 9, 5, 1"),
         ({"profiles": {"none": {"batch": {"min": 0, "opt": 1, "max": 1}, "sequence": ONE}}}, "profiles.none.batch"),
     ],
 )

@@ -214,6 +214,7 @@ class RowEncoder:
         batch, width = feeds["input_ids"].shape
         return len(group.rows) == batch and group.length in (None, width)
 
+
     def _free(self) -> bool:
         """Stops the threads and lets go of the engines; whether the session was open."""
         if not self._lifetime.close():

@@ -207,7 +207,9 @@ ENGINES: tuple[Engine, ...] = (
     Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton, target="cuda", pick=_pick_cuda),
     Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda, target="ort-cuda", pick=_pick_ort_cuda),
     Engine("ort-cpu", "cpu", _probe_ort, _open_ort, integer_caches=True, target="ort-cpu", pick=_pick_ort),
-    Engine("openvino", "cpu", _probe_openvino, _open_openvino, _has_openvino, target="openvino", pick=_pick_openvino),
+    Engine(
+        "openvino", "cpu", _probe_openvino, _open_openvino, _has_openvino, target="openvino", pick=_pick_openvino
+    ),
     Engine("torch", "cpu", _probe_torch, _open_torch),
 )
 

@@ -151,7 +151,9 @@ def open_session(
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def open_product(product: Product, threads: int = 2, fed: bool = False, **changed: Any) -> onnxruntime.InferenceSession:
+def open_product(
+    product: Product, threads: int = 2, fed: bool = False, **changed: Any
+) -> onnxruntime.InferenceSession:
     """A session of a product.
 
     Args:

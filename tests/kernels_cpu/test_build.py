@@ -46,7 +46,9 @@ def test_the_compiler_s_words_are_kept(native: ModuleType, tmp_path: Path) -> No
         native.compile_library(source(tmp_path, "int f( {"), tmp_path, tmp_path / "lib.so")
 
 
-def test_a_compiler_that_cannot_be_run(native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_cannot_be_run(
+    native: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler -O2")
     with pytest.raises(native.BuildFailure, match="/no/such/compiler cannot be run: No such file"):
         native.compile_library(source(tmp_path, ""), tmp_path, tmp_path / "lib.so")

@@ -56,7 +56,9 @@ def test_decoders_are_fused(name: str, bundle_of: Callable[[str], Path], tmp_pat
 
 @pytest.mark.parametrize(("target", "variant"), [("cuda", "w4g32"), ("ort-cuda", "w8g32")])
 @pytest.mark.parametrize("name", ALL)
-def test_gpu_targets(name: str, variant: str, target: str, bundle_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_gpu_targets(
+    name: str, variant: str, target: str, bundle_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     """In fp16 next to the same integers in float32; nothing that was quantised is stored in floats."""
     copied = shutil.copytree(bundle_of(name), tmp_path / name)
     bundle = add_variant(copied, variant, target=target, algorithm="rtn", measure=False)

@@ -205,7 +205,9 @@ def test_bfloat16_is_a_variant_of_its_own(bundle: Bundle, reference: Any, tmp_pa
         assert np.abs((vectors * exact.embed(["A man is eating.", "Someone has a meal."])).sum(-1) - 1).max() < 1e-3
 
 
-def test_a_wrong_graph_is_not_added(minilm_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_graph_is_not_added(
+    minilm_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accel.graph.lowering.openvino import attention
 
     monkeypatch.setattr(attention, "HIDDEN", 0.0)  # padding is seen

@@ -126,7 +126,9 @@ def unpacked(cache: NDArray, kv: KvQuantization, part: int) -> NDArray[np.float3
     return cache * (scales[:, None] if kv.per_channel else scales)
 
 
-def check(layer: AttentionSpec, kv: KvQuantization | None = None, **options: Any) -> tuple[ir.Model, dict[str, int]]:
+def check(
+    layer: AttentionSpec, kv: KvQuantization | None = None, **options: Any
+) -> tuple[ir.Model, dict[str, int]]:
     """Lowers, and compares outputs and caches over ragged steps; returns the model and what was fused."""
     arch = dataclasses.replace(ARCH, layers=(layer,))
     lowered, reports = lower(decoder(layer, **options), arch, 32, kv=kv)
