@@ -169,9 +169,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     targets = "ort-cpu, openvino, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(
-        "--target",
-        action="append",
-        metavar="NAME",
+        "--target", action="append", metavar="NAME",
         help=f"{targets}; default: all that run this model in the variant; with integers the first",
     )
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison of the graph's numbers")

@@ -194,7 +194,9 @@ def _has_twin(engine: Engine, request: Request) -> bool:
     """Whether the engine is not installed, but another one for the same device is, whose turn comes."""
     if request.named or engine.installed():
         return False
-    return any(other.engine.device == engine.device and other.engine.installed() for other in request.candidates)
+    return any(
+        other.engine.device == engine.device and other.engine.installed() for other in request.candidates
+    )
 
 
 def _open(candidate: Candidate, request: Request, replacing: bool) -> EncoderSession | DecoderSession:
