@@ -217,9 +217,7 @@ class _Run:
         if rows == 1:
             done = self._products.linear(product.source, product.matrix, residual=stream.float().contiguous())
             return done if shape is None else done.reshape(shape)
-        added = self._products.parts(product.source, product.matrix) if rows <= FEW else None
-        if added is None:
-            added = self._products.linear(product.source, product.matrix)
+        added = self._products.parts(product.source, product.matrix)
         tensor = added.parts if isinstance(added, Parts) else as_tensor(added)
         reader = self._program.only_reader(node.outputs[0])
         kept = reader is None or reader.op_type not in NORMS

@@ -79,8 +79,8 @@ def time_operators(
     by_matrix = {id(matrix): node for node, matrix in executor.program.matrices.items()}
     kinds: dict[str, _Kind] = {}
     for node, values, result in traced.nodes:
-        if isinstance(result, Product | Normed | Rows):
-            continue  # whoever reads it computes it
+        if isinstance(result, Product | Normed | Rows) or not _computes(values, result, device):
+            continue  # whoever reads it computes it, or nobody does
         kind = kinds.setdefault(_title(node, values, executor.program, by_matrix), _Kind())
         kind.runs.append(_again(traced, node, values))
         size, operations = _work(node, values, result, executor, step, seen)
@@ -92,6 +92,14 @@ def time_operators(
         operators.append(OperatorTime(title, len(kind.runs), seconds, kind.bytes, kind.flops))
     operators.sort(key=lambda operator: -operator.seconds)
     return PhaseTimes(name, _seconds(lambda: executor.run(feeds, step, wanted), device), tuple(operators))
+
+
+def _computes(values: Values, result: object, device: Device) -> bool:
+    """Whether anything runs on the device: shapes are the host's, and other views of a tensor cost nothing."""
+    if not isinstance(result, torch.Tensor):
+        return True
+    seen = {value.data_ptr() for value in values.values() if isinstance(value, torch.Tensor)}
+    return result.device.type == device.torch.type and result.data_ptr() not in seen
 
 
 def _again(traced: TracedRun, node: ir.Node, values: Values) -> Callable[[], object]:

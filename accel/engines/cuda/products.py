@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accel_kernels.activation import activation
-from accel_kernels.block_gemm import block_gemm
+from accel_kernels.block_gemm import BlockTile, block_gemm
 from accel_kernels.gemv import gemv
 from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
 from accel_kernels.norm import norm
@@ -33,6 +33,7 @@ from accel.engines.cuda.tiles import (
     BLOCK_TILES,
     FEW,
     QUANTIZED_TILES,
+    SPLIT_TILES,
     WIDE_TILES,
     gemv_tile,
     narrow_tile,
@@ -44,7 +45,10 @@ from accel.engines.cuda.values import Normed, Parts, Rows, Sum
 KINDS = {"silu": SILU, "gelu": GELU_ERF, "gelu_tanh": GELU_TANH}
 BLOCK_ROWS = 1024  # rows up to which a simple tiled kernel can start faster than one that stays
 WIDE_ROWS = 512
+SPLIT_ROWS = 256  # rows up to which sums may be split: more of them fill the GPU
 _LONG_ROW = 16384  # elements that one program can hold to normalize them
+
+Result = TypeVar("Result")
 
 
 class Products:
@@ -123,6 +127,8 @@ class Products:
     def parts(self, value: object, matrix: Matrix) -> Parts | torch.Tensor:
         """A product that its reader may add up: in parts where that fills the GPU better."""
         rows, splits = rows_of(value), splits_of(matrix)
+        if FEW < rows <= SPLIT_ROWS and matrix.scales is None and matrix.inputs * self.dtype.itemsize % 16 == 0:
+            return self._split(self.low(value), matrix)
         if rows == 1 or rows > FEW or splits == 1 or matrix.bias is not None or matrix.scales is not None:
             return self.linear(value, matrix)
         x = self.low(value)
@@ -131,6 +137,17 @@ class Products:
         tile = NarrowTile(64, 256, splits, 4, 3) if depth <= 1024 else NarrowTile(64, 128, splits, 4, 4)
         narrow_gemm(x, matrix.weight, out, tile=tile)
         return Parts(out)
+
+    def _split(self, x: torch.Tensor, matrix: Matrix) -> Parts | torch.Tensor:
+        """Whole or in parts, whichever is faster."""
+
+        def parts(tile: BlockTile) -> Parts:
+            out = torch.empty(tile.splits, len(x), matrix.outputs, dtype=torch.float32, device=x.device)
+            return Parts(block_gemm(x, matrix.weight, out, bias=matrix.bias, tile=tile))
+
+        ways: dict[str, Callable[[], Parts | torch.Tensor]] = {"whole": lambda: self._many(x, matrix, None)}
+        ways |= {f"{tile}": partial(parts, tile) for tile in SPLIT_TILES}
+        return self._fastest(x, matrix, "in parts", ways)
 
     def _one(
         self, value: object, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
@@ -167,7 +184,10 @@ class Products:
             f"tiles {tile}": partial(self._quantized_tiles, x.contiguous(), matrix, kind, out_type, residual, tile)
             for tile in QUANTIZED_TILES
         }
-        if out_type != torch.float32:  # else the head, too large to be written down
+        # The kernel for few rows reads weights before its predecessor ends: no kernel may just have written them. And the
+        # head, whose logits are float32, is too large to be written down.
+        ahead = len(x) <= FEW * (1 + (matrix.stripe is not None))
+        if not ahead and out_type != torch.float32:
             ways["whole"] = lambda: self._floats(x, self._dequantized(matrix), kind, out_type, residual)
         return self._fastest(x, matrix, kind, ways)
 
@@ -242,8 +262,8 @@ class Products:
         return activation(both, out, kind=KINDS[kind], gated=True, stripe=matrix.stripe)
 
     def _fastest(
-        self, x: torch.Tensor, matrix: Matrix, kind: str | None, ways: dict[str, Callable[[], torch.Tensor]]
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, ways: dict[str, Callable[[], Result]]
+    ) -> Result:
         """Runs the fastest way for these sizes."""
         what = f"{matrix.bits}-bit weights" if matrix.bits else "weights"
         if matrix.scales is not None:

@@ -22,6 +22,12 @@ BLOCK_TILES = (
     BlockTile(64, 64, 128, 4, 3),
     BlockTile(128, 128, 64, 8, 3),
 )
+SPLIT_TILES = (  # whose parts the next kernel adds up
+    BlockTile(64, 32, 128, 4, 4, 2),
+    BlockTile(64, 32, 128, 4, 4, 4),
+    BlockTile(64, 64, 128, 4, 3, 4),
+    BlockTile(64, 64, 64, 4, 4, 8),
+)
 WIDE_TILES = (
     WideTile(128, 128, 64, 8, 4, 3, 2, 2),
     WideTile(128, 128, 64, 8, 8, 3, 2, 2),
@@ -73,6 +79,7 @@ __all__ = [
     "BLOCK_TILES",
     "FEW",
     "QUANTIZED_TILES",
+    "SPLIT_TILES",
     "WIDE_TILES",
     "gemv_tile",
     "narrow_tile",
