@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,7 @@ def generate(folder: Path, engine: str, variant: str, batch: int) -> Row:
     ) as model:  # fmt: skip
         first, per_token = [], []
         for _ in range(ROUNDS + 2):  # two warm-ups: they compile, measure and record
+            sleep(0.02)  # the step that ran ahead of the last call's end is over
             result = model.generate(ids, max_new_tokens=NEW, eos_token_id=[])
             timings = result[0].timings
             first.append(1e3 * timings.first_token)

@@ -96,8 +96,11 @@ def block_gemm_kernel(
         inside = at + k < K
         tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
         total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
-    if HAS_BIAS:  # of the first part
-        total += tl.load(bias + n, mask=(n < N) & (split == 0), other=0.0).to(tl.float32)[None]
+    if HAS_BIAS:
+        line = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
+        if SPLITS > 1:  # the first part has it
+            line *= (split == 0).to(tl.float32)
+        total += line
     total = finish(total, total, ACTIVATION, False, out.dtype.element_ty != tl.float32)
     cells = (split * M + m).to(tl.int64)[:, None] * N + n[None]
     mask = (m < M)[:, None] & (n < N)[None]

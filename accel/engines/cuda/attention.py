@@ -20,7 +20,6 @@ _MOST_SPLITS = 16
 _TILES = (  # of encoders
     {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3},
     {"block_m": 64, "block_n": 128, "warps": 4, "stages": 2},
-    {"block_m": 128, "block_n": 64, "warps": 4, "stages": 3},
     {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3},
 )
 SHORT_PAST = 512  # positions up to which one program per head is as fast as several that must meet

@@ -22,7 +22,7 @@ from accel_kernels.gemv import gemv
 from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
 from accel_kernels.norm import norm
 from accel_kernels.quantized_gather import quantized_gather
-from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
+from accel_kernels.quantized_gemm import quantized_gemm
 from accel_kernels.quantized_gemv import quantized_gemv
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
 from accel_kernels.wide_gemm import wide_gemm
@@ -32,7 +32,7 @@ from accel.engines.cuda.program import STRIPE, Matrix
 from accel.engines.cuda.tiles import (
     BLOCK_TILES,
     FEW,
-    QUANTIZED_TILES,
+    QUANTIZED_TILE,
     SPLIT_TILES,
     WIDE_TILES,
     gemv_tile,
@@ -180,11 +180,9 @@ class Products:
     def _several_quantized(
         self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        ways: dict[str, Callable[[], torch.Tensor]] = {
-            f"tiles {tile}": partial(self._quantized_tiles, x.contiguous(), matrix, kind, out_type, residual, tile)
-            for tile in QUANTIZED_TILES
-        }
-        # The kernel for few rows reads weights before its predecessor ends: no kernel may just have written them. And the
+        tiles = partial(self._quantized_tiles, x.contiguous(), matrix, kind, out_type, residual)
+        ways: dict[str, Callable[[], torch.Tensor]] = {"tiles": tiles}
+        # The kernel for few rows reads weights before its predecessor ends: no kernel may just have written them. The
         # head, whose logits are float32, is too large to be written down.
         ahead = len(x) <= FEW * (1 + (matrix.stripe is not None))
         if not ahead and out_type != torch.float32:
@@ -192,15 +190,14 @@ class Products:
         return self._fastest(x, matrix, kind, ways)
 
     def _quantized_tiles(
-        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None,
-        tile: QuantizedTile,
-    ) -> torch.Tensor:  # fmt: skip
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
+    ) -> torch.Tensor:
         assert matrix.scales is not None
         out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
         return quantized_gemm(
             x, matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
             gated=matrix.stripe is not None, stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind],
-            tile=tile,
+            tile=QUANTIZED_TILE,
         )  # fmt: skip
 
     def _dequantized(self, matrix: Matrix) -> Matrix:

@@ -1,4 +1,5 @@
-"""The kernels' tiles: those that one kernel always takes, and those that compete where a shape decides.
+"""The kernels' tiles: those that one kernel always takes, and the few that compete where a shape decides: each is
+compiled once.
 
 The former were measured on an H200 and, for integer weights, an H100.
 """
@@ -20,21 +21,16 @@ BLOCK_TILES = (
     BlockTile(64, 32, 128, 4, 4),
     BlockTile(64, 64, 64, 4, 4),
     BlockTile(64, 64, 128, 4, 3),
-    BlockTile(128, 128, 64, 8, 3),
 )
 SPLIT_TILES = (  # whose parts the next kernel adds up
-    BlockTile(64, 32, 128, 4, 4, 2),
     BlockTile(64, 32, 128, 4, 4, 4),
     BlockTile(64, 64, 128, 4, 3, 4),
-    BlockTile(64, 64, 64, 4, 4, 8),
 )
 WIDE_TILES = (
     WideTile(128, 128, 64, 8, 4, 3, 2, 2),
-    WideTile(128, 128, 64, 8, 8, 3, 2, 2),
-    WideTile(64, 128, 64, 8, 4, 4, 1, 1),
     WideTile(128, 256, 64, 8, 8, 3, 2, 1),
 )
-QUANTIZED_TILES = (QuantizedTile(64, 64, 128, 4, 3), QuantizedTile(64, 64, 64, 4, 3), QuantizedTile(128, 64, 64, 8, 3))
+QUANTIZED_TILE = QuantizedTile(64, 64, 128, 4, 3)
 
 
 def gemv_tile(matrix: Matrix) -> GemvTile:
@@ -78,7 +74,7 @@ def splits_of(matrix: Matrix) -> int:
 __all__ = [
     "BLOCK_TILES",
     "FEW",
-    "QUANTIZED_TILES",
+    "QUANTIZED_TILE",
     "SPLIT_TILES",
     "WIDE_TILES",
     "gemv_tile",
