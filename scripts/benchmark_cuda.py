@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +186,6 @@ def genai(work: Path) -> list[Row]:
     """onnxruntime-genai, fp16 and int4, with CUDA graphs where it records them."""
     import onnxruntime
     import onnxruntime_genai as og
-    from onnxruntime_genai.models.builder import create_model
 
     onnxruntime.preload_dlls()
     source, rows = work / "checkpoint", []
@@ -194,7 +194,8 @@ def genai(work: Path) -> list[Row]:
     for precision in ("fp16", "int4"):
         folder = work / f"genai-{precision}"
         if not folder.exists():
-            create_model("", str(source), str(folder), precision, "cuda", str(work / "cache"))
+            options = ["-i", source, "-o", folder, "-p", precision, "-e", "cuda", "-c", work / "cache"]
+            subprocess.run([sys.executable, "-m", "onnxruntime_genai.models.builder", *options], check=True)
         for batch in BATCHES:
             row: Row = {"peer": f"onnxruntime-genai {precision}", "batch": batch, "graph": batch == 1}
             try:
@@ -279,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.only:
         try:
             kept[name] = parts[name](options.work)
-        except ImportError as error:
+        except (ImportError, subprocess.CalledProcessError) as error:
             print(f"{name}: left out: {error}")
         gc.collect()
         if options.json:
