@@ -20,7 +20,7 @@ from accel.spec import ArchSpec
 
 pytestmark = [
     pytest.mark.skipif(
-        not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs the engine on it"
+        not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"
     ),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
 ]
