@@ -19,9 +19,7 @@ from accel.graph.save import load_canonical, save_graph
 from accel.spec import ArchSpec
 
 pytestmark = [
-    pytest.mark.skipif(
-        not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"
-    ),
+    pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
 ]
 
