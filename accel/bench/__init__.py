@@ -39,7 +39,8 @@ def bench(
         compare: Measure eager PyTorch too, where torch and transformers are installed.
         device: Of the engines; ``auto``: the GPU where an engine runs on one, else the CPU.
         store: Where built engines, and what is measured, are kept; None: as in ``accel.load``.
-        limits: Also measure this machine's streaming read and fp32 matrix product, and say how near the bundle comes.
+        limits: Also measure what this machine allows, and say how near the bundle comes: on the CPU streaming read and
+            fp32 matrix product, on a GPU copy bandwidth and matrix rate, for each phase and fused operator of ``cuda``.
 
     Returns:
         The figures; ``str()`` gives a table, ``.to_json()`` plain data.

@@ -13,6 +13,7 @@ from accel.bench.cases import Case
 from accel.bench.contest import COSTS, TORCH, Arena, Outcome, choose, find_contestants, rows_of
 from accel.bench.limits import Limits, measure_limits, work_of
 from accel.bench.machine import describe_machine, today
+from accel.bench.roofline import ENGINE, Roofline, measure_roofline
 from accel.bench.stats import Ratio, median, paired_ratio
 from accel.bundle import Bundle
 from accel.engines import DEVICES
@@ -51,6 +52,7 @@ class BenchReport:
         engines: Every engine on every variant that runs here; the rows are those of the chosen one.
         chosen: What ``accel.load`` takes unasked: ``engine variant``.
         passed_over: Engine, or ``engine variant`` -> why it was not measured.
+        roofline: Where the ``cuda`` engine's time goes and how near the GPU's limits it is, if those were asked for.
         remembered: Whether ``accel.load`` knows this from now on; if not, ``unremembered`` says why.
     """
 
@@ -66,6 +68,7 @@ class BenchReport:
     passed_over: dict[str, str] = field(default_factory=dict)
     remembered: bool = False
     unremembered: str = ""
+    roofline: Roofline | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +86,8 @@ class BenchReport:
         if self.limits:
             read, gemm = self.limits.read_bytes_s / 1e9, self.limits.gemm_flops_s / 1e9
             lines.append(f"Limits of this machine: reading {read:.1f} GB/s, fp32 matrix product {gemm:.0f} GFLOP/s")
+        if self.roofline:
+            lines += ["", str(self.roofline)]
         return "\n".join([*lines, *self._engine_lines()])
 
     def _engine_lines(self) -> list[str]:
@@ -127,7 +132,7 @@ def bench_bundle(
         remedy = "Mend one of the reasons; accel doctor helps"
         what = f"no engine can run this bundle here ({reasons})"
         raise EngineUnavailableError(what, where=str(path), remedy=remedy)
-    limits = measure_limits(threads) if with_limits else None
+    limits = measure_limits(threads) if with_limits and place == "cpu" else None
     comparison = _comparison(compare)
     with tempfile.TemporaryDirectory() as logs:
         arena = Arena(path, threads, cases, rounds, Path(logs), store)
@@ -141,11 +146,18 @@ def bench_bundle(
     best = choose(bundle, engines)
     chosen = f"{best.engine} {best.variant}"
     rows = tuple(_row(manifest, case, metric, chosen, outcome, limits) for case in cases for metric in case.metrics)
+    roofline = _roofline(bundle, engines, cases, store) if with_limits else None
     unremembered = _remember(bundle, place, threads, engines, rounds, passed_over, store)
     return BenchReport(
         path.resolve().name, rounds, threads, rows, comparison, limits, describe_machine(),
-        tuple(engines), chosen, passed_over, unremembered is None, unremembered or "",
+        tuple(engines), chosen, passed_over, unremembered is None, unremembered or "", roofline,
     )  # fmt: skip
+
+
+def _roofline(bundle: Bundle, engines: Sequence[Measured], cases: Sequence[Case], store: str | None) -> Roofline | None:
+    """Of the fastest variant that the ``cuda`` engine ran; None: it ran none."""
+    ran = [row for row in engines if row.engine == ENGINE]
+    return measure_roofline(bundle, min(ran, key=lambda row: row.cost).variant, cases, store) if ran else None
 
 
 def _comparison(compare: bool) -> str:
@@ -202,9 +214,7 @@ def cases_of(
     return tuple(Case(f"forward {batch}x{seq}", "encoder", batch=batch, seq=seq) for batch, seq in fitting)
 
 
-def _row(
-    manifest: Manifest, case: Case, metric: str, chosen: str, outcome: Outcome, limits: Limits | None
-) -> BenchRow:
+def _row(manifest: Manifest, case: Case, metric: str, chosen: str, outcome: Outcome, limits: Limits | None) -> BenchRow:
     group = outcome.rounds(chosen)
     assert group is not None
     ours, theirs = group[chosen][metric], group.get(TORCH, {}).get(metric)

@@ -53,7 +53,7 @@ def activation_kernel(
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     place = x + line * N * (2 if GATED else 1) + matrix_line(n, STRIPE, GATED)
-    value = activate(tl.load(place, mask=n < N, other=0.0).to(tl.float32), KIND)
+    value = activate(tl.load(place, mask=n < N, other=0.0).to(tl.float32), KIND, out.dtype.element_ty != tl.float32)
     if GATED:
         value *= tl.load(place + STRIPE, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out + line * N + n, value.to(out.dtype.element_ty), mask=n < N)

@@ -11,13 +11,19 @@ from accel_kernels.tiles import let_successor_start, wait_for_predecessor
 
 
 @triton.jit
-def advance_kernel(best, ids, positions, lengths, rows, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
-    """ids = best; positions and lengths + 1 where they are not negative."""
+def advance_kernel(best, ids, positions, lengths, told, turn, rows, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    """ids = best; positions and lengths + 1 where they are not negative; told[turn] = best, and turn the other one."""
     row = tl.arange(0, BLOCK)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     real = row < rows
-    tl.store(ids + row, tl.load(best + row, mask=real), mask=real)
+    token = tl.load(best + row, mask=real)
+    tl.store(ids + row, token, mask=real)
+    now = tl.load(turn)
+    place = told + now * 2 * rows + row
+    tl.store(place, token, mask=real)
+    tl.store(place + rows, tl.load(best + rows + row, mask=real), mask=real)
+    tl.store(turn, 1 - now)
     position = tl.load(positions + row, mask=real, other=0)
     length = tl.load(lengths + row, mask=real, other=0)
     tl.store(positions + row, position + (length >= 0).to(tl.int64), mask=real)
@@ -29,16 +35,29 @@ def advance(
     ids: torch.Tensor,
     positions: torch.Tensor,
     lengths: torch.Tensor,
+    told: torch.Tensor,
+    turn: torch.Tensor,
     *,
     dependent: bool | None = None,
 ) -> None:
-    """best, ids, positions: int64 [B]; lengths: int32 [B], negative: the row sits out. All but best are written."""
+    """Makes the step behind this one of it, and tells the host. All but ``best`` are written.
+
+    Args:
+        best: int64 [2B]: each row's token, then whatever the host is told besides.
+        ids, positions: int64 [B].
+        lengths: int32 [B]; negative: the row sits out.
+        told: int64 [2, 2B], perhaps page-locked memory of the host: there ``best`` goes, to one place and the other.
+        turn: int32 [1], to which place.
+        dependent: Start before the predecessor ends; None: where the device can.
+    """
     dependent = has_dependent_launch(best.device) if dependent is None else dependent
     advance_kernel[(1,)](
         best,
         ids,
         positions,
         lengths,
+        told,
+        turn,
         ids.numel(),
         BLOCK=next_power_of_2(ids.numel()),
         DEPENDENT=dependent,

@@ -1,4 +1,8 @@
-"""Some rows times a weight matrix with bias and activation in the epilogue: encoders of a few hundred tokens."""
+"""Some rows times a weight matrix with bias and activation in the epilogue: encoders of a few hundred tokens.
+
+Where tiles are too few to fill the GPU, several programs share the sums of the same tile; the next kernel adds the
+parts up as it reads them.
+"""
 
 from __future__ import annotations
 
@@ -42,19 +46,20 @@ def reference(
     residual: torch.Tensor | None = None,
     activation: int = NO_ACTIVATION,
 ) -> torch.Tensor:
-    """What ``block_gemm`` computes of the same arguments: float64 [M, N]."""
+    """What ``block_gemm`` computes of the same arguments, its parts added up: float64 [M, N]."""
     return product(x, weight, bias, residual, False, None, activation)
 
 
 @dataclass(frozen=True)
 class BlockTile:
-    """Rows, outputs and terms of a tile, warps, turns in flight."""
+    """Rows, outputs and terms of a tile, warps, turns in flight, programs per sum."""
 
     block_m: int = 64
     block_n: int = 64
     block_k: int = 128
     warps: int = 4
     stages: int = 4
+    splits: int = 1
 
     def fitting(self, x: torch.Tensor) -> BlockTile:
         """The tile, with fewer turns in flight (and shorter ones) where shared memory has no room for them.
@@ -72,7 +77,7 @@ class BlockTile:
 @triton.jit
 def block_gemm_kernel(
     x, weight, out, bias, residual, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(x[m] . weight[n] + bias[n]) + residual[m, n]."""
@@ -85,14 +90,19 @@ def block_gemm_kernel(
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for at in range(0, K, BLOCK_K):
+    split = tl.program_id(2)
+    span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
+    for at in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
         inside = at + k < K
         tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
         total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
     if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-    total = finish(total, total, ACTIVATION, False)
-    cells = m.to(tl.int64)[:, None] * N + n[None]
+        line = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
+        if SPLITS > 1:  # the first part has it
+            line *= (split == 0).to(tl.float32)
+        total += line
+    total = finish(total, total, ACTIVATION, False, out.dtype.element_ty != tl.float32)
+    cells = (split * M + m).to(tl.int64)[:, None] * N + n[None]
     mask = (m < M)[:, None] & (n < N)[None]
     if HAS_RESIDUAL:
         total += tl.load(residual + cells, mask=mask, other=0.0).to(tl.float32)
@@ -115,7 +125,8 @@ def block_gemm(
     Args:
         x: [M, K] in the weights' type.
         weight: [N, K].
-        out: [M, N], written.
+        out: [M, N], written; with ``tile.splits`` > 1 float32 [splits, M, N], parts that the reader adds up: there is
+            no place for a residual or an activation then.
         bias: [N].
         residual: [M, N], added last; may be ``out``.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION.
@@ -123,20 +134,24 @@ def block_gemm(
         dependent: Start before the predecessor ends; None: where the device can.
 
     Raises:
-        TypeError, ValueError: A tensor has another type, shape or place.
+        TypeError, ValueError: A tensor has another type, shape or place; an activation or a residual of parts.
     """
     expect = Expect("block_gemm", x.device)
     expect.tensor("x", x, -1, -1)
     (rows, size), count = x.shape[-2:], out.shape[-1]
     expect.tensor("weight", weight, count, size, dtypes=(x.dtype,))
-    expect.tensor("out", out, rows, count)
+    if tile.splits == 1:
+        expect.tensor("out", out, rows, count)
+    else:
+        expect.tensor("out", out, tile.splits, rows, count, dtypes=(torch.float32,))
+        expect.that(residual is None and activation == NO_ACTIVATION, "sums in parts have no residual or activation")
     expect.tensor("bias", bias, count)
     expect.tensor("residual", residual, rows, count)
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
     tile = tile.fitting(x)
-    block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.block_n))](
+    block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.block_n), tile.splits)](
         x, weight, out, bias, residual, rows, count, size,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
         **launch_options(x.device, dependent, tile.warps, tile.stages),
     )  # fmt: skip

@@ -28,9 +28,7 @@ TOLERANCES = {torch.float32: 1e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _MOST_WORDS = 512  # of a row at a time
 
 
-def reference(
-    table: torch.Tensor, scales: torch.Tensor, ids: torch.Tensor | None = None, *, bits: int
-) -> torch.Tensor:
+def reference(table: torch.Tensor, scales: torch.Tensor, ids: torch.Tensor | None = None, *, bits: int) -> torch.Tensor:
     """What ``quantized_gather`` reads: float64 [T, K]."""
     if ids is not None:
         table, scales = table[ids.long()], scales[ids.long()]

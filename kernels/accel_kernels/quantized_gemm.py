@@ -91,6 +91,8 @@ class QuantizedTile:
 def _dequantized(words, factor, BITS: tl.constexpr, SHARES: tl.constexpr, TYPE: tl.constexpr):
     """Weights [N, K] of words [N, W] and scales [N, SHARES], in a type."""
     whole = unpacked(words, BITS)
+    if SHARES == 1:
+        return operand((whole.to(tl.float32) * factor.to(tl.float32)).to(TYPE))
     N: tl.constexpr = whole.shape[0]
     K: tl.constexpr = whole.shape[1]
     grouped = tl.reshape(whole, (N, SHARES, K // SHARES)).to(tl.float32) * factor.to(tl.float32)[:, :, None]

@@ -1,7 +1,8 @@
 """One row times int4 or int8 weights in groups: dequantised in registers, nothing but the packed bytes is read.
 
 ``packing`` says how words hold the weights. Together with the bits of 1024 a field of int4 is the float16 1024 + w.
-Products of one word are summed in float16 (four at a time), all others in float32.
+Products of one word are summed in float16 (four at a time), all others in float32. Weights are a 32nd of themselves
+there, so that no such sum exceeds the row's largest element: whatever row float16 holds, no sum overflows.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ QuantizedGemv <bits, gated: int = 0, stripe, activation: int = -1> (x, weight, s
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 8e-3}
 _TILE = GemvTile()
 _INTERPRETED = tl.constexpr(INTERPRETED)  # inline PTX does not run in the interpreter
-# $1: word; $2 .. $5: its elements of the row, in pairs. 0xE408: -1032; 0xD480: -72 = -(1024 + 128) / 16; 0x2C00: 1/16.
+# $1: word; $2 .. $5: its elements of the row, in pairs. 0x2800, 0x1800: 1/32, 1/512; 0xD008: -(1024 + 8) / 32;
+# 0xC080: -(1024 + 128) / 512.
 _INT4 = tl.constexpr("""
 {
-    .reg .b32 a, b, c, d, high, less, less16, part, total;
+    .reg .b32 a, b, c, d, high, low_less, high_less, low_part, high_part, total;
     .reg .b16 lo, hi;
     .reg .f32 f, g;
     shr.u32 high, $1, 8;
@@ -51,13 +53,14 @@ _INT4 = tl.constexpr("""
     lop3.b32 b, $1, 0x00F000F0, 0x64006400, 0xEA;
     lop3.b32 c, high, 0x000F000F, 0x64006400, 0xEA;
     lop3.b32 d, high, 0x00F000F0, 0x64006400, 0xEA;
-    mov.b32 less, 0xE408E408;
-    mov.b32 less16, 0xD480D480;
-    mov.b32 part, 0x2C002C00;
-    add.rn.f16x2 a, a, less;
-    fma.rn.f16x2 b, b, part, less16;
-    add.rn.f16x2 c, c, less;
-    fma.rn.f16x2 d, d, part, less16;
+    mov.b32 low_part, 0x28002800;
+    mov.b32 low_less, 0xD008D008;
+    mov.b32 high_part, 0x18001800;
+    mov.b32 high_less, 0xC080C080;
+    fma.rn.f16x2 a, a, low_part, low_less;
+    fma.rn.f16x2 b, b, high_part, high_less;
+    fma.rn.f16x2 c, c, low_part, low_less;
+    fma.rn.f16x2 d, d, high_part, high_less;
     mul.rn.f16x2 total, a, $2;
     fma.rn.f16x2 total, b, $3, total;
     fma.rn.f16x2 total, c, $4, total;
@@ -117,6 +120,7 @@ def _product(words, factor, x, w, width, p0, p1, p2, p3, BITS: tl.constexpr):
             is_pure=True,
             pack=1,
         )
+        part *= 32.0
     else:
         FIELDS: tl.constexpr = 32 // BITS
         part = tl.zeros(words.shape, tl.float32)

@@ -148,8 +148,8 @@ def _visible(
 
 
 @triton.jit
-def _masked(scores, slot, own, inside, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Scores by powers of two, minus infinity where a query must not look."""
+def _is_seen(slot, own, inside, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Whether a query may look at a slot, [M, N]."""
     seen = inside[None]
     if CAUSAL:
         seen = seen & (slot[None] <= own[:, None])
@@ -157,40 +157,73 @@ def _masked(scores, slot, own, inside, window, CAUSAL: tl.constexpr, HAS_WINDOW:
             seen = seen & (slot[None] > own[:, None] - window)
     elif HAS_WINDOW:
         seen = seen & (slot[None] - own[:, None] <= window) & (own[:, None] - slot[None] <= window)
-    return tl.where(seen, scores * _LOG2E, float("-inf"))
+    return seen
+
+
+@triton.jit
+def _turn(
+    at, peak, weight, acc, q, keys, values, base, key_stride, bias_rows, m, own, length, total, d, scale, softcap,
+    window, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Takes BLOCK_N slots in; without MASKED every query sees each of them, and there is no bias."""
+    slot = at + tl.arange(0, BLOCK_N)
+    inside = slot < total
+    cell = base + slot.to(tl.int64)[:, None] * key_stride + d[None]
+    if MASKED or DIM != WIDTH:
+        mask = inside[:, None] & (d < DIM)[None]
+        k = tl.load(keys + cell, mask=mask, other=0.0)
+        v = tl.load(values + cell, mask=mask, other=0.0)
+    else:
+        k = tl.load(keys + cell)
+        v = tl.load(values + cell)
+    scores = tl.dot(operand(q), operand(tl.trans(k)))
+    if HAS_SOFTCAP or HAS_BIAS:
+        scores = cap_scores(scores * scale, softcap, HAS_SOFTCAP)
+        if HAS_BIAS:
+            place = bias_rows[:, None] + slot[None]
+            scores += tl.load(place, mask=(m < length)[:, None] & inside[None], other=0.0).to(tl.float32)
+        scores *= _LOG2E
+    else:
+        scores *= scale * _LOG2E
+    if MASKED:
+        scores = tl.where(_is_seen(slot, own, inside, window, CAUSAL, HAS_WINDOW), scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    safe = higher
+    if MASKED:
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+    share = tl.exp2(scores - safe[:, None])
+    fade = tl.exp2(peak - safe)
+    weight = weight * fade + tl.sum(share, 1)
+    acc = acc * fade[:, None] + tl.dot(operand(share.to(v.dtype)), operand(v))
+    return higher, weight, acc
 
 
 @triton.jit
 def _attend(
-    q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, high, d, scale, softcap, window,
+    q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, free, high, d, scale, softcap, window,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax as it goes over the slots from ``low`` to ``high``; a query that sees nothing gets zeros."""
+    """Softmax as it goes over the slots from ``low`` to ``high``; a query that sees nothing gets zeros.
+
+    Every query sees what lies before ``free``, a multiple of BLOCK_N.
+    """
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    n = tl.arange(0, BLOCK_N)
+    if not HAS_WINDOW and not HAS_BIAS:
+        for at in range(0, free, BLOCK_N):
+            peak, weight, acc = _turn(
+                at, peak, weight, acc, q, keys, values, base, key_stride, bias_rows, m, own, length, total, d, scale,
+                softcap, window, DIM, WIDTH, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS, False,
+            )  # fmt: skip
+        low = free
     for at in range(low, high, BLOCK_N):
-        slot = at + n
-        inside = slot < total
-        cell = base + slot.to(tl.int64)[:, None] * key_stride + d[None]
-        mask = inside[:, None] & (d < DIM)[None]
-        k = tl.load(keys + cell, mask=mask, other=0.0)
-        scores = tl.dot(operand(q), operand(tl.trans(k))) * scale
-        scores = cap_scores(scores, softcap, HAS_SOFTCAP)
-        if HAS_BIAS:
-            place = bias_rows[:, None] + slot[None]
-            scores += tl.load(place, mask=(m < length)[:, None] & inside[None], other=0.0).to(tl.float32)
-        scores = _masked(scores, slot, own, inside, window, CAUSAL, HAS_WINDOW)
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        share = tl.exp2(scores - safe[:, None])
-        fade = tl.exp2(peak - safe)
-        weight = weight * fade + tl.sum(share, 1)
-        v = tl.load(values + cell, mask=mask, other=0.0)
-        acc = acc * fade[:, None] + tl.dot(operand(share.to(v.dtype)), operand(v))
-        peak = higher
+        peak, weight, acc = _turn(
+            at, peak, weight, acc, q, keys, values, base, key_stride, bias_rows, m, own, length, total, d, scale,
+            softcap, window, DIM, WIDTH, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS, True,
+        )  # fmt: skip
     return acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
 
 
@@ -228,14 +261,18 @@ def varlen_attention_kernel(
         base += first.to(tl.int64) * key_stride
     own = past + m  # positions
     low, high = _visible(block, past, total, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
+    free = total // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        free = tl.minimum(free, (past + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
     if block * BLOCK_M >= length:  # padding alone
+        free = 0
         high = 0
     bias_rows = m
     if HAS_BIAS:
         bias_rows = bias + head.to(tl.int64) * bias_stride * bias_stride + m * bias_stride
     result = _attend(
-        q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, high, d, scale, softcap, window,
-        DIM, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS,
+        q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, free, high, d, scale, softcap,
+        window, DIM, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS,
     )  # fmt: skip
     result = tl.where((m < length)[:, None], result, 0.0)
     kept = (m < tl.maximum(length, room))[:, None] & (d < DIM)[None]

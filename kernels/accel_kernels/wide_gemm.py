@@ -51,7 +51,12 @@ def reference(
 
 @dataclass(frozen=True)
 class WideTile:
-    """Rows, outputs and terms of a tile, tiles of rows that share their weights in the L2, warps, turns in flight."""
+    """Rows, outputs and terms of a tile, tiles of rows that share their weights in the L2, warps, turns in flight.
+
+    Attributes:
+        pieces: The epilogue's, 1 or 2, so that it needs little shared memory.
+        resident: Programs that stay on each multiprocessor: the epilogue of one runs beside the products of the other.
+    """
 
     block_m: int = 128
     block_n: int = 256
@@ -59,7 +64,8 @@ class WideTile:
     group: int = 8
     warps: int = 8
     stages: int = 3
-    pieces: int = 2  # the epilogue's, 1 or 2, so that it needs little shared memory
+    pieces: int = 2
+    resident: int = 1
 
 
 @triton.jit
@@ -83,10 +89,10 @@ def _sums(x, weight, m, n, K, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOC
 
 
 @triton.jit
-def _finish(total, bias, n, N, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+def _finish(total, bias, n, N, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, ROUNDED: tl.constexpr):
     if HAS_BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-    return finish(total, total, ACTIVATION, False)
+    return finish(total, total, ACTIVATION, False, ROUNDED)
 
 
 @triton.jit
@@ -98,18 +104,19 @@ def wide_gemm_kernel(
 ):  # fmt: skip
     """out[m, n] = act(x[m] . weight[n] + bias[n]); x, weight and out are descriptors."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    ROUNDED: tl.constexpr = tl.float32 != ELEMENT
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
         m, n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         total = _sums(x, weight, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         if PIECES == 1:
-            whole = _finish(total, bias, n + tl.arange(0, BLOCK_N), N, HAS_BIAS, ACTIVATION)
+            whole = _finish(total, bias, n + tl.arange(0, BLOCK_N), N, HAS_BIAS, ACTIVATION, ROUNDED)
             out.store([m, n], whole.to(ELEMENT))
         else:
             HALF: tl.constexpr = BLOCK_N // 2
             left, right = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
-            left = _finish(left, bias, n + tl.arange(0, HALF), N, HAS_BIAS, ACTIVATION)
+            left = _finish(left, bias, n + tl.arange(0, HALF), N, HAS_BIAS, ACTIVATION, ROUNDED)
             out.store([m, n], left.to(ELEMENT))
-            right = _finish(right, bias, n + HALF + tl.arange(0, HALF), N, HAS_BIAS, ACTIVATION)
+            right = _finish(right, bias, n + HALF + tl.arange(0, HALF), N, HAS_BIAS, ACTIVATION, ROUNDED)
             out.store([m, n + HALF], right.to(ELEMENT))
 
 
@@ -126,7 +133,7 @@ def gated_gemm_kernel(
         m, n = _place(tile, M, 2 * N, BLOCK_M, BLOCK_N, GROUP)
         total = _sums(x, weight, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         gate, up = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
-        out.store([m, n // 2], (activate(gate, ACTIVATION) * up).to(ELEMENT))
+        out.store([m, n // 2], (activate(gate, ACTIVATION, tl.float32 != ELEMENT) * up).to(ELEMENT))
 
 
 def wide_gemm(
@@ -150,7 +157,7 @@ def wide_gemm(
         bias: [N].
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION (not gated); gated: of the gate.
         tile: Has fewer turns in flight where shared memory is short.
-        programs: How many stay; None: one per multiprocessor.
+        programs: How many stay; None: ``tile.resident`` per multiprocessor.
         flatten: Let the loop over tiles and the loop over terms be one, which hides the epilogue.
 
     Raises:
@@ -163,7 +170,7 @@ def wide_gemm(
     b = TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k])
     c = TensorDescriptor.from_tensor(out, [tile.block_m, width])
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(weight.shape[0], tile.block_n)
-    programs = min(multiprocessors(x.device) if programs is None else programs, tiles)
+    programs = min(multiprocessors(x.device) * tile.resident if programs is None else programs, tiles)
     turn = (tile.block_m + tile.block_n) * tile.block_k * x.element_size()
     stages = fitting_stages(x.device, tile.stages, turn, tile.block_m * width * out.element_size())
     common: dict[str, Any] = {

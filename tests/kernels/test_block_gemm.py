@@ -27,6 +27,15 @@ def test_the_residual_comes_last(make: Maker) -> None:
     assert_close(stream, expected, TOLERANCES[make.dtype])
 
 
+@pytest.mark.parametrize(("size", "splits"), [(256, 4), (100, 3), (32, 2)])
+def test_parts_add_up(make: Maker, size: int, splits: int) -> None:
+    """Also where the last parts have nothing to do; the bias counts once."""
+    x, weight, bias = make.normal(40, size), make.normal(50, size), make.normal(50)
+    out = make.poison(splits, 40, 50, dtype=torch.float32)
+    block_gemm(x, weight, out, bias=bias, tile=BlockTile(32, 32, 32, splits=splits))
+    assert_close(out.sum(0), reference(x, weight, bias=bias), TOLERANCES[make.dtype])
+
+
 def test_tiles_shrink_to_the_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from accel_kernels import device
 

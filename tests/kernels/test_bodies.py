@@ -193,8 +193,11 @@ def test_argmax(maker: Maker) -> None:
 
 def test_gather(maker: Maker) -> None:
     table, ids = maker.normal(9, 5), maker.ints(8, 0, 8)
-    (out,) = evaluate(BY_NAME["gather"], [table, ids], {})
+    (out,) = evaluate(BY_NAME["gather"], [table, ids, torch.zeros(len(ids), table.shape[1])], {})
     assert torch.equal(out.double(), BY_NAME["gather"].reference(table, ids))
+    added = maker.normal(2 * len(ids), table.shape[1])
+    (out,) = evaluate(BY_NAME["gather"], [table, ids, added], {})
+    assert_close(out, BY_NAME["gather"].reference(table, ids, added), 1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

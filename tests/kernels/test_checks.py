@@ -135,6 +135,7 @@ CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (activation, to("gated", False), ValueError, r"x has shape \[3, 16\], not \[3, 8\]"),
     (activation, to("stripe", 5), ValueError, "stripe 5 does not divide 8"),
     (gather, to("ids", lambda ids: ids.float()), TypeError, "ids is torch.float32"),
+    (gather, lambda call: {**call, "added": half(3, 8), "out": half(3, 8)}, ValueError, "no multiple of 2 ids"),
     (gather, to("out", half(3, 8)), ValueError, r"out has shape \[3, 8\], not \[2, 8\]"),
     (argmax, to("logits", lambda x: x.half()), TypeError, "logits is torch.float16"),
     (argmax, to("logits", torch.zeros(2, 0)), ValueError, "there are no logits"),

@@ -17,6 +17,16 @@ def test_agrees_with_the_reference(make: Maker, ids_type: str) -> None:
         assert_close(out, reference(table, ids), TOLERANCES[make.dtype])
 
 
+@pytest.mark.parametrize("turns", [1, 3])
+def test_rows_on_top_of_others(make: Maker, turns: int) -> None:
+    """The ids are used over and over."""
+    table, ids = make.normal(50, 24), make.ints(3, 49, 0, 3)
+    added = make.normal(4 * turns, 24, dtype=torch.float32)
+    expected = reference(table, ids, added.clone())
+    assert gather(table, ids, added, added=added) is added
+    assert_close(added, expected, 1e-7)
+
+
 def test_no_ids_are_no_rows(device: object) -> None:
     make = Maker(device)
     assert gather(make.normal(5, 8), make.ints(), make.poison(0, 8)).shape == (0, 8)

@@ -47,3 +47,14 @@ def test_extreme_weights_keep_their_sign(device: Any) -> None:
     x, out = make.normal(32), make.poison(3)
     quantized_gemv(x, words, scales, out, bits=4, tile=TILE)
     assert_close(out, weight.double() @ x.double(), TOLERANCES[torch.float16])
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 3e3, 6e4])
+def test_rows_of_any_size(device: Any, size: float) -> None:
+    """Elements of one sign meet weights of one sign: sums in float16 must hold up to its largest number."""
+    make = Maker(device, torch.float16)
+    x = (make.normal(256, dtype=torch.float32).abs().clamp(0.5, 1.0) * size).half()
+    words, scales = pack(make.normal(8, 256).abs().clamp(0.5, 1.0) * 1e-3, 4, 32)
+    out = make.poison(8, dtype=torch.float32)
+    quantized_gemv(x, words, scales, out, bits=4, tile=TILE)
+    assert_close(out, reference(x, words, scales, bits=4), TOLERANCES[torch.float16])

@@ -43,7 +43,7 @@ COURSE = [(5, 7, 0), (1, 1, 0), (1, 0, 0), (4, 0, 9), (1, 1, 1), (0, 12, 1)]
 def _quiet() -> None:
     """The interpreter computes on masked lanes, whose rubbish may overflow."""
     if not INTERPRETED:
-        pytest.skip("there is a GPU: tests/gpu runs the engine on it")
+        pytest.skip("there is a GPU: tests/parity/test_gpu_engines.py runs it")
     np.seterr(all="ignore")
 
 

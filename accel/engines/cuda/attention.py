@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -16,6 +17,11 @@ from accel.engines.cuda.values import Parts
 
 _BLOCKS = 132  # programs that fill the GPU
 _MOST_SPLITS = 16
+_TILES = (  # of encoders
+    {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3},
+    {"block_m": 64, "block_n": 128, "warps": 4, "stages": 2},
+    {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3},
+)
 SHORT_PAST = 512  # positions up to which one program per head is as fast as several that must meet
 
 
@@ -73,6 +79,11 @@ class CachedAttention:
             window=window, block_n=64 if dim <= 128 else 32,
         )  # fmt: skip
 
+    def slot_bytes(self, node: ir.Node) -> int:
+        """Of one position's key and value in all heads."""
+        keys, _ = self._caches[node]
+        return 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+
     def _packed(self, operands: list[object]) -> torch.Tensor | Parts:
         """Query, key and value side by side, in a tensor of their own: queries are rotated in place."""
         if operands[1] is None:
@@ -125,12 +136,16 @@ def encoder_attention(
         dim = query.shape[1] // heads
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()  # the kernel knows one key stride
     out = torch.empty(len(query), heads * dim, dtype=query.dtype, device=query.device)
-    return varlen_attention(
-        query, key, value, out, starts, stops, heads=heads, kv_heads=kv_heads, dim=dim, longest=longest,
-        scale=node.attributes["scale"].as_float(), softcap=node.attributes.get_float("softcap", None),
-        window=node.attributes.get_int("window", None), bias=None if bias is None else bias[0].contiguous(),
-        block_m=128 if longest > 256 else 64, room=longest,
+    softcap, window = node.attributes.get_float("softcap", None), node.attributes.get_int("window", None)
+    attend = partial(
+        varlen_attention, query, key, value, out, starts, stops, heads=heads, kv_heads=kv_heads, dim=dim,
+        longest=longest, scale=node.attributes["scale"].as_float(), softcap=softcap, window=window,
+        bias=None if bias is None else bias[0].contiguous(), room=longest,
     )  # fmt: skip
+    ways = {" ".join(f"{name} {size}" for name, size in tile.items()): partial(attend, **tile) for tile in _TILES}
+    options = f"softcap {softcap}, window {window}, bias {bias is not None}"
+    key_of = f"attention of {len(starts)}x{longest}, {heads} heads on {kv_heads} of {dim}, {query.dtype}, {options}"
+    return ways[products.fastest(key_of, ways)]()
 
 
 __all__ = ["SHORT_PAST", "CachedAttention", "StepTensors", "encoder_attention"]

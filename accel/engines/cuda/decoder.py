@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from accel.engines.cuda.attention import SHORT_PAST, CachedAttention
+from accel.engines.cuda.attention import SHORT_PAST, CachedAttention, StepTensors
+from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
+from accel.engines.cuda.operator_times import PhaseTimes, time_operators
 from accel.engines.cuda.products import Products
 from accel.engines.cuda.program import load_program
 from accel.engines.cuda.staging import DecodePlace, PackedPlace
@@ -40,6 +42,7 @@ class CudaDecoderSession:
         shape: Of the cache.
         device: Where to run.
         dtype: Of weights and cache.
+        kept: Where it is kept which kernels are fastest; None: in this user's cache.
 
     Raises:
         BundleError: The file is no such graph.
@@ -50,8 +53,9 @@ class CudaDecoderSession:
     chunk = CHUNK
 
     def __init__(
-        self, path: Path, arch: ArchSpec, variant: str, shape: CacheShape, device: Device, dtype: torch.dtype
-    ) -> None:
+        self, path: Path, arch: ArchSpec, variant: str, shape: CacheShape, device: Device, dtype: torch.dtype,
+        kept: Path | None = None,
+    ) -> None:  # fmt: skip
         self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
         self._device, self._lifetime = device, Lifetime("decoder")
@@ -70,7 +74,7 @@ class CudaDecoderSession:
                 )
                 for layer in arch.layers
             ]
-            products = Products(dtype, device.tensor_memory)
+            products = Products(dtype, device.tensor_memory, Contest(device, kept))
             attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)  # type: ignore[arg-type]
             self._executor = Executor(program, products, attention)
         self._decodes: dict[tuple[int, bool], DecodePlace] = {}
@@ -117,6 +121,34 @@ class CudaDecoderSession:
     def cache_pointers(self) -> list[tuple[int, int]]:
         """Addresses of each layer's key and value buffer; they never change."""
         return [(keys.data_ptr(), values.data_ptr()) for keys, values in self._caches]
+
+    def operator_times(self, rows: int, prompt: int, past: int) -> tuple[PhaseTimes, PhaseTimes]:
+        """Where the time of a prompt's step and of a decode step goes, on the device. The cache is written to.
+
+        Args:
+            rows: Sequences of a step; at most ``max_batch``.
+            prompt: Tokens that each brings, at least 2.
+            past: Positions that a decode step finds in each row.
+
+        Raises:
+            EngineError, EngineBrokenError: See ``step``.
+        """
+        self._lifetime.check()
+        place = self._device.torch
+        with translated_errors("decoder step"):
+            zeros = torch.zeros(rows, dtype=torch.int32, device=place)
+            index = torch.arange(rows * prompt, dtype=torch.int32, device=place)
+            slots, starts = index % prompt, torch.arange(rows, dtype=torch.int32, device=place) * prompt
+            step = StepTensors(zeros, starts, starts + prompt, index // prompt, slots, prompt)
+            feeds = {"input_ids": torch.ones_like(slots, dtype=torch.int64), "position_ids": slots.long()}
+            last = (starts + prompt - 1).long()
+            mean, name = (prompt + 1) / 2, f"prompt {rows}x{prompt}"
+            first = time_operators(name, self._executor, self._device, feeds, step, mean, last)
+            lengths = zeros + past
+            feeds = {"input_ids": torch.ones_like(lengths, dtype=torch.int64), "position_ids": lengths.long()}
+            step = StepTensors(lengths, long_past=past >= SHORT_PAST)
+            name = f"token, batch {rows}"
+            return first, time_operators(name, self._executor, self._device, feeds, step, past + 1)
 
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""

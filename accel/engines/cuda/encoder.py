@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from accel.engines.cuda.attention import StepTensors
+from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
+from accel.engines.cuda.operator_times import PhaseTimes, time_operators
 from accel.engines.cuda.products import Products
 from accel.engines.cuda.program import load_program
 from accel.engines.cuda.replay import Replay
@@ -39,13 +41,16 @@ class CudaEncoderSession:
         variant: Its name.
         device: Where to run.
         dtype: Of the weights.
+        kept: Where it is kept which kernels are fastest; None: in this user's cache.
 
     Raises:
         BundleError: The file is no such graph.
         EngineError: The weights do not fit.
     """
 
-    def __init__(self, path: Path, arch: ArchSpec, variant: str, device: Device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, arch: ArchSpec, variant: str, device: Device, dtype: torch.dtype, kept: Path | None = None
+    ) -> None:
         self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
         self._device, self._longest = device, arch.max_positions
         with translated_errors("loading"):
@@ -54,7 +59,7 @@ class CudaEncoderSession:
             if set(self._inputs) - set(INPUTS):
                 what = f"The graph takes {', '.join(self._inputs)}"
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
-            self._executor = Executor(program, Products(dtype, device.tensor_memory))
+            self._executor = Executor(program, Products(dtype, device.tensor_memory, Contest(device, kept)))
         self._places: OrderedDict[tuple[int, int], _Place] = OrderedDict()
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
 
@@ -76,6 +81,22 @@ class CudaEncoderSession:
             place = self._place(shape)
             results = place.run(feeds, rows, width, lengths)
         return results
+
+    def operator_times(self, rows: int, width: int) -> PhaseTimes:
+        """Where a forward's time goes: ``rows`` full rows of ``width`` tokens, on the device.
+
+        Raises:
+            EngineError, EngineBrokenError: See ``run``.
+        """
+        self._lifetime.check()
+        place = self._device.torch
+        feeds = {name: torch.ones(rows, width, dtype=torch.int64, device=place) for name in self._inputs}
+        if "token_type_ids" in feeds:
+            feeds["token_type_ids"].zero_()
+        starts = torch.arange(rows, dtype=torch.int32, device=place) * width
+        step = StepTensors(starts, starts, starts + width, longest=width)
+        with self._lock, translated_errors("encoder run"):
+            return time_operators(f"forward {rows}x{width}", self._executor, self._device, feeds, step, width)
 
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
@@ -106,7 +127,6 @@ class _Place:
         self._ends = torch.zeros(2 * rows, dtype=torch.int32, device=device.torch)
         self._replay = Replay(device, self._run)
         self._results: dict[str, torch.Tensor] = {}
-        self._fetched: dict[str, torch.Tensor] = {}
 
     def run(self, feeds: Feeds, rows: int, width: int, lengths: NDArray[np.int64]) -> Feeds:
         parts = [part.numpy() for part in self._host.split(self._sizes)]
@@ -123,19 +143,22 @@ class _Place:
         stops[:rows] += lengths
         self._inputs.copy_(self._host)
         self._replay.run()
-        return {name: self._fetch(name, result, rows, width) for name, result in self._results.items()}
+        fetched = {name: self._fetch(result, rows, width) for name, result in self._results.items()}
+        if self._inputs.is_cuda:
+            torch.cuda.current_stream(self._inputs.device).synchronize()
+        return fetched
 
-    def _fetch(self, name: str, result: torch.Tensor, rows: int, width: int) -> NDArray:
-        """An output cut to the caller's shape, by way of page-locked memory: several times as fast."""
+    def _fetch(self, result: torch.Tensor, rows: int, width: int) -> NDArray:
+        """An output cut to the caller's shape, on its way to page-locked memory that the caller keeps.
+
+        PyTorch lends that memory anew when the caller has dropped it.
+        """
         per_token = result.dim() >= 2 and result.shape[1] == self._width
         part = (result[:rows, :width] if per_token else result[:rows]).contiguous()
         if not part.is_cuda:
             return part.numpy().copy()
-        if name not in self._fetched or self._fetched[name].numel() < part.numel():
-            self._fetched[name] = torch.empty(part.numel(), dtype=part.dtype, pin_memory=True)
-        place = self._fetched[name][: part.numel()].view(part.shape)
-        place.copy_(part)
-        return place.numpy().copy()
+        place = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+        return place.copy_(part, non_blocking=True).numpy()
 
     def _run(self) -> None:
         *tensors, starts, stops = self._inputs.split(self._sizes)

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 import torch
-from accel_kernels.gather import gather
 from accel_kernels.quantized_gather import quantized_gather
 from accel_kernels.tiles import LAYER_NORM, RMS_NORM
 
 from accel.engines.cuda.attention import CachedAttention, StepTensors, encoder_attention
 from accel.engines.cuda.products import FEW, Products, as_tensor, rows_of
 from accel.engines.cuda.program import DOMAIN, Program
-from accel.engines.cuda.values import Normed, Parts, Product, Sum
+from accel.engines.cuda.values import Normed, Parts, Product, Rows, Sum, fresh
 from accel.engines.torch_operators import OPERATORS, TYPES
 
 NORMS = {"RMSNormalization": RMS_NORM, "LayerNormalization": LAYER_NORM}
@@ -21,6 +20,7 @@ _LINEARS = ("Linear", "GatedLinear")
 # Operators whose operands but the first say a shape, axes or ranges: these stay on the host.
 _SHAPED = {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Split", "ReduceMean", "ReduceSum", "CumSum"}
 _HOST = {"Shape", "Range"}
+Values = dict[ir.Value, object]
 
 
 class Executor:
@@ -49,6 +49,25 @@ class Executor:
         """
         return _Run(self, feeds, step, wanted).run()
 
+    @property
+    def program(self) -> Program:
+        """What runs."""
+        return self._program
+
+    @property
+    def attention(self) -> CachedAttention | None:
+        """The decoder's."""
+        return self._attention
+
+    @torch.inference_mode()
+    def trace(
+        self, feeds: Mapping[str, torch.Tensor], step: StepTensors, wanted: torch.Tensor | None = None
+    ) -> TracedRun:
+        """As ``run``, but keeps what each node read, so that it can run again alone."""
+        traced = TracedRun(self, feeds, step, wanted)
+        traced.run()
+        return traced
+
 
 class _Run:
     def __init__(
@@ -56,7 +75,7 @@ class _Run:
     ) -> None:
         self._program, self._products, self._attention = owner._program, owner._products, owner._attention
         self._on_device, self._step, self._wanted = owner._on_device, step, wanted
-        self._values: dict[ir.Value, object] = dict(owner._program.constants)
+        self._values: Values = dict(owner._program.constants)
         for value in owner._program.inputs:
             if value.name in feeds:
                 self._values[value] = feeds[value.name]
@@ -94,6 +113,10 @@ class _Run:
             values[node.outputs[0]] = self._norm(node)
         elif node.op_type == "Add" and (total := self._sum(node)) is not None:
             values[node.outputs[0]] = total
+        elif node.op_type == "Add" and (added := self._added_rows(node)) is not None:
+            values[node.outputs[0]] = added
+        elif node.op_type == "Cast" and isinstance(values[node.inputs[0]], Rows) and _to_float32(node):
+            values[node.outputs[0]] = values[node.inputs[0]]
         elif node.op_type == "Gather" and (rows := self._gather(node)) is not None:
             values[node.outputs[0]] = rows
         else:
@@ -194,9 +217,7 @@ class _Run:
         if rows == 1:
             done = self._products.linear(product.source, product.matrix, residual=stream.float().contiguous())
             return done if shape is None else done.reshape(shape)
-        added = self._products.parts(product.source, product.matrix) if rows <= FEW else None
-        if added is None:
-            added = self._products.linear(product.source, product.matrix)
+        added = self._products.parts(product.source, product.matrix)
         tensor = added.parts if isinstance(added, Parts) else as_tensor(added)
         reader = self._program.only_reader(node.outputs[0])
         kept = reader is None or reader.op_type not in NORMS
@@ -208,10 +229,20 @@ class _Run:
             return self._shape_of(value.source)
         if isinstance(value, Sum | Normed):
             return value.shape
-        shape = value.shape if isinstance(value, torch.Tensor) else None
+        shape = value.shape if isinstance(value, torch.Tensor | Rows) else None
         return shape if shape is not None and len(shape) != 2 else None
 
-    def _gather(self, node: ir.Node) -> torch.Tensor | Sum | None:
+    def _added_rows(self, node: ir.Node) -> torch.Tensor | None:
+        """Rows of a table on top of what stands beside them; None: neither operand is that."""
+        for place in (1, 0):
+            rows, value = self._values[node.inputs[place]], node.inputs[1 - place]  # type: ignore[index]
+            if isinstance(rows, Rows) and rows.result is None:
+                other = self._tensor(value)
+                if other.is_floating_point() and other.device == self._device and rows.fits(other.shape):
+                    return rows.added_to(other)
+        return None
+
+    def _gather(self, node: ir.Node) -> torch.Tensor | Sum | Rows | None:
         """Rows of an embedding, or the tokens whose logits are wanted."""
         source, index = node.inputs
         assert source is not None and index is not None
@@ -224,10 +255,10 @@ class _Run:
         ids = self._values[index]
         if not source.is_initializer() or not isinstance(table, torch.Tensor) or not isinstance(ids, torch.Tensor):
             return None
-        if table.dim() != 2 or node.attributes.get_int("axis", 0) or ids.device != table.device:
+        embeds = table.dim() == 2 and table.is_floating_point() and table.device == self._device and ids.numel() > 0
+        if not embeds or node.attributes.get_int("axis", 0):
             return None
-        out = torch.empty(ids.numel(), table.shape[1], dtype=torch.float32, device=table.device)
-        return gather(table, ids.reshape(-1).contiguous(), out).reshape(*ids.shape, -1)
+        return Rows(table, ids if ids.device == table.device else self._moved((node, 1), ids))
 
     def _quantized_rows(self, node: ir.Node) -> torch.Tensor:
         table, scales, ids = (self._tensor(value) for value in node.inputs)
@@ -252,8 +283,8 @@ class _Run:
             return _shape(node, operands[0])  # type: ignore[arg-type]
         if node.op_type == "Range":
             start, stop, by = (operand.item() for operand in operands if operand is not None)
-            return torch.arange(start, stop, by, dtype=operands[0].dtype, device=self._device)  # type: ignore[union-attr]
-        if node.op_type == "Cast" and TYPES[ir.DataType(node.attributes["to"].as_int())] == torch.float32:
+            return torch.arange(start, stop, by, dtype=operands[0].dtype)  # type: ignore[union-attr]
+        if node.op_type == "Cast" and _to_float32(node):
             return operands[0].float()  # type: ignore[union-attr]
         return OPERATORS[node.op_type](node, *operands)
 
@@ -305,8 +336,38 @@ class _Run:
         """[T, N] with the leading dimensions of the node's input."""
         assert like is not None
         found = self._values[like]
-        shape = found.shape if isinstance(found, torch.Tensor | Normed | Sum) else None
+        shape = found.shape if isinstance(found, torch.Tensor | Normed | Sum | Rows) else None
         return result if shape is None else result.reshape(*shape[:-1], result.shape[-1])
+
+
+class TracedRun(_Run):
+    """A run that remembers.
+
+    Attributes:
+        nodes: (node, what it read, what it left), in order.
+    """
+
+    def __init__(
+        self, owner: Executor, feeds: Mapping[str, torch.Tensor], step: StepTensors, wanted: torch.Tensor | None
+    ) -> None:
+        super().__init__(owner, feeds, step, wanted)
+        self.nodes: list[tuple[ir.Node, Values, object]] = []
+
+    def _compute(self, node: ir.Node) -> None:
+        operands = node.inputs[:1] if node in self._program.matrices else node.inputs
+        read = {value: fresh(self._values[value]) for value in operands if value is not None and value in self._values}
+        super()._compute(node)
+        self.nodes.append((node, read, self._values[node.outputs[0]]))
+
+    def compute(self, node: ir.Node, values: Values) -> object:
+        """The node's result for what it reads."""
+        self._values.update({value: fresh(kept) for value, kept in values.items()})
+        super()._compute(node)
+        return self._values[node.outputs[0]]
+
+
+def _to_float32(cast: ir.Node) -> bool:
+    return TYPES[ir.DataType(cast.attributes["to"].as_int())] == torch.float32
 
 
 def _takes_parts(reader: ir.Node) -> bool:
@@ -319,4 +380,4 @@ def _shape(node: ir.Node, x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(list(x.shape)[start:end], dtype=torch.int64)
 
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "TracedRun", "Values"]

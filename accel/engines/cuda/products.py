@@ -2,39 +2,53 @@
 
 One row: a GEMV that takes the norm before and the residual behind it. A few rows: the tensor cores with the weights
 as the tall operand; sums are split where the outputs are too few to fill the GPU. Many rows: cuBLAS, or a kernel of
-our own where an activation follows.
+our own, whichever is faster for the shape here.
 
-Integer weights: a GEMV for one row, tiles dequantised on their way to the tensor cores for more; from
-``MANY_QUANTIZED`` rows on the matrix is dequantised as a whole and multiplied as floats are.
+Integer weights: a GEMV for one row. For more, tiles are dequantised on their way to the tensor cores, or the matrix
+as a whole before it is multiplied as floats are, whichever is faster here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from accel_kernels.activation import activation
 from accel_kernels.block_gemm import BlockTile, block_gemm
-from accel_kernels.gemv import GemvTile, gemv
+from accel_kernels.gemv import gemv
 from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
 from accel_kernels.norm import norm
 from accel_kernels.quantized_gather import quantized_gather
-from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
+from accel_kernels.quantized_gemm import quantized_gemm
 from accel_kernels.quantized_gemv import quantized_gemv
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
-from accel_kernels.wide_gemm import WideTile, wide_gemm
+from accel_kernels.wide_gemm import wide_gemm
 
+from accel.engines.cuda.contest import Contest, Way
 from accel.engines.cuda.program import STRIPE, Matrix
-from accel.engines.cuda.values import Normed, Parts, Sum
+from accel.engines.cuda.tiles import (
+    BLOCK_TILES,
+    FEW,
+    QUANTIZED_TILE,
+    SPLIT_TILES,
+    WIDE_TILES,
+    gemv_tile,
+    narrow_tile,
+    quantized_gemv_tile,
+    splits_of,
+)
+from accel.engines.cuda.values import Normed, Parts, Rows, Sum
 
 KINDS = {"silu": SILU, "gelu": GELU_ERF, "gelu_tanh": GELU_TANH}
-FEW = 64  # rows up to which the weights are read once whatever the rows are
-BLOCK_ROWS = 512  # rows up to which a simple tiled kernel starts faster than one that stays
+BLOCK_ROWS = 1024  # rows up to which a simple tiled kernel can start faster than one that stays
 WIDE_ROWS = 512
-MANY_QUANTIZED = 512  # rows from which reading and writing the floats of a matrix is the smaller part of its product
-_BLOCKS = 132  # programs that fill the GPU
+SPLIT_ROWS = 256  # rows up to which sums may be split: more of them fill the GPU
 _LONG_ROW = 16384  # elements that one program can hold to normalize them
+
+Result = TypeVar("Result")
 
 
 class Products:
@@ -43,10 +57,11 @@ class Products:
     Args:
         dtype: Of the weights, and of results that other kernels read.
         tensor_memory: Whether the GPU has the tensor memory accelerator (SM 90 and later).
+        contest: Finds the fastest way for a shape; None: the first one.
     """
 
-    def __init__(self, dtype: torch.dtype, tensor_memory: bool) -> None:
-        self.dtype, self._tensor_memory = dtype, tensor_memory
+    def __init__(self, dtype: torch.dtype, tensor_memory: bool, contest: Contest | None = None) -> None:
+        self.dtype, self._tensor_memory, self._contest = dtype, tensor_memory, contest
 
     def low(self, value: object) -> torch.Tensor:
         """A value as a [T, K] tensor of the engine's type."""
@@ -96,9 +111,14 @@ class Products:
             return self._one(value, matrix, kind, out_type, residual)
         x = self.low(value)
         if matrix.scales is not None:
-            if rows < MANY_QUANTIZED or out_type == torch.float32:
-                return self._several_quantized(x, matrix, kind, out_type, residual)
-            matrix = self._dequantized(matrix)
+            return self._several_quantized(x, matrix, kind, out_type, residual)
+        return self._floats(x, matrix, kind, out_type, residual)
+
+    def _floats(
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Several rows times a matrix of floats."""
+        rows = len(x)
         if rows <= FEW or (matrix.stripe is not None and rows <= 2 * FEW) or out_type == torch.float32:
             return self._few(x, matrix, kind, out_type, residual)
         assert residual is None, "many rows are added by the norm behind them"
@@ -107,6 +127,8 @@ class Products:
     def parts(self, value: object, matrix: Matrix) -> Parts | torch.Tensor:
         """A product that its reader may add up: in parts where that fills the GPU better."""
         rows, splits = rows_of(value), splits_of(matrix)
+        if FEW < rows <= SPLIT_ROWS and matrix.scales is None and matrix.inputs * self.dtype.itemsize % 16 == 0:
+            return self._split(self.low(value), matrix)
         if rows == 1 or rows > FEW or splits == 1 or matrix.bias is not None or matrix.scales is not None:
             return self.linear(value, matrix)
         x = self.low(value)
@@ -115,6 +137,17 @@ class Products:
         tile = NarrowTile(64, 256, splits, 4, 3) if depth <= 1024 else NarrowTile(64, 128, splits, 4, 4)
         narrow_gemm(x, matrix.weight, out, tile=tile)
         return Parts(out)
+
+    def _split(self, x: torch.Tensor, matrix: Matrix) -> Parts | torch.Tensor:
+        """Whole or in parts, whichever is faster."""
+
+        def parts(tile: BlockTile) -> Parts:
+            out = torch.empty(tile.splits, len(x), matrix.outputs, dtype=torch.float32, device=x.device)
+            return Parts(block_gemm(x, matrix.weight, out, bias=matrix.bias, tile=tile))
+
+        ways: dict[str, Callable[[], Parts | torch.Tensor]] = {"whole": lambda: self._many(x, matrix, None)}
+        ways |= {f"{tile}": partial(parts, tile) for tile in SPLIT_TILES}
+        return self._fastest(x, matrix, "in parts", ways)
 
     def _one(
         self, value: object, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
@@ -147,12 +180,24 @@ class Products:
     def _several_quantized(
         self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
     ) -> torch.Tensor:
+        tiles = partial(self._quantized_tiles, x.contiguous(), matrix, kind, out_type, residual)
+        ways: dict[str, Callable[[], torch.Tensor]] = {"tiles": tiles}
+        # The kernel for few rows reads weights before its predecessor ends: no kernel may just have written them. The
+        # head, whose logits are float32, is too large to be written down.
+        ahead = len(x) <= FEW * (1 + (matrix.stripe is not None))
+        if not ahead and out_type != torch.float32:
+            ways["whole"] = lambda: self._floats(x, self._dequantized(matrix), kind, out_type, residual)
+        return self._fastest(x, matrix, kind, ways)
+
+    def _quantized_tiles(
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
+    ) -> torch.Tensor:
         assert matrix.scales is not None
         out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
         return quantized_gemm(
-            x.contiguous(), matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
+            x, matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
             gated=matrix.stripe is not None, stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind],
-            tile=quantized_gemm_tile(len(x)),
+            tile=QUANTIZED_TILE,
         )  # fmt: skip
 
     def _dequantized(self, matrix: Matrix) -> Matrix:
@@ -177,10 +222,18 @@ class Products:
 
     def _many(self, x: torch.Tensor, matrix: Matrix, kind: str | None) -> torch.Tensor:
         out = torch.empty(len(x), matrix.outputs, dtype=self.dtype, device=x.device)
-        if kind is not None and len(x) <= BLOCK_ROWS:
-            return block_gemm(x, matrix.weight, out, bias=matrix.bias, activation=KINDS[kind], tile=block_tile(x))
-        if kind is not None and self._tensor_memory:
-            return wide_gemm(x, matrix.weight, out, bias=matrix.bias, activation=KINDS[kind], tile=wide_tile(x))
+        options: dict[str, Any] = {"bias": matrix.bias, "activation": -1 if kind is None else KINDS[kind]}
+        ways: dict[str, Callable[[], torch.Tensor]] = {}
+        if len(x) <= BLOCK_ROWS and x.shape[1] * x.element_size() % 16 == 0:
+            ways |= {
+                f"{tile}": partial(block_gemm, x, matrix.weight, out, tile=tile, **options) for tile in BLOCK_TILES
+            }
+        if self._tensor_memory and len(x) >= WIDE_ROWS:
+            ways |= {f"{tile}": partial(wide_gemm, x, matrix.weight, out, tile=tile, **options) for tile in WIDE_TILES}
+        blas = {"blas": partial(self._blas, x, matrix, kind, out)}
+        return self._fastest(x, matrix, kind, blas | ways if kind is None else ways | blas)
+
+    def _blas(self, x: torch.Tensor, matrix: Matrix, kind: str | None, out: torch.Tensor) -> torch.Tensor:
         if matrix.low_bias is None:
             torch.mm(x, matrix.weight.T, out=out)
         else:
@@ -190,17 +243,40 @@ class Products:
     def _gated(self, x: torch.Tensor, matrix: Matrix, kind: str | None) -> torch.Tensor:
         assert matrix.stripe is not None and kind is not None
         out = torch.empty(len(x), matrix.outputs, dtype=self.dtype, device=x.device)
-        if self._tensor_memory and len(x) >= WIDE_ROWS and matrix.stripe == STRIPE and matrix.bias is None:
-            return wide_gemm(x, matrix.weight, out, gated=True, activation=KINDS[kind], tile=WideTile())
         if matrix.bias is not None:
             return self._few(x, matrix, kind, self.dtype, None)
+        ways: dict[str, Callable[[], torch.Tensor]] = {}
+        if self._tensor_memory and len(x) >= WIDE_ROWS and matrix.stripe == STRIPE:
+            tile = WIDE_TILES[-1]  # as wide as a stripe of both
+            ways["wide"] = partial(
+                wide_gemm, x, matrix.weight, out, gated=True, activation=KINDS[kind], tile=tile
+            )  # fmt: skip
+        ways["blas"] = partial(self._gated_blas, x, matrix, kind, out)
+        return self._fastest(x, matrix, kind, ways)
+
+    def _gated_blas(self, x: torch.Tensor, matrix: Matrix, kind: str, out: torch.Tensor) -> torch.Tensor:
         both = torch.mm(x, matrix.weight.T)
         return activation(both, out, kind=KINDS[kind], gated=True, stripe=matrix.stripe)
+
+    def _fastest(
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, ways: dict[str, Callable[[], Result]]
+    ) -> Result:
+        """Runs the fastest way for these sizes."""
+        what = f"{matrix.bits}-bit weights" if matrix.bits else "weights"
+        if matrix.scales is not None:
+            what += f" in groups of {matrix.inputs // matrix.scales.shape[1]}"
+        options = f"gated {matrix.stripe is not None}, {kind}, bias {matrix.bias is not None}"
+        key = f"{len(x)}x{x.shape[1]} {self.dtype} by {matrix.outputs} {what}, {options}"
+        return ways[self.fastest(key, ways)]()
+
+    def fastest(self, key: str, ways: Mapping[str, Way]) -> str:
+        """The name of the fastest way, see ``Contest.pick``."""
+        return next(iter(ways)) if self._contest is None else self._contest.pick(key, ways)
 
 
 def as_tensor(value: object) -> torch.Tensor:
     """A value that is no norm, computed."""
-    if isinstance(value, Sum | Parts):
+    if isinstance(value, Sum | Parts | Rows):
         return value.tensor()
     assert isinstance(value, torch.Tensor), type(value)
     return value
@@ -213,55 +289,6 @@ def rows_of(value: object) -> int:
     if isinstance(value, Sum):
         return len(value.stream)
     return value.parts.shape[1] if isinstance(value, Parts) else len(as_tensor(value))
-
-
-def gemv_tile(matrix: Matrix) -> GemvTile:
-    """Measured on an H200: 2,048 weights of four outputs (gated: 1,024 of eight pairs) ahead of the wait."""
-    size = matrix.weight.shape[1]
-    if matrix.stripe is not None:
-        return GemvTile(8, 1024, 4)
-    if size > 4096:
-        return GemvTile(4, 8192, 8)
-    return GemvTile(8 if matrix.outputs > 1 << 15 else 4, 2048, 4)
-
-
-def quantized_gemv_tile(matrix: Matrix) -> GemvTile:
-    """One turn of 4-bit weights takes a row of 2,048 or 4,096. Not measured yet."""
-    tall = matrix.outputs > 1 << 15 or matrix.stripe is not None
-    return GemvTile(8 if tall else 4, 256 if matrix.inputs <= 4096 else 512, 4)
-
-
-def quantized_gemm_tile(rows: int) -> QuantizedTile:
-    """Not measured yet: more rows reuse a dequantised tile, fewer leave room for turns in flight."""
-    return QuantizedTile(64, 64, 64, 4, 3) if rows > FEW else QuantizedTile(64, 64, 128, 4, 3)
-
-
-def narrow_tile(matrix: Matrix, rows: int) -> NarrowTile:
-    """Measured on an H200; wider rows leave room for less in flight."""
-    if rows > FEW:
-        return NarrowTile(64, 64, 1, 4, 4)
-    return NarrowTile(64, 64, 1, 4, 3) if matrix.outputs > 1 << 15 else NarrowTile(64, 128, 1, 4, 4)
-
-
-def block_tile(x: torch.Tensor) -> BlockTile:
-    """Measured on an H200."""
-    return BlockTile(64, 32, 128, 4, 4) if len(x) <= 256 else BlockTile(64, 64, 64, 4, 4)
-
-
-def wide_tile(x: torch.Tensor) -> WideTile:
-    """Measured on an H200: short sums want more tiles under way."""
-    if x.shape[1] <= 1024:
-        return WideTile(64, 128, 64, 8, 4, 4, 1) if len(x) > 8192 else WideTile(128, 128, 64, 8, 8, 4, 1)
-    return WideTile()
-
-
-def splits_of(matrix: Matrix) -> int:
-    """Programs per sum that bring the grid near one per multiprocessor."""
-    blocks = -(-matrix.outputs // 64)
-    splits = 1
-    while blocks * splits * 2 <= _BLOCKS and matrix.weight.shape[1] // (splits * 2) >= 256:
-        splits *= 2
-    return splits
 
 
 __all__ = ["FEW", "KINDS", "Products", "as_tensor", "rows_of"]

@@ -8,6 +8,7 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import resolve_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
+from accel.measurements import folders
 from accel.scheme import gpu_type
 
 TARGET = "cuda"  # of the graph
@@ -63,11 +64,12 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
     device, path = open_device(), bundle.file(entry.file)
     types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
     dtype = types[gpu_type(chosen, bundle.variant(chosen).dtype)]
+    kept = folders(options.store)[0].with_name("kernels")
     try:
         if arch.kind == "encoder":
             from accel.engines.cuda.encoder import CudaEncoderSession
 
-            return CudaEncoderSession(path, arch, chosen, device, dtype)
+            return CudaEncoderSession(path, arch, chosen, device, dtype, kept)
         from accel.engines.cuda.decoder import CudaDecoderSession
 
         weights = sum(bundle.manifest.files[name].size for name in bundle.weights(chosen, TARGET))
@@ -77,7 +79,7 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
             what = f"the weights take {weights:,} bytes, and the GPU has {memory:,} free"
             raise CapacityError(what, where="cuda", remedy="Free memory, or load with another engine")
         shape = resolve_cache(arch, options, dtype.itemsize, left)
-        return CudaDecoderSession(path, arch, chosen, shape, device, dtype)
+        return CudaDecoderSession(path, arch, chosen, shape, device, dtype, kept)
     except EngineError as error:
         raise EngineUnavailableError(error.what, where=error.where, remedy=error.remedy) from error
 

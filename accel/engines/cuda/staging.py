@@ -38,14 +38,16 @@ class DecodePlace:
         self._logits: torch.Tensor | None = None  # float32 [rows, V], where the run leaves them
         self._best = torch.zeros(2 * rows, dtype=torch.int64, device=place)  # tokens, then their logits' float32
         self._space = argmax_workspace(rows, place)
-        self._taken = [device.pinned(2 * rows) for _ in range(2)]
+        self._told = device.pinned(4 * rows)  # what two steps left: the device writes it to the host
+        self._turn = torch.zeros(1, dtype=torch.int32, device=place)
         self._events: list[Any] = [device.event() for _ in range(2)]
         self._copied: Any = None
         self._under_way: deque[tuple[NDArray[np.int64], int]] = deque()  # lengths of a step, where its tokens go
-        self._launched = 0
+        self._launched = 0  # steps, that of the place's first run included
         self._tokens: NDArray[np.int64] | None = None  # of the step that was read last
         self._replay = Replay(device, self._run)
         self._replay.run()  # compiles; every row sits out
+        self._launched += 1
         if device.is_gpu:
             self._replay.record()
 
@@ -78,10 +80,10 @@ class DecodePlace:
         _, place = self._under_way.popleft()
         if self._events[place] is not None:
             self._events[place].synchronize()
-        taken = self._taken[place].numpy()
+        taken = self._told.numpy()[2 * self._rows * place :]
         rows = np.flatnonzero(inputs.query_lengths[: self._rows])
         self._tokens = taken[: self._rows].copy()
-        values = taken[self._rows :].view(np.float32)[: self._rows]
+        values = taken[self._rows : 2 * self._rows].view(np.float32)[: self._rows]
         return GreedyTokens(self._tokens[rows], values[rows].copy())
 
     def _lengths_of(self, inputs: StepInputs) -> NDArray[np.int64]:
@@ -109,7 +111,6 @@ class DecodePlace:
         place = self._launched % 2
         self._launched += 1
         self._replay.run()
-        self._taken[place].copy_(self._best, non_blocking=True)
         if self._events[place] is not None:
             self._events[place].record()
         self._under_way.append((lengths, place))
@@ -118,7 +119,7 @@ class DecodePlace:
         feeds = {"input_ids": self._ids, "position_ids": self._positions}
         self._logits = self._executor.run(feeds, StepTensors(self._lengths, long_past=self._long_past))["logits"]
         argmax(self._logits, self._best[: self._rows], values_of(self._best), self._space)
-        advance(self._best[: self._rows], self._ids, self._positions, self._lengths)
+        advance(self._best, self._ids, self._positions, self._lengths, self._told, self._turn)
 
 
 def values_of(best: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from accel_kernels.gather import gather
 
 from accel.engines.cuda.program import Matrix
 
@@ -49,6 +52,42 @@ class Sum:
 
 
 @dataclass
+class Rows:
+    """Rows of a table, not read yet: they are added to others as they are."""
+
+    table: torch.Tensor  # [V, K]
+    ids: torch.Tensor
+    result: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the ids, and K."""
+        return torch.Size((*self.ids.shape, self.table.shape[1]))
+
+    def tensor(self) -> torch.Tensor:
+        """The rows, float32."""
+        if self.result is None:
+            self.result = self.added_to(None)
+        return self.result
+
+    def added_to(self, other: torch.Tensor | None) -> torch.Tensor:
+        """other + the rows, whose shape may lack leading dimensions of it, or have 1 there; float32."""
+        shape = self.shape if other is None else other.shape
+        out = torch.empty(shape, dtype=torch.float32, device=self.table.device)
+        flat, width = out.view(-1, shape[-1]), shape[-1]
+        added = None if other is None else other.reshape(-1, width).contiguous()
+        gather(self.table, self.ids.reshape(-1).contiguous(), flat, added=added)
+        return out
+
+    def fits(self, other: torch.Size) -> bool:
+        """Whether ``added_to`` takes a tensor of this shape."""
+        own = tuple(self.shape)
+        while own and own[0] == 1:
+            own = own[1:]
+        return len(own) <= len(other) and own == tuple(other)[len(other) - len(own) :]
+
+
+@dataclass
 class Parts:
     """A product in parts float32 [P, T, N], which its reader adds up."""
 
@@ -59,4 +98,16 @@ class Parts:
         return self.parts.sum(0)
 
 
-__all__ = ["Normed", "Parts", "Product", "Sum"]
+def fresh(value: Any) -> Any:
+    """A copy of what waits for its reader, with what waits inside it: it is computed anew. Else the value itself."""
+    if not isinstance(value, Normed | Product | Sum | Rows | Parts):
+        return value
+    twin = copy(value)
+    if isinstance(twin, Product):
+        twin.source = fresh(twin.source)
+    if isinstance(twin, Normed):
+        twin.source = fresh(twin.source)
+    return twin
+
+
+__all__ = ["Normed", "Parts", "Product", "Rows", "Sum", "fresh"]

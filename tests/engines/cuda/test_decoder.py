@@ -28,7 +28,7 @@ from accel.spec import ArchSpec
 
 ROWS, CAPACITY = 3, 48
 pytestmark = [
-    pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/gpu runs the engine on it"),
+    pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
 ]
 

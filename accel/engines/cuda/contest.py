@@ -1,0 +1,105 @@
+"""Which of several ways to compute the same is fastest: measured once per shape and GPU, kept beside built engines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from accel import __version__
+from accel.engines.cuda.device import Device
+from accel.storage import replace_file
+from accel.store import cache_folder
+
+_log = logging.getLogger("accel")
+_RUNS, _REPLAYS = 8, 3
+_NEVER = 1e9  # microseconds of what cannot run
+Way = Callable[[], object]
+
+
+class Contest:
+    """Picks ways by name.
+
+    Args:
+        device: On the CPU nothing is measured: the first way wins.
+        folder: Where results are kept; None: ``kernels`` in this user's cache.
+    """
+
+    def __init__(self, device: Device, folder: Path | None = None) -> None:
+        self._device = device
+        self._path = (folder or cache_folder() / "kernels") / f"{_slug(f'{device.title} {device.version}')}.json"
+        self._lock = threading.RLock()  # a way may hold a contest of its own
+        self._known: dict[str, dict[str, float]] | None = None  # key -> way -> microseconds
+
+    def pick(self, key: str, ways: Mapping[str, Way]) -> str:
+        """The fastest way's name.
+
+        Ways that fail lose; while a run is recorded nothing can be measured, and the first one wins what is not known.
+
+        Args:
+            key: Says what is computed: of which shape and type.
+            ways: The preferred one first; each writes the same result.
+        """
+        first = next(iter(ways))
+        if len(ways) == 1 or not self._device.is_gpu:
+            return first
+        with self._lock:
+            times = self._times().get(key, {})
+            if not ways.keys() <= times.keys():
+                if torch.cuda.is_current_stream_capturing():
+                    return first
+                times = {name: _microseconds(way) for name, way in ways.items()}
+                self._keep(key, times)
+        return min(ways, key=lambda name: times[name])
+
+    def _times(self) -> dict[str, dict[str, float]]:
+        if self._known is None:
+            try:
+                self._known = json.loads(self._path.read_text())["microseconds"]
+            except (OSError, ValueError, KeyError, TypeError):
+                self._known = {}  # none yet, or a file that nobody can read: measured again
+        return self._known
+
+    def _keep(self, key: str, times: dict[str, float]) -> None:
+        known = self._times()
+        known[key] = times
+        data = json.dumps({"accelrt": __version__, "device": self._device.title, "microseconds": known}, indent=1)
+        try:
+            replace_file(self._path, data.encode())
+        except OSError as error:
+            _log.info("which kernels are fastest here is not kept: %s", error)
+
+
+def _microseconds(way: Way) -> float:
+    """Time of one run within a recording of several; ``_NEVER`` where it cannot run."""
+    try:
+        for _ in range(2):
+            way()  # compiles, and lets ways within it be measured
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(_RUNS):
+                way()
+        best = _NEVER
+        for _ in range(_REPLAYS):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            stop.record()
+            stop.synchronize()
+            best = min(best, 1e3 * start.elapsed_time(stop) / _RUNS)
+        return best
+    except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
+        _log.debug("a way cannot run here: %s", error)
+        return _NEVER
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in ".+" else "-" for letter in text)
+
+
+__all__ = ["Contest"]

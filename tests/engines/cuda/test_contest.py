@@ -1,0 +1,91 @@
+"""Which way is measured to be the fastest: what is kept, and what is done where nothing can be measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accel.engines.cuda import contest
+from accel.engines.cuda.contest import Contest
+from accel.engines.cuda.device import Device
+
+TIMES = {"first": 3.0, "second": 2.0, "third": 1.0}
+
+
+class StandIn(Device):
+    """Says that it is a GPU."""
+
+    is_gpu = True
+    title = "cuda (Some GPU)"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was timed, in order; ways return their names, and their times are ``TIMES``."""
+    found: list[str] = []
+
+    def microseconds(way: Callable[[], Any]) -> float:
+        found.append(way())
+        return TIMES[found[-1]]
+
+    monkeypatch.setattr(contest, "_microseconds", microseconds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return found
+
+
+def ways(*names: str) -> dict[str, Callable[[], str]]:
+    return {name: lambda name=name: name for name in names}  # type: ignore[misc]
+
+
+def gpu() -> Device:
+    return StandIn(torch.device("cpu"))
+
+
+def test_each_shape_is_measured_once_and_kept(measured: list[str], tmp_path: Path) -> None:
+    first = Contest(gpu(), tmp_path)
+    assert first.pick("a shape", ways("first", "second")) == "second"
+    assert first.pick("a shape", ways("first", "second")) == "second" and measured == ["first", "second"]
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "second" and len(measured) == 2
+    assert first.pick("another", ways("first", "third")) == "third"
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["microseconds"]["a shape"] == {"first": 3.0, "second": 2.0}
+
+
+def test_a_new_way_is_measured_beside_the_others(measured: list[str], tmp_path: Path) -> None:
+    Contest(gpu(), tmp_path).pick("a shape", ways("first", "second"))
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second", "third")) == "third"
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "second", "only ways that are there"
+
+
+def test_nothing_is_measured_while_a_run_is_recorded(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Contest(gpu(), tmp_path)
+    known.pick("known", ways("first", "second"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert known.pick("unknown", ways("first", "second")) == "first" and len(measured) == 2
+    assert known.pick("known", ways("first", "second")) == "second"
+
+
+def test_one_way_and_the_cpu_need_no_measuring(measured: list[str], tmp_path: Path) -> None:
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first")) == "first"
+    assert Contest(Device(torch.device("cpu")), tmp_path).pick("a shape", ways("first", "second")) == "first"
+    assert not measured and not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_measured_again(measured: list[str], tmp_path: Path) -> None:
+    Contest(gpu(), tmp_path).pick("a shape", ways("first", "second"))
+    next(tmp_path.iterdir()).write_text("{")
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "second" and len(measured) == 4
+
+
+def test_a_way_that_fails_loses() -> None:
+    def fail() -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    assert contest._microseconds(fail) == contest._NEVER

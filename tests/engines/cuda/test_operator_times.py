@@ -1,0 +1,69 @@
+"""Where a run's time goes, on Triton's interpreter: what is counted, not how long it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from accel.bundle import Bundle
+from accel.engines.cuda.decoder import CudaDecoderSession
+from accel.engines.cuda.device import INTERPRETED, open_device
+from accel.engines.cuda.encoder import CudaEncoderSession
+from accel.engines.kv_cache import CacheShape
+from accel.graph.external import write_external
+from accel.graph.lowering.cuda import lower
+from accel.graph.save import load_canonical, save_graph
+from accel.spec import ArchSpec
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
+]
+
+
+def lowered(folder: Path, out: Path) -> tuple[Path, ArchSpec]:
+    bundle = Bundle.open(folder)
+    arch = bundle.manifest.arch
+    model, _ = lower(load_canonical(bundle.file(bundle.graph("fp32", "canonical").file)), arch, 64, ir.DataType.FLOAT)
+    write_external(model, out / "weights")
+    save_graph(model, out / "graph.onnx", (), (), "0")
+    return out / "graph.onnx", arch
+
+
+def test_decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> None:
+    path, arch = lowered(tiny_decoder_bundle, tmp_path)
+    session = CudaDecoderSession(path, arch, "fp32", CacheShape(2, 48), open_device(), torch.float32)
+    prompt, token = session.operator_times(rows=1, prompt=8, past=20)
+    assert (prompt.name, token.name) == ("prompt 1x8", "token, batch 1")
+    layers = len(arch.layers)
+    for phase, rows, seen in ((prompt, 8, 4.5), (token, 1, 21)):
+        found = {operator.name: operator for operator in phase.operators}
+        assert phase.seconds > 0 and all(operator.seconds > 0 for operator in phase.operators)
+        assert [o.seconds for o in phase.operators] == sorted((o.seconds for o in phase.operators), reverse=True)
+        layer, attention = arch.layers[0], found["CachedAttention"]
+        assert attention.count == layers
+        assert attention.flops == layers * 4 * rows * layer.heads * layer.head_dim * seen
+        head = found[f"Linear {arch.hidden_size} to {arch.vocab_size}"]
+        assert head.count == 1 and head.flops == 2 * arch.hidden_size * arch.vocab_size
+        assert head.bytes >= 4 * arch.hidden_size * arch.vocab_size
+        assert next(o for name, o in found.items() if name.startswith("GatedLinear")).count == layers
+    cache = 2 * arch.layers[0].kv_heads * arch.layers[0].head_dim * 4 * 21
+    assert next(o for o in token.operators if o.name == "CachedAttention").bytes >= layers * cache
+    session.close()
+
+
+def test_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
+    path, arch = lowered(minilm_bundle, tmp_path)
+    session = CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32)
+    phase = session.operator_times(rows=2, width=4)
+    found = {operator.name: operator for operator in phase.operators}
+    assert found["Attention"].count == len(arch.layers)
+    products = [operator for name, operator in found.items() if name.startswith("Linear")]
+    assert sum(operator.count for operator in products) == 4 * len(arch.layers), "packed, out, up and down"
+    sizes = [operator.name.removeprefix("Linear ").split(" to ") for operator in products]
+    weights = sum(int(k) * int(n) * operator.count for (k, n), operator in zip(sizes, products))
+    assert sum(operator.flops for operator in products) == 2 * 8 * weights
+    session.close()

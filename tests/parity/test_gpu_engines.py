@@ -1,0 +1,138 @@
+"""The engines of NVIDIA GPUs on a GPU, every family: floats beside PyTorch in fp32, integers beside what they mean.
+
+Nothing here needs ONNX Runtime 1.32, which cannot be installed beside onnxruntime-gpu.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from numpy.typing import NDArray
+
+import accel
+from accel.bundle import Bundle
+from accel.engines import open_session
+from accel.engines.cuda.device import INTERPRETED
+from accel.engines.session import SessionOptions
+from accel.graph.evaluation.torch_graph import TorchGraph
+from accel.machine import has_nvidia_device
+from accel.scheme import parse_scheme
+from accel.spec import OUTPUT_NAMES
+from accel.variant_targets import find_target
+from accel.variants import LIMITS, add_variant
+from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
+from tests.parity.comparison import COURSES, draw_rows, flatten_real, run_course
+from tests.parity.families import ALL, DECODERS, ENCODERS, HEADS, build_model
+
+ROWS, CAPACITY = 3, 64
+needs_kernels = pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reason="needs an NVIDIA GPU")
+ENGINES = [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", marks=needs_onnxruntime)]
+FLOATS, INTEGERS = ("fp16", "bf16"), ("w4g32", "w8g32")
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def exported(made_once: Callable[..., Path]) -> Callable[[str], Path]:
+    def get(name: str) -> Path:
+        unchecked = {"parity": {"enabled": False}}
+        model, task = build_model(name), ALL[name].task
+        return made_once(f"unchecked-{name}", lambda out: accel.export(model, out, unchecked, task=task))
+
+    return get
+
+
+@pytest.mark.parametrize("variant", [*FLOATS, *INTEGERS])
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_decoder(engine: str, name: str, variant: str, exported: Any, tmp_path: Path, record_property: Any) -> None:
+    """Within the precision's limit; greedy tokens wherever the margin exceeds the error."""
+    bundle = add(exported(name), tmp_path / name, variant, engine)
+    found, exact = open_engine(bundle, engine, variant), open_exact(bundle, engine, variant)
+    errors = []
+    for steps in COURSES.values():
+        ours, theirs = (np.concatenate(run_course(one, draw_rows(), steps)) for one in (found, exact))
+        errors.append(error_of(ours, theirs))
+        best = np.partition(theirs, -2, axis=-1)[:, -2:]
+        clear = best[:, 1] - best[:, 0] > 2 * np.abs(ours - theirs).max()
+        assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
+    record_property("error", max(errors))
+    if engine == "ort-cuda":
+        assert not found.notes, "decode steps are captured"
+    found.close()
+    exact.close()
+    assert max(errors) <= limit_of(name, variant, max(errors)), errors
+
+
+@pytest.mark.parametrize("variant", [*FLOATS, *INTEGERS])
+@pytest.mark.parametrize("name", [*ENCODERS, *HEADS])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_encoder(engine: str, name: str, variant: str, exported: Any, tmp_path: Path, record_property: Any) -> None:
+    bundle = add(exported(name), tmp_path / name, variant, engine)
+    found, exact = open_engine(bundle, engine, variant), open_exact(bundle, engine, variant)
+    rng = np.random.default_rng(3)
+    real = np.arange(30) < np.array([30, 7, 19])[:, None]
+    ids, mask = np.where(real, rng.integers(1, 90, real.shape), 0), real.astype(np.int64)
+    feeds = {"input_ids": ids, "attention_mask": mask}
+    if "token_type_ids" in {spec.name for spec in bundle.graph("fp32", "canonical").inputs}:
+        feeds["token_type_ids"] = np.zeros_like(ids)
+    names = OUTPUT_NAMES[bundle.manifest.arch.task]
+    ours, theirs = (
+        flatten_real({key: part[key] for key in names}, feeds) for part in (found.run(feeds), exact.run(feeds))
+    )
+    error = error_of(ours, theirs)
+    record_property("error", error)
+    found.close()
+    exact.close()
+    assert error <= limit_of(name, variant, error)
+
+
+def add(exported: Path, folder: Path, variant: str, engine: str) -> Bundle:
+    """A copy of the bundle with the engine's graph of a variant."""
+    shutil.copytree(exported, folder)
+    integers: dict[str, Any] = {"algorithm": "rtn", "measure": False} if variant in INTEGERS else {}
+    return add_variant(folder, variant, target=engine, check=False, **integers)
+
+
+def open_engine(bundle: Bundle, engine: str, variant: str) -> Any:
+    options = SessionOptions(capacity=CAPACITY, max_batch=ROWS) if bundle.manifest.arch.kind == "decoder" else None
+    return open_session(bundle, engine=engine, variant=variant, options=options or SessionOptions()).session
+
+
+def open_exact(bundle: Bundle, engine: str, variant: str) -> Any:
+    """PyTorch in fp32; of integers, what PyTorch makes of the same graph in its own precision."""
+    if not parse_scheme(variant).quantized:
+        return open_engine(bundle, "torch", "fp32")
+    model = ir.load(bundle.file(bundle.graph(variant, engine).file))
+    run = TorchGraph(model).run
+    return find_target(engine).session(run, bundle.manifest.arch, ROWS, CAPACITY, ir.DataType.FLOAT16)
+
+
+def limit_of(name: str, variant: str, error: float) -> float:
+    """The precision's; in bf16, where these models lose more than that in any engine, twice what PyTorch loses there.
+
+    Of integers both sides round: they differ by as much as both lose.
+    """
+    if variant in INTEGERS:
+        return 2 * LIMITS["fp16"]
+    if variant != "bf16" or error <= LIMITS[variant]:
+        return LIMITS[variant]
+    exact, low = build_model(name), build_model(name).to("cuda", torch.bfloat16)
+    found = []
+    for row in draw_rows():
+        ids = torch.from_numpy(row)[None]
+        with torch.no_grad():
+            found.append(error_of(low(input_ids=ids.cuda())[0].float().cpu().numpy(), exact(input_ids=ids)[0].numpy()))
+    return max(LIMITS[variant], 2 * max(found))
+
+
+def error_of(found: NDArray, expected: NDArray) -> float:
+    """The largest, relative to the largest value."""
+    assert found.shape == expected.shape and np.isfinite(found).all()
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
