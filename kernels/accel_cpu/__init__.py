@@ -15,11 +15,17 @@
     The largest value of each row and its place, the first among equals; a NaN wins. int64 and float32 ``[...]`` from
     float32 ``[..., N]``.
 
-Activations are quantised at run time to int8 in [-127, 127], symmetric, rounded to even: one scale per row of x where
+``Attention(q, k?, v?, mask?) -> y``
+    softmax(q k^T scale) v of encoders, head by head: float32 ``[B, S, num_heads * D]`` from three such tensors, or from
+    one of ``[B, S, 3 * num_heads * D]`` that holds q, k and v side by side. Keys are hidden where ``mask``, int32
+    ``[B, S]``, is 0; a row with nothing to look at gives finite numbers. Attributes ``num_heads``, ``scale``; D is at
+    most 256. Products are formed in bfloat16, with sums in float32, where the CPU has AVX512_BF16; else in float32.
+
+Activations of products with a weight are quantised at run time to int8 in [-127, 127], symmetric, rounded to even: one scale per row of x where
 ``block_size`` is 0, else one per row and group of inputs; or the given ``x_scale`` for all. Products are summed up in
 int32, exactly, and scaled in float32. A row of x that holds NaN or infinity gives a row of NaN.
 
-The environment variable ACCEL_CPU_ISA (avx512vnni, avx2, portable) forces an instruction set, for tests.
+The environment variable ACCEL_CPU_ISA (avx512bf16, avx512vnni, avx2, portable) forces an instruction set, for tests.
 """
 
 from accel_cpu.library import instruction_set, library_path, unavailable_reason
@@ -36,11 +42,13 @@ from accel_cpu.packing import (
 
 DOMAIN = "accel.cpu"
 ARGMAX = "ArgMax"
+ATTENTION = "Attention"
 MATMUL = "QuantizedMatMul"
 GATHER = "QuantizedGather"
 
 __all__ = [
     "ARGMAX",
+    "ATTENTION",
     "DOMAIN",
     "GATHER",
     "MATMUL",

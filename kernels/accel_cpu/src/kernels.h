@@ -38,6 +38,17 @@ struct Weight {
   const void* scales = nullptr;  // float32 [outputs] or float16 [panels][blocks][outputs of the panel]
 };
 
+// One head of one sequence. Rows are strides of floats apart.
+struct AttentionHead {
+  const float *q, *k, *v;
+  int64_t q_stride, kv_stride, result_stride;
+  const int32_t* mask;  // [length]: 0 hides a key; nullptr: none is hidden
+  int64_t length;       // of the sequence
+  int64_t size;         // of the head
+  float scale;          // of the scores
+  float* result;
+};
+
 struct KernelTable {
   const char* name;
 
@@ -48,11 +59,23 @@ struct KernelTable {
   // Computes the outputs of panels [first_panel, last_panel) for rows [first_row, last_row).
   void (*multiply)(const Weight& weight, const QuantizedRows& rows, int64_t first_row, int64_t last_row,
                    int64_t first_panel, int64_t last_panel, const Epilogue& epilogue);
+
+  // Memory that attend takes, aligned to kLineBytes.
+  size_t (*attention_bytes)(int64_t length, int64_t size);
+
+  // Results of the queries [first_query, last_query): softmax(q k^T scale) v.
+  void (*attend)(const AttentionHead& head, int64_t first_query, int64_t last_query, char* memory);
 };
 
 const KernelTable* portable_kernels();
 const KernelTable* avx2_kernels();    // nullptr: not in this build
 const KernelTable* avx512_kernels();  // nullptr: not in this build
+const KernelTable* avx512_bf16_kernels();
+
+// Parts of the last one, compiled by themselves: not every compiler knows bfloat16.
+bool has_avx512_bf16();
+size_t avx512_bf16_attention_bytes(int64_t length, int64_t size);
+void avx512_bf16_attend(const AttentionHead& head, int64_t first_query, int64_t last_query, char* memory);
 
 // The best table that this CPU runs, or the one that ACCEL_CPU_ISA names; nullptr and a message if that cannot be.
 const KernelTable* choose_kernels(const char** error);

@@ -74,16 +74,6 @@ void multiply_task(void* data, size_t index) {
                       count * panels / p.panel_tasks, count * (panels + 1) / p.panel_tasks, *p.epilogue);
 }
 
-int64_t processors() {
-  static int64_t known = 0;  // every thread that finds nothing finds the same
-  int64_t count = __atomic_load_n(&known, __ATOMIC_RELAXED);
-  if (count == 0) {
-    count = most(1, sysconf(_SC_NPROCESSORS_ONLN));
-    __atomic_store_n(&known, count, __ATOMIC_RELAXED);
-  }
-  return count;
-}
-
 // Tasks long enough to outweigh handing them out, and enough of them for every thread to end at the same time.
 void plan(Product* p) {
   const WeightShape& shape = p->weight->shape;
@@ -128,6 +118,16 @@ Outcome run(Product* p, const Pool& pool) {
 }
 
 }  // namespace
+
+int64_t processors() {
+  static int64_t known = 0;  // every thread that finds nothing finds the same
+  int64_t count = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (count == 0) {
+    count = most(1, sysconf(_SC_NPROCESSORS_ONLN));
+    __atomic_store_n(&known, count, __ATOMIC_RELAXED);
+  }
+  return count;
+}
 
 Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const float* x, int64_t rows,
                          float fixed_scale, const Epilogue& epilogue, const Pool& pool) {

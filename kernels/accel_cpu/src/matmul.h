@@ -13,6 +13,8 @@ struct Pool {
   const void* context;
 };
 
+int64_t processors();  // that are online
+
 enum class Outcome { kDone, kOutOfMemory, kPoolFailed };
 
 // x [rows, inputs] times the weight; fixed_scale 0: activations are quantised by their own magnitude.

@@ -1,9 +1,8 @@
 // The operators of the domain accel.cpu, as ONNX Runtime sees them.
-#include <stdlib.h>
 #include <string.h>
 
 #include "argmax.h"
-#include "context.h"
+#include "operator.h"
 
 namespace accel_cpu {
 namespace {
@@ -14,7 +13,7 @@ constexpr char kDomain[] = "accel.cpu";
 constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5;
 
 // Attributes of the operators with a weight: N, K, bits, block_size; those of the product: activation, gated.
-struct Kernel {
+struct Weighted {
   const OrtApi* api;
   const KernelTable* table;
   WeightShape shape;
@@ -29,7 +28,7 @@ struct Kernel {
   int64_t biases() const { return gated ? shape.outputs : features; }
 };
 
-OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Kernel* kernel) {
+OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Weighted* kernel) {
   int64_t bits = 0;
   WeightShape& shape = kernel->shape;
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "N", &kernel->features));
@@ -52,7 +51,7 @@ OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Kernel* kern
   return nullptr;
 }
 
-OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Kernel* kernel) {
+OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Weighted* kernel) {
   char name[32];
   int64_t gated = 0;
   ACCEL_RETURN_IF_ERROR(read_text(api, info, "activation", name, sizeof name));
@@ -74,13 +73,13 @@ OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Kernel* k
   return invalid(api, "accel.cpu: activation '%s'; must be '', 'gelu', 'gelu_tanh' or 'silu'", name);
 }
 
-OrtStatus* check_values(const Kernel& kernel, const Tensor& values) {
+OrtStatus* check_values(const Weighted& kernel, const Tensor& values) {
   if (values.elements == kernel.shape.bytes()) return nullptr;
   return invalid(*kernel.api, "accel.cpu: the packed weight has %lld bytes, but N, K and bits take %lld",
                  static_cast<long long>(values.elements), static_cast<long long>(kernel.shape.bytes()));
 }
 
-OrtStatus* check_scales(const Kernel& kernel, const Tensor& scales) {
+OrtStatus* check_scales(const Weighted& kernel, const Tensor& scales) {
   const int64_t numbers = kernel.shape.outputs * kernel.shape.blocks();
   if (scales.elements != numbers) {
     return invalid(*kernel.api, "accel.cpu: there are %lld scales, but N, K and block_size take %lld",
@@ -100,7 +99,7 @@ OrtStatus* check_floats(const OrtApi& api, const Tensor& tensor, const char* nam
                  static_cast<long long>(tensor.elements), static_cast<long long>(elements));
 }
 
-OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool product, Kernel* kernel) {
+OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool product, Weighted* kernel) {
   Tensor values, scales, bias;
   ACCEL_RETURN_IF_ERROR(read_constant(api, info, kWeight, &values));
   ACCEL_RETURN_IF_ERROR(read_constant(api, info, kScales, &scales));
@@ -114,17 +113,9 @@ OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool 
   return nullptr;
 }
 
-OrtStatus* keep(const Kernel& kernel, void** result) {
-  Kernel* kept = static_cast<Kernel*>(malloc(sizeof kernel));
-  if (kept == nullptr) return kernel.api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel");
-  *kept = kernel;
-  *result = kept;
-  return nullptr;
-}
-
 // Of the operators with a weight.
 OrtStatus* create_weighted(const OrtApi* api, const OrtKernelInfo* info, bool product, void** result) {
-  Kernel kernel{};
+  Weighted kernel{};
   kernel.api = api;
   const char* error = nullptr;
   kernel.table = choose_kernels(&error);
@@ -135,7 +126,7 @@ OrtStatus* create_weighted(const OrtApi* api, const OrtKernelInfo* info, bool pr
   return keep(kernel, result);
 }
 
-OrtStatus* read_weight(const Kernel& kernel, const OrtKernelContext* context, Weight* weight) {
+OrtStatus* read_weight(const Weighted& kernel, const OrtKernelContext* context, Weight* weight) {
   *weight = {kernel.shape, kernel.values, kernel.scales};
   Tensor tensor;
   if (weight->values == nullptr) {
@@ -160,6 +151,8 @@ OrtStatus* read_floats(const OrtApi& api, const OrtKernelContext* context, size_
 }
 
 struct QuantizedMatMul {
+  using Kernel = Weighted;
+
   static constexpr const char* kName = "QuantizedMatMul";
   static constexpr size_t kInputs = 6, kRequired = 3, kOutputs = 1;
 
@@ -175,7 +168,7 @@ struct QuantizedMatMul {
                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
 
-  static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
+  static OrtStatus* compute(const Weighted& kernel, OrtKernelContext* context) {
     const OrtApi& api = *kernel.api;
     Tensor x;
     Dimensions dimensions;
@@ -213,6 +206,8 @@ struct QuantizedMatMul {
 };
 
 struct QuantizedGather {
+  using Kernel = Weighted;
+
   static constexpr const char* kName = "QuantizedGather";
   static constexpr size_t kInputs = 3, kRequired = 3, kOutputs = 1;
 
@@ -228,7 +223,7 @@ struct QuantizedGather {
                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   }
 
-  static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
+  static OrtStatus* compute(const Weighted& kernel, OrtKernelContext* context) {
     const OrtApi& api = *kernel.api;
     Tensor ids;
     Dimensions dimensions;
@@ -252,6 +247,10 @@ struct QuantizedGather {
 };
 
 struct ArgMax {
+  struct Kernel {
+    const OrtApi* api;
+  };
+
   static constexpr const char* kName = "ArgMax";
   static constexpr size_t kInputs = 1, kRequired = 1, kOutputs = 2;
 
@@ -262,9 +261,7 @@ struct ArgMax {
   }
 
   static OrtStatus* create(const OrtApi* api, const OrtKernelInfo*, void** result) {
-    Kernel kernel{};
-    kernel.api = api;
-    return keep(kernel, result);
+    return keep(Kernel{api}, result);
   }
 
   static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
@@ -285,38 +282,6 @@ struct ArgMax {
   }
 };
 
-template <class Operator>
-constexpr OrtCustomOp describe() {
-  OrtCustomOp op{};
-  op.version = ORT_API_VERSION;
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    *kernel = nullptr;
-    return Operator::create(api, info, kernel);
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return Operator::compute(*static_cast<const Kernel*>(kernel), context);
-  };
-  op.KernelDestroy = [](void* kernel) { free(kernel); };
-  op.GetName = [](const OrtCustomOp*) { return Operator::kName; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
-  op.GetInputType = [](const OrtCustomOp*, size_t index) { return Operator::input_type(index); };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-    return index < Operator::kRequired ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
-  };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t index) { return Operator::output_type(index); };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
-  return op;
-}
-
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   static constexpr OrtCustomOp matmul = describe<QuantizedMatMul>();
   static constexpr OrtCustomOp gather = describe<QuantizedGather>();
@@ -326,6 +291,7 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   OrtStatus* status = api.CustomOpDomain_Add(domain, &matmul);
   if (status == nullptr) status = api.CustomOpDomain_Add(domain, &gather);
   if (status == nullptr) status = api.CustomOpDomain_Add(domain, &best);
+  if (status == nullptr) status = api.CustomOpDomain_Add(domain, attention_operator());
   if (status == nullptr) status = api.AddCustomOpDomain(options, domain);
   if (status != nullptr) api.ReleaseCustomOpDomain(domain);
   return status;  // the domain lives as long as the library: sessions refer to it
