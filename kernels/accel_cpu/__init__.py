@@ -45,12 +45,14 @@ ARGMAX = "ArgMax"
 ATTENTION = "Attention"
 MATMUL = "QuantizedMatMul"
 GATHER = "QuantizedGather"
+LARGEST_HEAD = 256  # numbers, of Attention
 
 __all__ = [
     "ARGMAX",
     "ATTENTION",
     "DOMAIN",
     "GATHER",
+    "LARGEST_HEAD",
     "MATMUL",
     "PANEL",
     "TILE",
