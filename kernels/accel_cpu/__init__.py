@@ -1,8 +1,9 @@
 """Operators for ONNX Runtime on CPUs, in the domain ``accel.cpu``, most on quantised weights, and how those are packed.
 
-``QuantizedMatMul(x, weight, scales, bias?, x_scale?, residual?) -> y``
-    y = activation(x @ dequantised(weight).T + bias) + residual, float32 ``[..., N]`` from float32 ``[..., K]``.
-    Attributes, all required: ``N``, ``K``, ``bits`` (8 or 4), ``block_size`` (0: one float32 scale per output; 32, 64,
+``QuantizedMatMul(x, weight, scales, bias?, x_scale?, residual?, norm_weight?, norm_bias?) -> y, normalised?``
+    y = activation(x @ dequantised(weight).T + bias) + residual, float32 ``[..., N]`` from float32 ``[..., K]``. With
+    ``norm_weight`` x is normalised first, by LayerNorm over K with the attribute ``epsilon``, and given as ``normalised``.
+    Attributes, the others all required: ``N``, ``K``, ``bits`` (8 or 4), ``block_size`` (0: one float32 scale per output; 32, 64,
     128: one float16 scale per output and group of that many inputs), ``activation`` ("", "gelu", "gelu_tanh", "silu"),
     ``gated`` (1: the weight holds a gate and an up projection, see ``interleave_gated``;
     y = activation(gate(x)) * up(x) + residual).

@@ -3,6 +3,7 @@
 // A says in what products are formed:
 //   V            vectors of floats, as vector_math.h and tile_kernel.h have them; V::reduce_max, V::reduce_add
 //   E, kPair     an element, and how many neighbours of the summed dimension one product takes
+//   V::kQueries, V::kScalesToZero: whether scale2 takes any n
 //   kRows        queries whose sums are in registers at once, times two vectors
 //   kDegree      of the polynomial for 2^x: as exact as what E holds
 //   Pair         one vector of such neighbours: load(p), broadcast(p); dot(sums, a, b)
@@ -18,7 +19,7 @@
 template <class V, int DEGREE>
 inline typename V::F power_of_two(typename V::F x) {  // for x <= 0; relative error 7e-5 or 1e-7
   using F = typename V::F;
-  x = V::max(V::set(-127.0f), x);
+  if constexpr (!V::kScalesToZero) x = V::max(V::set(-127.0f), x);
   const F n = V::round(x);
   const F r = V::sub(x, n);
   F p;

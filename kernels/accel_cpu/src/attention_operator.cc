@@ -16,7 +16,7 @@ struct Attention {
   };
 
   static constexpr const char* kName = "Attention";
-  static constexpr size_t kInputs = 4, kRequired = 1, kOutputs = 1;
+  static constexpr size_t kInputs = 4, kRequired = 1, kOutputs = 1, kRequiredOutputs = 1;
 
   static ONNXTensorElementDataType input_type(size_t index) {
     return index == kMask ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;

@@ -30,6 +30,7 @@ struct Avx2 {
   static constexpr int kZero8 = 0, kZero4 = 8;
   static constexpr int kRows = 4, kVectors = 2, kBlockRows = 2, kBlockVectors = 2, kFewRows = 1, kFewVectors = 4;
   static constexpr int kQueries = 4;
+  static constexpr bool kScalesToZero = false;
 
   static F set(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }

@@ -5,6 +5,7 @@ struct Avx512Floats {
 
   static constexpr int L = 16;
   static constexpr int kQueries = 8;
+  static constexpr bool kScalesToZero = true;
 
   static F set(float x) { return _mm512_set1_ps(x); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }

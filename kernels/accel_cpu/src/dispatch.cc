@@ -50,8 +50,9 @@ const KernelTable* choose_kernels(const char** error) {
       return table;
     }
   }
-  *error = "ACCEL_CPU_ISA names no instruction set that this CPU runs; use avx512bf16, avx512vnni, avx2 or portable, or "
-           "unset it";
+  *error =
+      "ACCEL_CPU_ISA names no instruction set that this CPU runs; use avx512bf16, avx512vnni, avx2 or portable, or unset "
+      "it";
   return nullptr;
 }
 

@@ -22,6 +22,16 @@ struct QuantizedRows {
   int32_t* starts = nullptr;  // [rows, blocks]: what an accumulator starts from, minus zero point times the sum of values
 };
 
+// The rows that a product takes. With norm_weight, they are normalised first, into normalised.
+struct Source {
+  const float* x = nullptr;            // [rows, inputs]
+  float fixed_scale = 0.0f;            // 0: from each row's (block's) largest magnitude
+  const float* norm_weight = nullptr;  // LayerNorm's, [inputs]
+  const float* norm_bias = nullptr;    // [inputs] or nullptr
+  float epsilon = 0.0f;
+  float* normalised = nullptr;         // [rows, inputs]
+};
+
 // The result's side of a product.
 struct Epilogue {
   const float* bias = nullptr;      // [features], of a gated weight [outputs], interleaved as its rows are
@@ -52,8 +62,8 @@ struct AttentionHead {
 struct KernelTable {
   const char* name;
 
-  // Quantises rows [first, last) of x [rows, inputs]. fixed_scale 0: from each row's (block's) largest magnitude.
-  void (*quantize_rows)(const float* x, int64_t first, int64_t last, const WeightShape& shape, float fixed_scale,
+  // Quantises the rows [first, last).
+  void (*quantize_rows)(const Source& source, int64_t first, int64_t last, const WeightShape& shape,
                         const QuantizedRows& rows);
 
   // Computes the outputs of panels [first_panel, last_panel) for rows [first_row, last_row).
@@ -98,6 +108,17 @@ inline float half_to_float(uint16_t half) {
   float result;
   __builtin_memcpy(&result, &bits, sizeof result);
   return result;
+}
+
+// 1 / sqrt(x) by Newton's method: no call into the system's library. Of 0: a large number.
+inline float inverse_root(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, sizeof bits);
+  bits = 0x5f375a86u - (bits >> 1);
+  float y;
+  __builtin_memcpy(&y, &bits, sizeof y);
+  for (int i = 0; i < 4; ++i) y *= 1.5f - 0.5f * x * y * y;
+  return y;
 }
 
 }  // namespace accel_cpu

@@ -17,7 +17,8 @@ OrtStatus* keep(const Kernel& kernel, void** result) {
   return nullptr;
 }
 
-// Operator offers: Kernel, kName, kInputs, kRequired (of them), kOutputs, input_type, output_type, create, compute.
+// Operator offers: Kernel, kName, kInputs, kRequired (of them), kOutputs, kRequiredOutputs, input_type, output_type,
+// create, compute.
 template <class Operator>
 constexpr OrtCustomOp describe() {
   OrtCustomOp op{};
@@ -40,7 +41,9 @@ constexpr OrtCustomOp describe() {
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
   op.GetOutputType = [](const OrtCustomOp*, size_t index) { return Operator::output_type(index); };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) {
+    return index < Operator::kRequiredOutputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  };
   op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
   op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };

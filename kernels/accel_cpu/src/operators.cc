@@ -9,8 +9,9 @@ namespace {
 
 constexpr char kDomain[] = "accel.cpu";
 
-// Inputs; the last three are those of the product, and optional.
-constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5;
+// Inputs; from the bias on they are those of the product, and optional.
+constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5, kNormWeight = 6,
+                 kNormBias = 7;
 
 // Attributes of the operators with a weight: N, K, bits, block_size; those of the product: activation, gated.
 struct Weighted {
@@ -20,6 +21,7 @@ struct Weighted {
   int64_t features;  // N
   Activation activation = Activation::kNone;
   bool gated = false;
+  float epsilon = 0.0f;  // of the norm ahead of the product, if there is one
   // What is an initializer is checked once, when the kernel is made; nullptr: it comes with each run.
   const uint8_t* values = nullptr;
   const void* scales = nullptr;
@@ -57,6 +59,11 @@ OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Weighted*
   ACCEL_RETURN_IF_ERROR(read_text(api, info, "activation", name, sizeof name));
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "gated", &gated));
   kernel->gated = gated != 0;
+  size_t inputs = 0;
+  ACCEL_RETURN_IF_ERROR(api.KernelInfo_GetInputCount(info, &inputs));
+  if (inputs > kNormWeight) {
+    ACCEL_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon));
+  }
   const struct {
     const char* name;
     Activation activation;
@@ -150,11 +157,36 @@ OrtStatus* read_floats(const OrtApi& api, const OrtKernelContext* context, size_
   return check_floats(api, tensor, name, elements);
 }
 
+// The rows of a product: what rounds them, and the norm ahead of it, whose result is an output of its own.
+OrtStatus* read_source(const Weighted& kernel, OrtKernelContext* context, const Tensor& x, const Dimensions& dimensions,
+                       Source* source) {
+  const OrtApi& api = *kernel.api;
+  const float* fixed_scale = nullptr;
+  const int64_t inputs = kernel.shape.inputs;
+  source->x = static_cast<const float*>(x.data);
+  source->epsilon = kernel.epsilon;
+  ACCEL_RETURN_IF_ERROR(read_floats(api, context, kFixedScale, "x_scale", 1, &fixed_scale));
+  if (fixed_scale != nullptr) source->fixed_scale = *fixed_scale;
+  if (fixed_scale != nullptr && !(*fixed_scale > 1e-30f && *fixed_scale < 1e30f)) {
+    return invalid(api, "accel.cpu: x_scale = %g; must be a positive number", static_cast<double>(*fixed_scale));
+  }
+  ACCEL_RETURN_IF_ERROR(read_floats(api, context, kNormWeight, "norm_weight", inputs, &source->norm_weight));
+  ACCEL_RETURN_IF_ERROR(read_floats(api, context, kNormBias, "norm_bias", inputs, &source->norm_bias));
+  if (source->norm_weight == nullptr) return nullptr;
+  size_t outputs = 0;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetOutputCount(context, &outputs));
+  if (outputs < 2) return invalid(api, "accel.cpu: a product with a norm must have two outputs");
+  void* normalised = nullptr;
+  ACCEL_RETURN_IF_ERROR(make_output(api, context, 1, dimensions, &normalised));
+  source->normalised = static_cast<float*>(normalised);
+  return nullptr;
+}
+
 struct QuantizedMatMul {
   using Kernel = Weighted;
 
   static constexpr const char* kName = "QuantizedMatMul";
-  static constexpr size_t kInputs = 6, kRequired = 3, kOutputs = 1;
+  static constexpr size_t kInputs = 8, kRequired = 3, kOutputs = 2, kRequiredOutputs = 1;
 
   static ONNXTensorElementDataType output_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
@@ -184,24 +216,19 @@ struct QuantizedMatMul {
     epilogue.features = kernel.features;
     epilogue.activation = kernel.activation;
     epilogue.gated = kernel.gated;
-    const float* x_scale = nullptr;
     epilogue.bias = kernel.bias;
     if (kernel.bias == nullptr) {
       ACCEL_RETURN_IF_ERROR(read_floats(api, context, kBias, "bias", kernel.biases(), &epilogue.bias));
     }
-    ACCEL_RETURN_IF_ERROR(read_floats(api, context, kFixedScale, "x_scale", 1, &x_scale));
+    Source source;
+    ACCEL_RETURN_IF_ERROR(read_source(kernel, context, x, dimensions, &source));
     const int64_t results = rows * kernel.features;
     ACCEL_RETURN_IF_ERROR(read_floats(api, context, kResidual, "residual", results, &epilogue.residual));
-    if (x_scale != nullptr && !(*x_scale > 1e-30f && *x_scale < 1e30f)) {
-      return invalid(api, "accel.cpu: x_scale = %g; must be a positive number", static_cast<double>(*x_scale));
-    }
     dimensions.sizes[dimensions.rank - 1] = kernel.features;
     void* result = nullptr;
     ACCEL_RETURN_IF_ERROR(make_output(api, context, 0, dimensions, &result));
     epilogue.result = static_cast<float*>(result);
-    return status_of(api, quantized_matmul(*kernel.table, weight, static_cast<const float*>(x.data), rows,
-                                           x_scale == nullptr ? 0.0f : *x_scale, epilogue,
-                                           session_threads(api, context)));
+    return status_of(api, quantized_matmul(*kernel.table, weight, source, rows, epilogue, session_threads(api, context)));
   }
 };
 
@@ -209,7 +236,7 @@ struct QuantizedGather {
   using Kernel = Weighted;
 
   static constexpr const char* kName = "QuantizedGather";
-  static constexpr size_t kInputs = 3, kRequired = 3, kOutputs = 1;
+  static constexpr size_t kInputs = 3, kRequired = 3, kOutputs = 1, kRequiredOutputs = 1;
 
   static ONNXTensorElementDataType output_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
@@ -252,7 +279,7 @@ struct ArgMax {
   };
 
   static constexpr const char* kName = "ArgMax";
-  static constexpr size_t kInputs = 1, kRequired = 1, kOutputs = 2;
+  static constexpr size_t kInputs = 1, kRequired = 1, kOutputs = 2, kRequiredOutputs = 2;
 
   static ONNXTensorElementDataType input_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 

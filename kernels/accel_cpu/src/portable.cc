@@ -32,6 +32,7 @@ struct Portable {
   static constexpr int kZero8 = 0, kZero4 = 0;
   static constexpr int kRows = 3, kVectors = 2, kBlockRows = 2, kBlockVectors = 2, kFewRows = 1, kFewVectors = 4;
   static constexpr int kQueries = 4;
+  static constexpr bool kScalesToZero = false;
 
   static F set(float x) { return F{x, x, x, x}; }
   static F add(F a, F b) { return a + b; }

@@ -10,6 +10,7 @@
 //   kZero8, kZero4  what V's dot adds to each weight: 128 or 8 where it takes them unsigned, else 0
 //   load, store, load_scales (L float16)
 //   magnitude(largest, x): running maximum of the bits of |x|, as an integer vector; largest_bits(v)
+//   reduce_add(floats)
 //   prefetch_read(p), prefetch_write(p)
 //   quantize(p, x, inverse) -> I: clamps x * inverse to +-127, rounds to even, stores L bytes; sum(I)
 //   kRows, kVectors, kBlockRows, kBlockVectors: register blocking
@@ -61,20 +62,55 @@ inline int32_t quantize_block(const float* x, int64_t count, float fixed_scale, 
   return -zero * V::sum(total);
 }
 
+// LayerNorm of one row. The mean first, then the deviation from it: nothing cancels.
 template <class V>
-void quantize_rows(const float* x, int64_t first, int64_t last, const WeightShape& shape, float fixed_scale,
+void normalize_row(const float* x, int64_t count, const Source& source, float* y) {
+  using F = typename V::F;
+  const int64_t whole = count / V::L * V::L;
+  F sums = V::set(0.0f);
+  for (int64_t i = 0; i < whole; i += V::L) sums = V::add(sums, V::load(x + i));
+  float sum = V::reduce_add(sums);
+  for (int64_t i = whole; i < count; ++i) sum += x[i];
+  const float mean = sum / static_cast<float>(count);
+  const F middle = V::set(mean);
+  F squares = V::set(0.0f);
+  for (int64_t i = 0; i < whole; i += V::L) {
+    const F distance = V::sub(V::load(x + i), middle);
+    squares = V::fma(distance, distance, squares);
+  }
+  float square = V::reduce_add(squares);
+  for (int64_t i = whole; i < count; ++i) square += (x[i] - mean) * (x[i] - mean);
+  const float factor = inverse_root(square / static_cast<float>(count) + source.epsilon);
+  const F scale = V::set(factor);
+  const float *weight = source.norm_weight, *bias = source.norm_bias;
+  for (int64_t i = 0; i < whole; i += V::L) {
+    const F even = V::mul(V::sub(V::load(x + i), middle), scale);
+    V::store(y + i, V::fma(even, V::load(weight + i), bias == nullptr ? V::set(0.0f) : V::load(bias + i)));
+  }
+  for (int64_t i = whole; i < count; ++i) {
+    y[i] = (x[i] - mean) * factor * weight[i] + (bias == nullptr ? 0.0f : bias[i]);
+  }
+}
+
+template <class V>
+void quantize_rows(const Source& from, int64_t first, int64_t last, const WeightShape& shape,
                    const QuantizedRows& rows) {
   const int64_t blocks = shape.blocks();
   const int64_t block = shape.block == 0 ? shape.inputs : shape.block;
   const int32_t zero = shape.bits == 8 ? V::kZero8 : V::kZero4;
   for (int64_t row = first; row < last; ++row) {
-    const float* source = x + row * shape.inputs;
+    const float* source = from.x + row * shape.inputs;
+    if (from.norm_weight != nullptr) {
+      float* normalised = from.normalised + row * shape.inputs;
+      normalize_row<V>(source, shape.inputs, from, normalised);
+      source = normalised;
+    }
     int8_t* values = rows.values + row * rows.stride;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * block;
       const int64_t count = start + block < shape.inputs ? block : shape.inputs - start;
-      rows.starts[row * blocks + b] =
-          quantize_block<V>(source + start, count, fixed_scale, zero, values + start, rows.scales + row * blocks + b);
+      rows.starts[row * blocks + b] = quantize_block<V>(source + start, count, from.fixed_scale, zero, values + start,
+                                                        rows.scales + row * blocks + b);
     }
     for (int64_t i = shape.inputs; i < shape.padded_inputs(); ++i) values[i] = 0;
   }

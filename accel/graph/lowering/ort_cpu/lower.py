@@ -19,6 +19,7 @@ from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, 
 from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
+from accel.graph.lowering.ort_cpu.norms import fuse_norms
 from accel.graph.lowering.ort_cpu.quantized import DOMAIN as QUANTIZED
 from accel.graph.lowering.ort_cpu.quantized import fuse_residuals, lower_quantized, mark_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
@@ -88,6 +89,7 @@ def lower(
             ("clean", clean),
             ("pack", lambda model: lower_quantized(model, scheme, static_scales or {})),
             ("residuals", fuse_residuals),
+            ("norms", fuse_norms),
             ("split_head", lambda model: split_head(model, arch)),
             ("embedding", partial(take_out_embedding, parameters=parameters) if arch.kind == "decoder" else _nothing),
             ("best_token", add_best_token if arch.kind == "decoder" else _nothing),
