@@ -2,11 +2,11 @@
 
 ``QuantizedMatMul(x, weight, scales, bias?, x_scale?, residual?, norm_weight?, norm_bias?) -> y, normalised?``
     y = activation(x @ dequantised(weight).T + bias) + residual, float32 ``[..., N]`` from float32 ``[..., K]``. With
-    ``norm_weight`` x is normalised first, by LayerNorm over K with the attribute ``epsilon``, and given as ``normalised``.
-    Attributes, the others all required: ``N``, ``K``, ``bits`` (8 or 4), ``block_size`` (0: one float32 scale per output; 32, 64,
-    128: one float16 scale per output and group of that many inputs), ``activation`` ("", "gelu", "gelu_tanh", "silu"),
-    ``gated`` (1: the weight holds a gate and an up projection, see ``interleave_gated``;
-    y = activation(gate(x)) * up(x) + residual).
+    ``norm_weight`` x is first normalised, by LayerNorm over K with the attribute ``epsilon``, and the second output
+    holds it. The other attributes are all required: ``N``, ``K``, ``bits`` (8 or 4), ``block_size`` (0: one float32
+    scale per output; 32, 64, 128: one float16 scale per output and group of that many inputs), ``activation`` ("",
+    "gelu", "gelu_tanh", "silu"), ``gated`` (1: the weight holds a gate and an up projection, see
+    ``interleave_gated``; y = activation(gate(x)) * up(x) + residual).
 
 ``QuantizedGather(ids, weight, scales) -> y``
     Rows of the same packed weight, dequantised: float32 ``[..., K]`` from int64 ``[...]``. Attributes ``N``, ``K``,
@@ -22,9 +22,10 @@
     ``[B, S]``, is 0; a row with nothing to look at gives finite numbers. Attributes ``num_heads``, ``scale``; D is at
     most 256. Products are formed in bfloat16, with sums in float32, where the CPU has AVX512_BF16; else in float32.
 
-Activations of products with a weight are quantised at run time to int8 in [-127, 127], symmetric, rounded to even: one scale per row of x where
-``block_size`` is 0, else one per row and group of inputs; or the given ``x_scale`` for all. Products are summed up in
-int32, exactly, and scaled in float32. A row of x that holds NaN or infinity gives a row of NaN.
+Activations of products with a weight are quantised at run time to int8 in [-127, 127], symmetric, rounded to even: one
+scale per row of x where ``block_size`` is 0, else one per row and group of inputs; or the given ``x_scale`` for all.
+Products are summed up in int32, exactly, and scaled in float32. A row of x that holds NaN or infinity gives a row of
+NaN.
 
 The environment variable ACCEL_CPU_ISA (avx512bf16, avx512vnni, avx2, portable) forces an instruction set, for tests.
 """

@@ -164,9 +164,9 @@ def test_refusals() -> None:
     with pytest.raises(Exception, match="q must be"):
         run(session, **random_rows(2, 5, 0))
     session = open_attention(2, 1.0)
-    for name, wrong in (("k", normal(2, 4, 64)), ("v", normal(1, 5, 64)), ("k", normal(2, 5, 32)), ("v", normal(5, 64))):
+    for name, shape in (("k", (2, 4, 64)), ("v", (1, 5, 64)), ("k", (2, 5, 32)), ("v", (5, 64))):
         with pytest.raises(Exception, match="k and v must have the shape of q"):
-            run(session, **(rows | {name: wrong}))
+            run(session, **(rows | {name: normal(*shape)}))
     with pytest.raises(Exception, match="k and v must have the shape of q"):
         run(open_attention(2, 1.0, ("q", "", "v")), q=rows["q"], v=rows["v"])
     with pytest.raises(Exception, match=r"mask must be \[batch, length\] = \[2, 5\]"):
