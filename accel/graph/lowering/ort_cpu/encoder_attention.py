@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from accel.errors import FusionError
 from accel.graph.checks import attention_nodes
-from accel.graph.edit import last_dim, make_constant, producer, rank, replace_value, sole_consumer
+from accel.graph.edit import make_constant, producer, rank, replace_value, sole_consumer
 from accel.graph.lowering.fused_linear import join_linears
 from accel.graph.quantized import concatenated
 from accel.spec import ArchSpec, AttentionSpec
@@ -158,8 +158,8 @@ def _side_by_side(
         return None
     joined = join_linears(graph, before, [part for part in parts if part is not None])
     if joined is not None and added is not None:
-        whole = np.zeros(last_dim(joined), added.dtype)
-        whole[: len(added)] = added
+        outputs = sum(tensor.shape.numpy()[0] for tensor in known if tensor is not None)
+        whole = np.pad(added, (0, outputs - len(added)))
         product = joined.producer()
         assert product is not None
         product.resize_inputs(len(product.inputs) + 1)
