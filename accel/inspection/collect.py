@@ -37,6 +37,7 @@ _AGREEING: dict[str, dict[str, str]] = {
         "local_window_size": "window",
     },
     "com.microsoft::MultiHeadAttention": {"num_heads": "heads", "scale": "scale"},
+    "accel.cpu::Attention": {"num_heads": "heads", "scale": "scale"},
     "Attention": {"q_num_heads": "heads", "kv_num_heads": "kv_heads", "scale": "scale"},
     "MatMul": {"scale": "scale"},  # attention that is written out
 }

@@ -1,6 +1,7 @@
 """Measures the operators beside ONNX Runtime's own: time, Gop/s and GB/s of weights, by shape and number of rows.
 
     python kernels/accel_cpu/benchmark.py --rows 1 128 --shapes 896x1152 --schemes w8 w4g32 fp32
+    python kernels/accel_cpu/benchmark.py --attention 8x128x12x32 1x512x12x32
 
 A graph holds as many copies of a product as it takes to leave no weights in the caches between two uses, as in a
 model. Times are the median and the best of rounds that run all schemes in turn; rates are those of the median.
@@ -159,16 +160,70 @@ def measure(
     return times
 
 
+ATTENTIONS = {
+    "attention": (accel_cpu.ATTENTION, accel_cpu.DOMAIN, ("num_heads",)),
+    "ort": ("Attention", "", ("q_num_heads", "kv_num_heads")),
+    "ort-mha": ("MultiHeadAttention", "com.microsoft", ("num_heads",)),
+}
+
+
+def attention_runner(name: str, shape: tuple[int, int, int, int], threads: int) -> Callable[[], float]:
+    """A function that runs attention of [batch, length, heads, size] once and returns its seconds."""
+    batch, length, heads, size = shape
+    op, domain, counts = ATTENTIONS[name]
+    attributes: dict[str, int | float] = {"scale": size**-0.5, **dict.fromkeys(counts, heads)}
+    values = [helper.make_tensor_value_info(part, TensorProto.FLOAT, None) for part in "qkvy"]
+    node = helper.make_node(op, list("qkv"), ["y"], domain=domain, **attributes)
+    graph = helper.make_graph([node], "attention", values[:3], values[3:])
+    versions = (("", 23), ("com.microsoft", 1), (accel_cpu.DOMAIN, 1))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid(*one) for one in versions], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(accel_cpu.library_path()))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    feeds = {part: rng.standard_normal((batch, length, heads * size), np.float32) for part in "qkv"}
+
+    def run() -> float:
+        start = time.perf_counter()
+        session.run(None, feeds)
+        return time.perf_counter() - start
+
+    run()
+    return run
+
+
+def print_attention(shape: str, threads: int, seconds: float) -> None:
+    """One line per kernel, in rounds that run all in turn."""
+    batch, length, heads, size = map(int, shape.split("x"))
+    runs = {name: attention_runner(name, (batch, length, heads, size), threads) for name in ATTENTIONS}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for name, run in runs.items():
+            times[name].append(run())
+    for name, rounds in times.items():
+        taken = statistics.median(rounds)
+        rate = 4 * batch * heads * length**2 * size / taken / 1e9
+        print(f"{shape:>16} {name:>10} {taken * 1e3:9.3f} {min(rounds) * 1e3:9.3f} {rate:7.0f}", flush=True)
+
+
 def main() -> None:
     """Reads the command line and prints one line per shape, rows and scheme."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=[*QWEN, *MINILM], help="KxN")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument("--attention", nargs="+", metavar="BxSxHxD", help="attention in place of products")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="per shape and number of rows")
     arguments = parser.parse_args()
     print(f"{accel_cpu.instruction_set()}, {arguments.threads} threads")
+    if arguments.attention:
+        print(f"{'B x S x H x D':>16} {'kernel':>10} {'ms':>9} {'best':>9} {'Gop/s':>7}")
+        for shape in arguments.attention:
+            print_attention(shape, arguments.threads, arguments.seconds)
+        return
     print(f"{'K x N':>12} {'rows':>5} {'scheme':>11} {'ms':>9} {'best':>9} {'Gop/s':>7} {'GB/s':>6}")
     for shape in arguments.shapes:
         inputs, outputs = map(int, shape.split("x"))

@@ -9,7 +9,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "libaccel_cpu.so"
 FAILURE = FOLDER / "build_failure.txt"  # setup.py writes it where compiling failed
-INSTRUCTION_SETS = ("avx512vnni", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512bf16", "avx512vnni", "avx2", "portable")
 
 
 def library_path() -> Path | None:

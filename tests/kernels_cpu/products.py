@@ -125,21 +125,28 @@ def _product(x: NDArray, values: NDArray, scales: NDArray, block: int, x_scale: 
 
 
 def open_session(
-    op: str, inputs: dict[str, Any], initializers: dict[str, NDArray], order: list[str], threads: int = 2, **attrs: Any
+    op: str,
+    inputs: dict[str, Any],
+    initializers: dict[str, NDArray],
+    order: list[str],
+    threads: int = 2,
+    outputs: tuple[str, ...] = ("y",),
+    **attrs: Any,
 ) -> onnxruntime.InferenceSession:
     """A session of one node of the domain accel.cpu.
 
     Args:
         inputs: Graph input -> (element type, shape).
         order: The node's inputs; "" where an optional one is absent.
+        outputs: Its outputs, all float32.
         attrs: Its attributes.
     """
-    node = helper.make_node(op, order, ["y"], domain=accel_cpu.DOMAIN, **attrs)
+    node = helper.make_node(op, order, outputs, domain=accel_cpu.DOMAIN, **attrs)
     graph = helper.make_graph(
         [node],
         "one",
         [helper.make_tensor_value_info(name, kind, shape) for name, (kind, shape) in inputs.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         [onnx.numpy_helper.from_array(value, name) for name, value in initializers.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(accel_cpu.DOMAIN, 1)]

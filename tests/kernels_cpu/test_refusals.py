@@ -88,7 +88,7 @@ def test_inputs() -> None:
 
 def test_instruction_set_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCEL_CPU_ISA", "sse9")
-    with pytest.raises(Exception, match="use avx512vnni, avx2 or portable"):
+    with pytest.raises(Exception, match="use avx512bf16, avx512vnni, avx2 or portable"):
         open_product(random_product(32, 64, 8, 0))
-    with pytest.raises(OSError, match="use avx512vnni, avx2 or portable"):
+    with pytest.raises(OSError, match="use avx512bf16, avx512vnni, avx2 or portable"):
         accel_cpu.instruction_set()

@@ -29,6 +29,8 @@ struct Avx2 {
   static constexpr int L = 8;
   static constexpr int kZero8 = 0, kZero4 = 8;
   static constexpr int kRows = 4, kVectors = 2, kBlockRows = 2, kBlockVectors = 2, kFewRows = 1, kFewVectors = 4;
+  static constexpr int kQueries = 4;
+  static constexpr bool kScalesToZero = false;
 
   static F set(float x) { return _mm256_set1_ps(x); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -51,6 +53,19 @@ struct Avx2 {
   static void prefetch_write(const float* p) { __asm__ volatile("prefetchw %0" : : "m"(*p)); }
   static F load_scales(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+
+  static float reduce_max(F x) {
+    alignas(32) float lanes[L];
+    _mm256_store_ps(lanes, x);
+    for (int i = 1; i < L; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+    return lanes[0];
+  }
+  static float reduce_add(F x) {
+    alignas(32) float lanes[L];
+    _mm256_store_ps(lanes, x);
+    for (int i = 1; i < L; ++i) lanes[0] += lanes[i];
+    return lanes[0];
   }
 
   static I set_int(int32_t x) { return _mm256_set1_epi32(x); }
@@ -111,7 +126,10 @@ struct Avx2 {
 
 #include "tile_kernel.h"
 
-constexpr KernelTable kTable{"avx2", quantize_rows<Avx2>, multiply<Avx2>};
+#include "attention_kernel.h"
+
+constexpr KernelTable kTable{"avx2", quantize_rows<Avx2>, multiply<Avx2>, attention_bytes<Floats<Avx2>>,
+                             attend<Floats<Avx2>>};
 
 }  // namespace
 

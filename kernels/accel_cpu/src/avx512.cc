@@ -15,8 +15,9 @@
 namespace accel_cpu {
 namespace {
 
-struct Avx512 {
-  using F = __m512;
+#include "avx512_floats.h"
+
+struct Avx512 : Avx512Floats {
   using I = __m512i;
   using X = __m512i;
   struct W8 {
@@ -24,25 +25,9 @@ struct Avx512 {
   };
   using W4 = W8;
 
-  static constexpr int L = 16;
   static constexpr int kZero8 = 128, kZero4 = 8;
   static constexpr int kRows = 6, kVectors = 4, kBlockRows = 6, kBlockVectors = 2, kFewRows = 3, kFewVectors = 4;
 
-  static F set(float x) { return _mm512_set1_ps(x); }
-  static F add(F a, F b) { return _mm512_add_ps(a, b); }
-  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
-  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
-  static F div(F a, F b) { return _mm512_div_ps(a, b); }
-  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
-  static F min(F a, F b) { return _mm512_min_ps(a, b); }
-  static F max(F a, F b) { return _mm512_max_ps(a, b); }
-  static F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static F scale2(F x, F n) { return _mm512_scalef_ps(x, n); }
-  static F select_negative(F x, F a, F b) {
-    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(x)), b, a);
-  }
-  static F load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
   // By hand: GCC takes a function of nothing but the builtin for one without effect, and leaves it out.
   static void prefetch_read(const float* p) { __asm__ volatile("prefetcht0 %0" : : "m"(*p)); }
   static void prefetch_write(const float* p) { __asm__ volatile("prefetchw %0" : : "m"(*p)); }
@@ -88,11 +73,18 @@ struct Avx512 {
 
 #include "tile_kernel.h"
 
-constexpr KernelTable kTable{"avx512vnni", quantize_rows<Avx512>, multiply<Avx512>};
+#include "attention_kernel.h"
+
+constexpr KernelTable kTable{"avx512vnni", quantize_rows<Avx512>, multiply<Avx512>,
+                             attention_bytes<Floats<Avx512>>, attend<Floats<Avx512>>};
+constexpr KernelTable kBrainTable{"avx512bf16", quantize_rows<Avx512>, multiply<Avx512>, avx512_bf16_attention_bytes,
+                                  avx512_bf16_attend};
 
 }  // namespace
 
 const KernelTable* avx512_kernels() { return &kTable; }
+
+const KernelTable* avx512_bf16_kernels() { return has_avx512_bf16() ? &kBrainTable : nullptr; }
 
 }  // namespace accel_cpu
 
@@ -106,6 +98,7 @@ const KernelTable* avx512_kernels() { return &kTable; }
 
 namespace accel_cpu {
 const KernelTable* avx512_kernels() { return nullptr; }
+const KernelTable* avx512_bf16_kernels() { return nullptr; }
 }  // namespace accel_cpu
 
 #endif

@@ -19,7 +19,7 @@ OrtStatus* status_of(const OrtApi& api, Outcome outcome) {
     case Outcome::kDone:
       return nullptr;
     case Outcome::kOutOfMemory:
-      return api.CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate memory for quantised activations");
+      return api.CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate memory for activations");
     case Outcome::kPoolFailed:
       break;
   }

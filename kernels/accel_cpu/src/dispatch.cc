@@ -14,6 +14,7 @@ namespace {
 struct Features {
   bool avx2 = false;
   bool avx512vnni = false;
+  bool avx512bf16 = false;
 };
 
 Features detect() {
@@ -29,6 +30,9 @@ Features detect() {
   constexpr unsigned kFoundation = bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL;
   constexpr unsigned kVnni = 1u << 11;
   found.avx512vnni = found.avx2 && (state & 0xe0) == 0xe0 && (b & kFoundation) == kFoundation && (c & kVnni) != 0;
+  if (!found.avx512vnni || !__get_cpuid_count(7, 1, &a, &b, &c, &d)) return found;
+  constexpr unsigned kBrainFloats = 1u << 5;
+  found.avx512bf16 = (a & kBrainFloats) != 0;
 #endif
   return found;
 }
@@ -37,7 +41,8 @@ Features detect() {
 
 const KernelTable* choose_kernels(const char** error) {
   const Features features = detect();
-  const KernelTable* tables[] = {features.avx512vnni ? avx512_kernels() : nullptr,
+  const KernelTable* tables[] = {features.avx512bf16 ? avx512_bf16_kernels() : nullptr,
+                                 features.avx512vnni ? avx512_kernels() : nullptr,
                                  features.avx2 ? avx2_kernels() : nullptr, portable_kernels()};
   const char* wanted = getenv("ACCEL_CPU_ISA");
   for (const KernelTable* table : tables) {
@@ -45,7 +50,9 @@ const KernelTable* choose_kernels(const char** error) {
       return table;
     }
   }
-  *error = "ACCEL_CPU_ISA names no instruction set that this CPU runs; use avx512vnni, avx2 or portable, or unset it";
+  *error =
+      "ACCEL_CPU_ISA names no instruction set that this CPU runs; use avx512bf16, avx512vnni, avx2 or portable, or unset "
+      "it";
   return nullptr;
 }
 

@@ -11,6 +11,7 @@ constexpr int kPanelTiles = 4;          // tiles that are interleaved input by i
 constexpr int kPanel = kTile * kPanelTiles;
 constexpr int kStepBytes = 64;          // of a tile: 4 inputs of 16 outputs in 8 bits, or 8 inputs in 4 bits
 constexpr int kInputMultiple = 8;       // inputs are padded to it
+constexpr int64_t kLineBytes = 64;      // of a cache
 constexpr int64_t kMaxInputs = 131072;  // above, 127 * 127 * K leaves int32
 constexpr int64_t kMaxOutputs = int64_t{1} << 31;  // above, bytes and numbers of scales may leave int64
 

@@ -48,9 +48,8 @@ struct RowsLayout {
 struct Product {
   const KernelTable* kernels;
   const Weight* weight;
-  const float* x;
+  const Source* source;
   int64_t rows;
-  float fixed_scale;
   const Epilogue* epilogue;
   QuantizedRows quantized;
   int64_t quantize_tasks;
@@ -61,8 +60,8 @@ struct Product {
 void quantize_task(void* data, size_t index) {
   const Product& p = *static_cast<const Product*>(data);
   const int64_t i = static_cast<int64_t>(index);
-  p.kernels->quantize_rows(p.x, p.rows * i / p.quantize_tasks, p.rows * (i + 1) / p.quantize_tasks, p.weight->shape,
-                           p.fixed_scale, p.quantized);
+  p.kernels->quantize_rows(*p.source, p.rows * i / p.quantize_tasks, p.rows * (i + 1) / p.quantize_tasks,
+                           p.weight->shape, p.quantized);
 }
 
 void multiply_task(void* data, size_t index) {
@@ -72,16 +71,6 @@ void multiply_task(void* data, size_t index) {
   const int64_t count = p.weight->shape.panels();
   p.kernels->multiply(*p.weight, p.quantized, p.rows * rows / p.row_tasks, p.rows * (rows + 1) / p.row_tasks,
                       count * panels / p.panel_tasks, count * (panels + 1) / p.panel_tasks, *p.epilogue);
-}
-
-int64_t processors() {
-  static int64_t known = 0;  // every thread that finds nothing finds the same
-  int64_t count = __atomic_load_n(&known, __ATOMIC_RELAXED);
-  if (count == 0) {
-    count = most(1, sysconf(_SC_NPROCESSORS_ONLN));
-    __atomic_store_n(&known, count, __ATOMIC_RELAXED);
-  }
-  return count;
 }
 
 // Tasks long enough to outweigh handing them out, and enough of them for every thread to end at the same time.
@@ -129,8 +118,18 @@ Outcome run(Product* p, const Pool& pool) {
 
 }  // namespace
 
-Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const float* x, int64_t rows,
-                         float fixed_scale, const Epilogue& epilogue, const Pool& pool) {
+int64_t processors() {
+  static int64_t known = 0;  // every thread that finds nothing finds the same
+  int64_t count = __atomic_load_n(&known, __ATOMIC_RELAXED);
+  if (count == 0) {
+    count = most(1, sysconf(_SC_NPROCESSORS_ONLN));
+    __atomic_store_n(&known, count, __ATOMIC_RELAXED);
+  }
+  return count;
+}
+
+Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const Source& source, int64_t rows,
+                         const Epilogue& epilogue, const Pool& pool) {
   if (rows == 0) return Outcome::kDone;
   const RowsLayout layout(weight.shape, least(rows, kRowsPerPass));
   const Scratch scratch(layout.bytes());
@@ -141,8 +140,11 @@ Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const
     Epilogue part = epilogue;
     part.result += first * part.features;
     if (part.residual != nullptr) part.residual += first * part.features;
+    Source rest = source;
+    rest.x += first * weight.shape.inputs;
+    if (rest.normalised != nullptr) rest.normalised += first * weight.shape.inputs;
     const int64_t count = least(rows - first, kRowsPerPass);
-    Product product{&kernels, &weight, x + first * weight.shape.inputs, count, fixed_scale, &part, quantized, 1, 1, 1};
+    Product product{&kernels, &weight, &rest, count, &part, quantized, 1, 1, 1};
     outcome = run(&product, pool);
   }
   return outcome;

@@ -13,11 +13,13 @@ struct Pool {
   const void* context;
 };
 
+int64_t processors();  // that are online
+
 enum class Outcome { kDone, kOutOfMemory, kPoolFailed };
 
-// x [rows, inputs] times the weight; fixed_scale 0: activations are quantised by their own magnitude.
-Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const float* x, int64_t rows,
-                         float fixed_scale, const Epilogue& epilogue, const Pool& pool);
+// Rows times the weight.
+Outcome quantized_matmul(const KernelTable& kernels, const Weight& weight, const Source& source, int64_t rows,
+                         const Epilogue& epilogue, const Pool& pool);
 
 Outcome quantized_gather(const Weight& weight, const int64_t* ids, int64_t count, float* result, const Pool& pool);
 

@@ -1,26 +1,27 @@
 // The operators of the domain accel.cpu, as ONNX Runtime sees them.
-#include <stdlib.h>
 #include <string.h>
 
 #include "argmax.h"
-#include "context.h"
+#include "operator.h"
 
 namespace accel_cpu {
 namespace {
 
 constexpr char kDomain[] = "accel.cpu";
 
-// Inputs; the last three are those of the product, and optional.
-constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5;
+// Inputs; from the bias on they are those of the product, and optional.
+constexpr size_t kData = 0, kWeight = 1, kScales = 2, kBias = 3, kFixedScale = 4, kResidual = 5, kNormWeight = 6,
+                 kNormBias = 7;
 
 // Attributes of the operators with a weight: N, K, bits, block_size; those of the product: activation, gated.
-struct Kernel {
+struct Weighted {
   const OrtApi* api;
   const KernelTable* table;
   WeightShape shape;
   int64_t features;  // N
   Activation activation = Activation::kNone;
   bool gated = false;
+  float epsilon = 0.0f;  // of the norm ahead of the product, if there is one
   // What is an initializer is checked once, when the kernel is made; nullptr: it comes with each run.
   const uint8_t* values = nullptr;
   const void* scales = nullptr;
@@ -29,7 +30,7 @@ struct Kernel {
   int64_t biases() const { return gated ? shape.outputs : features; }
 };
 
-OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Kernel* kernel) {
+OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Weighted* kernel) {
   int64_t bits = 0;
   WeightShape& shape = kernel->shape;
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "N", &kernel->features));
@@ -52,12 +53,17 @@ OrtStatus* read_shape(const OrtApi& api, const OrtKernelInfo* info, Kernel* kern
   return nullptr;
 }
 
-OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Kernel* kernel) {
+OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Weighted* kernel) {
   char name[32];
   int64_t gated = 0;
   ACCEL_RETURN_IF_ERROR(read_text(api, info, "activation", name, sizeof name));
   ACCEL_RETURN_IF_ERROR(read_integer(api, info, "gated", &gated));
   kernel->gated = gated != 0;
+  size_t inputs = 0;
+  ACCEL_RETURN_IF_ERROR(api.KernelInfo_GetInputCount(info, &inputs));
+  if (inputs > kNormWeight) {
+    ACCEL_RETURN_IF_ERROR(api.KernelInfoGetAttribute_float(info, "epsilon", &kernel->epsilon));
+  }
   const struct {
     const char* name;
     Activation activation;
@@ -74,13 +80,13 @@ OrtStatus* read_epilogue(const OrtApi& api, const OrtKernelInfo* info, Kernel* k
   return invalid(api, "accel.cpu: activation '%s'; must be '', 'gelu', 'gelu_tanh' or 'silu'", name);
 }
 
-OrtStatus* check_values(const Kernel& kernel, const Tensor& values) {
+OrtStatus* check_values(const Weighted& kernel, const Tensor& values) {
   if (values.elements == kernel.shape.bytes()) return nullptr;
   return invalid(*kernel.api, "accel.cpu: the packed weight has %lld bytes, but N, K and bits take %lld",
                  static_cast<long long>(values.elements), static_cast<long long>(kernel.shape.bytes()));
 }
 
-OrtStatus* check_scales(const Kernel& kernel, const Tensor& scales) {
+OrtStatus* check_scales(const Weighted& kernel, const Tensor& scales) {
   const int64_t numbers = kernel.shape.outputs * kernel.shape.blocks();
   if (scales.elements != numbers) {
     return invalid(*kernel.api, "accel.cpu: there are %lld scales, but N, K and block_size take %lld",
@@ -100,7 +106,7 @@ OrtStatus* check_floats(const OrtApi& api, const Tensor& tensor, const char* nam
                  static_cast<long long>(tensor.elements), static_cast<long long>(elements));
 }
 
-OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool product, Kernel* kernel) {
+OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool product, Weighted* kernel) {
   Tensor values, scales, bias;
   ACCEL_RETURN_IF_ERROR(read_constant(api, info, kWeight, &values));
   ACCEL_RETURN_IF_ERROR(read_constant(api, info, kScales, &scales));
@@ -114,17 +120,9 @@ OrtStatus* read_initializers(const OrtApi& api, const OrtKernelInfo* info, bool 
   return nullptr;
 }
 
-OrtStatus* keep(const Kernel& kernel, void** result) {
-  Kernel* kept = static_cast<Kernel*>(malloc(sizeof kernel));
-  if (kept == nullptr) return kernel.api->CreateStatus(ORT_FAIL, "accel.cpu: Failed to allocate a kernel");
-  *kept = kernel;
-  *result = kept;
-  return nullptr;
-}
-
 // Of the operators with a weight.
 OrtStatus* create_weighted(const OrtApi* api, const OrtKernelInfo* info, bool product, void** result) {
-  Kernel kernel{};
+  Weighted kernel{};
   kernel.api = api;
   const char* error = nullptr;
   kernel.table = choose_kernels(&error);
@@ -135,7 +133,7 @@ OrtStatus* create_weighted(const OrtApi* api, const OrtKernelInfo* info, bool pr
   return keep(kernel, result);
 }
 
-OrtStatus* read_weight(const Kernel& kernel, const OrtKernelContext* context, Weight* weight) {
+OrtStatus* read_weight(const Weighted& kernel, const OrtKernelContext* context, Weight* weight) {
   *weight = {kernel.shape, kernel.values, kernel.scales};
   Tensor tensor;
   if (weight->values == nullptr) {
@@ -159,9 +157,36 @@ OrtStatus* read_floats(const OrtApi& api, const OrtKernelContext* context, size_
   return check_floats(api, tensor, name, elements);
 }
 
+// The rows of a product: what rounds them, and the norm ahead of it, whose result is an output of its own.
+OrtStatus* read_source(const Weighted& kernel, OrtKernelContext* context, const Tensor& x, const Dimensions& dimensions,
+                       Source* source) {
+  const OrtApi& api = *kernel.api;
+  const float* fixed_scale = nullptr;
+  const int64_t inputs = kernel.shape.inputs;
+  source->x = static_cast<const float*>(x.data);
+  source->epsilon = kernel.epsilon;
+  ACCEL_RETURN_IF_ERROR(read_floats(api, context, kFixedScale, "x_scale", 1, &fixed_scale));
+  if (fixed_scale != nullptr) source->fixed_scale = *fixed_scale;
+  if (fixed_scale != nullptr && !(*fixed_scale > 1e-30f && *fixed_scale < 1e30f)) {
+    return invalid(api, "accel.cpu: x_scale = %g; must be a positive number", static_cast<double>(*fixed_scale));
+  }
+  ACCEL_RETURN_IF_ERROR(read_floats(api, context, kNormWeight, "norm_weight", inputs, &source->norm_weight));
+  ACCEL_RETURN_IF_ERROR(read_floats(api, context, kNormBias, "norm_bias", inputs, &source->norm_bias));
+  if (source->norm_weight == nullptr) return nullptr;
+  size_t outputs = 0;
+  ACCEL_RETURN_IF_ERROR(api.KernelContext_GetOutputCount(context, &outputs));
+  if (outputs < 2) return invalid(api, "accel.cpu: a product with a norm must have two outputs");
+  void* normalised = nullptr;
+  ACCEL_RETURN_IF_ERROR(make_output(api, context, 1, dimensions, &normalised));
+  source->normalised = static_cast<float*>(normalised);
+  return nullptr;
+}
+
 struct QuantizedMatMul {
+  using Kernel = Weighted;
+
   static constexpr const char* kName = "QuantizedMatMul";
-  static constexpr size_t kInputs = 6, kRequired = 3, kOutputs = 1;
+  static constexpr size_t kInputs = 8, kRequired = 3, kOutputs = 2, kRequiredOutputs = 1;
 
   static ONNXTensorElementDataType output_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
@@ -175,7 +200,7 @@ struct QuantizedMatMul {
                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
 
-  static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
+  static OrtStatus* compute(const Weighted& kernel, OrtKernelContext* context) {
     const OrtApi& api = *kernel.api;
     Tensor x;
     Dimensions dimensions;
@@ -191,30 +216,27 @@ struct QuantizedMatMul {
     epilogue.features = kernel.features;
     epilogue.activation = kernel.activation;
     epilogue.gated = kernel.gated;
-    const float* x_scale = nullptr;
     epilogue.bias = kernel.bias;
     if (kernel.bias == nullptr) {
       ACCEL_RETURN_IF_ERROR(read_floats(api, context, kBias, "bias", kernel.biases(), &epilogue.bias));
     }
-    ACCEL_RETURN_IF_ERROR(read_floats(api, context, kFixedScale, "x_scale", 1, &x_scale));
+    Source source;
+    ACCEL_RETURN_IF_ERROR(read_source(kernel, context, x, dimensions, &source));
     const int64_t results = rows * kernel.features;
     ACCEL_RETURN_IF_ERROR(read_floats(api, context, kResidual, "residual", results, &epilogue.residual));
-    if (x_scale != nullptr && !(*x_scale > 1e-30f && *x_scale < 1e30f)) {
-      return invalid(api, "accel.cpu: x_scale = %g; must be a positive number", static_cast<double>(*x_scale));
-    }
     dimensions.sizes[dimensions.rank - 1] = kernel.features;
     void* result = nullptr;
     ACCEL_RETURN_IF_ERROR(make_output(api, context, 0, dimensions, &result));
     epilogue.result = static_cast<float*>(result);
-    return status_of(api, quantized_matmul(*kernel.table, weight, static_cast<const float*>(x.data), rows,
-                                           x_scale == nullptr ? 0.0f : *x_scale, epilogue,
-                                           session_threads(api, context)));
+    return status_of(api, quantized_matmul(*kernel.table, weight, source, rows, epilogue, session_threads(api, context)));
   }
 };
 
 struct QuantizedGather {
+  using Kernel = Weighted;
+
   static constexpr const char* kName = "QuantizedGather";
-  static constexpr size_t kInputs = 3, kRequired = 3, kOutputs = 1;
+  static constexpr size_t kInputs = 3, kRequired = 3, kOutputs = 1, kRequiredOutputs = 1;
 
   static ONNXTensorElementDataType output_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
@@ -228,7 +250,7 @@ struct QuantizedGather {
                               : ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   }
 
-  static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
+  static OrtStatus* compute(const Weighted& kernel, OrtKernelContext* context) {
     const OrtApi& api = *kernel.api;
     Tensor ids;
     Dimensions dimensions;
@@ -252,8 +274,12 @@ struct QuantizedGather {
 };
 
 struct ArgMax {
+  struct Kernel {
+    const OrtApi* api;
+  };
+
   static constexpr const char* kName = "ArgMax";
-  static constexpr size_t kInputs = 1, kRequired = 1, kOutputs = 2;
+  static constexpr size_t kInputs = 1, kRequired = 1, kOutputs = 2, kRequiredOutputs = 2;
 
   static ONNXTensorElementDataType input_type(size_t) { return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT; }
 
@@ -262,9 +288,7 @@ struct ArgMax {
   }
 
   static OrtStatus* create(const OrtApi* api, const OrtKernelInfo*, void** result) {
-    Kernel kernel{};
-    kernel.api = api;
-    return keep(kernel, result);
+    return keep(Kernel{api}, result);
   }
 
   static OrtStatus* compute(const Kernel& kernel, OrtKernelContext* context) {
@@ -285,38 +309,6 @@ struct ArgMax {
   }
 };
 
-template <class Operator>
-constexpr OrtCustomOp describe() {
-  OrtCustomOp op{};
-  op.version = ORT_API_VERSION;
-  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi* api, const OrtKernelInfo* info, void** kernel) {
-    *kernel = nullptr;
-    return Operator::create(api, info, kernel);
-  };
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return Operator::compute(*static_cast<const Kernel*>(kernel), context);
-  };
-  op.KernelDestroy = [](void* kernel) { free(kernel); };
-  op.GetName = [](const OrtCustomOp*) { return Operator::kName; };
-  op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) { return Operator::kInputs; };
-  op.GetInputType = [](const OrtCustomOp*, size_t index) { return Operator::input_type(index); };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t index) {
-    return index < Operator::kRequired ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
-  };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemTypeDefault; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) { return Operator::kOutputs; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t index) { return Operator::output_type(index); };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return INPUT_OUTPUT_REQUIRED; };
-  op.GetVariadicInputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicInputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
-  op.GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return INT32_MAX; };
-  return op;
-}
-
 OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   static constexpr OrtCustomOp matmul = describe<QuantizedMatMul>();
   static constexpr OrtCustomOp gather = describe<QuantizedGather>();
@@ -326,6 +318,7 @@ OrtStatus* register_operators(OrtSessionOptions* options, const OrtApi& api) {
   OrtStatus* status = api.CustomOpDomain_Add(domain, &matmul);
   if (status == nullptr) status = api.CustomOpDomain_Add(domain, &gather);
   if (status == nullptr) status = api.CustomOpDomain_Add(domain, &best);
+  if (status == nullptr) status = api.CustomOpDomain_Add(domain, attention_operator());
   if (status == nullptr) status = api.AddCustomOpDomain(options, domain);
   if (status != nullptr) api.ReleaseCustomOpDomain(domain);
   return status;  // the domain lives as long as the library: sessions refer to it

@@ -31,6 +31,8 @@ struct Portable {
 
   static constexpr int kZero8 = 0, kZero4 = 0;
   static constexpr int kRows = 3, kVectors = 2, kBlockRows = 2, kBlockVectors = 2, kFewRows = 1, kFewVectors = 4;
+  static constexpr int kQueries = 4;
+  static constexpr bool kScalesToZero = false;
 
   static F set(float x) { return F{x, x, x, x}; }
   static F add(F a, F b) { return a + b; }
@@ -60,6 +62,12 @@ struct Portable {
   static F load_scales(const uint16_t* p) {
     return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
   }
+
+  static float reduce_max(F x) {
+    for (int i = 1; i < L; ++i) x[0] = x[i] > x[0] ? x[i] : x[0];
+    return x[0];
+  }
+  static float reduce_add(F x) { return x[0] + x[1] + x[2] + x[3]; }
 
   static I set_int(int32_t x) { return I{x, x, x, x}; }
   static I add_int(I a, I b) { return a + b; }
@@ -109,7 +117,10 @@ struct Portable {
 
 #include "tile_kernel.h"
 
-constexpr KernelTable kTable{"portable", quantize_rows<Portable>, multiply<Portable>};
+#include "attention_kernel.h"
+
+constexpr KernelTable kTable{"portable", quantize_rows<Portable>, multiply<Portable>,
+                             attention_bytes<Floats<Portable>>, attend<Floats<Portable>>};
 
 }  // namespace
 

@@ -10,6 +10,7 @@
 //   kZero8, kZero4  what V's dot adds to each weight: 128 or 8 where it takes them unsigned, else 0
 //   load, store, load_scales (L float16)
 //   magnitude(largest, x): running maximum of the bits of |x|, as an integer vector; largest_bits(v)
+//   reduce_add(floats)
 //   prefetch_read(p), prefetch_write(p)
 //   quantize(p, x, inverse) -> I: clamps x * inverse to +-127, rounds to even, stores L bytes; sum(I)
 //   kRows, kVectors, kBlockRows, kBlockVectors: register blocking
@@ -61,20 +62,55 @@ inline int32_t quantize_block(const float* x, int64_t count, float fixed_scale, 
   return -zero * V::sum(total);
 }
 
+// LayerNorm of one row. The mean first, then the deviation from it: nothing cancels.
 template <class V>
-void quantize_rows(const float* x, int64_t first, int64_t last, const WeightShape& shape, float fixed_scale,
+void normalize_row(const float* x, int64_t count, const Source& source, float* y) {
+  using F = typename V::F;
+  const int64_t whole = count / V::L * V::L;
+  F sums = V::set(0.0f);
+  for (int64_t i = 0; i < whole; i += V::L) sums = V::add(sums, V::load(x + i));
+  float sum = V::reduce_add(sums);
+  for (int64_t i = whole; i < count; ++i) sum += x[i];
+  const float mean = sum / static_cast<float>(count);
+  const F middle = V::set(mean);
+  F squares = V::set(0.0f);
+  for (int64_t i = 0; i < whole; i += V::L) {
+    const F distance = V::sub(V::load(x + i), middle);
+    squares = V::fma(distance, distance, squares);
+  }
+  float square = V::reduce_add(squares);
+  for (int64_t i = whole; i < count; ++i) square += (x[i] - mean) * (x[i] - mean);
+  const float factor = inverse_root(square / static_cast<float>(count) + source.epsilon);
+  const F scale = V::set(factor);
+  const float *weight = source.norm_weight, *bias = source.norm_bias;
+  for (int64_t i = 0; i < whole; i += V::L) {
+    const F even = V::mul(V::sub(V::load(x + i), middle), scale);
+    V::store(y + i, V::fma(even, V::load(weight + i), bias == nullptr ? V::set(0.0f) : V::load(bias + i)));
+  }
+  for (int64_t i = whole; i < count; ++i) {
+    y[i] = (x[i] - mean) * factor * weight[i] + (bias == nullptr ? 0.0f : bias[i]);
+  }
+}
+
+template <class V>
+void quantize_rows(const Source& from, int64_t first, int64_t last, const WeightShape& shape,
                    const QuantizedRows& rows) {
   const int64_t blocks = shape.blocks();
   const int64_t block = shape.block == 0 ? shape.inputs : shape.block;
   const int32_t zero = shape.bits == 8 ? V::kZero8 : V::kZero4;
   for (int64_t row = first; row < last; ++row) {
-    const float* source = x + row * shape.inputs;
+    const float* source = from.x + row * shape.inputs;
+    if (from.norm_weight != nullptr) {
+      float* normalised = from.normalised + row * shape.inputs;
+      normalize_row<V>(source, shape.inputs, from, normalised);
+      source = normalised;
+    }
     int8_t* values = rows.values + row * rows.stride;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t start = b * block;
       const int64_t count = start + block < shape.inputs ? block : shape.inputs - start;
-      rows.starts[row * blocks + b] =
-          quantize_block<V>(source + start, count, fixed_scale, zero, values + start, rows.scales + row * blocks + b);
+      rows.starts[row * blocks + b] = quantize_block<V>(source + start, count, from.fixed_scale, zero, values + start,
+                                                        rows.scales + row * blocks + b);
     }
     for (int64_t i = shape.inputs; i < shape.padded_inputs(); ++i) values[i] = 0;
   }
@@ -187,52 +223,70 @@ void block_product(const Operands& a) {
   }
 }
 
-// The vector of outputs that starts at column of one row's sums, finished.
-template <class V>
-inline typename V::F finish(const float* sums, int column, const float* bias, const Epilogue& e) {
+// Bias, activation and gate of L sums.
+template <class V, Activation ACTIVATION, bool GATED>
+inline typename V::F finish(const float* sums, const float* bias) {
   using F = typename V::F;
-  F value = V::load(sums + column);
-  if (bias != nullptr) value = V::add(value, V::load(bias + column));
-  value = activate<V>(e.activation, value);
-  if (e.gated) {
-    F up = V::load(sums + column + kTile);
-    if (bias != nullptr) up = V::add(up, V::load(bias + column + kTile));
+  F value = V::load(sums);
+  if (bias != nullptr) value = V::add(value, V::load(bias));
+  value = activate<V>(ACTIVATION, value);
+  if constexpr (GATED) {
+    F up = V::load(sums + kTile);
+    if (bias != nullptr) up = V::add(up, V::load(bias + kTile));
     value = V::mul(value, up);
   }
   return value;
 }
 
-// Bias, activation, gate and residual of one row's panel; bias and features are padded to whole tiles nowhere.
-template <class V>
-void finish_row(const float* sums, int tiles, int64_t panel, int64_t row, const Epilogue& e) {
-  const int pieces = e.gated ? tiles / 2 : tiles;
-  const int64_t first = panel * kPanel / (e.gated ? 2 : 1);
-  for (int piece = 0; piece < pieces; ++piece) {
-    const int64_t feature = first + piece * kTile;
-    const int column = piece * kTile * (e.gated ? 2 : 1);
-    const int64_t left = e.features - feature;
-    const int count = left < kTile ? static_cast<int>(left) : kTile;
-    const int64_t place = row * e.features + feature;
-    float padded_bias[kTile];
-    const float* bias = e.bias == nullptr ? nullptr : e.bias + panel * kPanel;
-    if (bias != nullptr && count < kTile && !e.gated) {  // a gated bias comes padded, as its rows do
-      for (int i = 0; i < kTile; ++i) padded_bias[i] = i < count ? bias[column + i] : 0.0f;
-      bias = padded_bias - column;
+// What follows a panel's sums [rows, kPanel], tile by tile. Bias and features are padded to whole tiles nowhere, but
+// for a gated bias, which comes as its rows do.
+template <class V, Activation ACTIVATION, bool GATED>
+void finish_rows(const float* sums, int rows, int tiles, int64_t panel, int64_t row, const Epilogue& e) {
+  constexpr int kStep = GATED ? 2 * kTile : kTile;
+  const int64_t features = e.features;  // read once: for all the compiler knows, a store may change what e holds
+  const float* residuals = e.residual;
+  float* results = e.result;
+  for (int column = 0; column < tiles * kTile; column += kStep) {
+    const int64_t feature = (panel * kPanel + column) / (GATED ? 2 : 1);
+    const int count = features - feature < kTile ? static_cast<int>(features - feature) : kTile;
+    float padded_bias[kTile] = {};
+    const float* bias = e.bias == nullptr ? nullptr : e.bias + panel * kPanel + column;
+    if (bias != nullptr && count < kTile && !GATED) {
+      for (int i = 0; i < count; ++i) padded_bias[i] = bias[i];
+      bias = padded_bias;
     }
-    if (count == kTile) {
-      for (int i = 0; i < kTile; i += V::L) {
-        typename V::F value = finish<V>(sums, column + i, bias, e);
-        if (e.residual != nullptr) value = V::add(value, V::load(e.residual + place + i));
-        V::store(e.result + place + i, value);
+    for (int m = 0; m < rows; ++m) {
+      const float* source = sums + m * kPanel + column;
+      const int64_t place = (row + m) * features + feature;
+      float whole[kTile];
+      float* target = count == kTile ? results + place : whole;
+      ACCEL_UNROLL for (int i = 0; i < kTile; i += V::L) {
+        typename V::F value = finish<V, ACTIVATION, GATED>(source + i, bias == nullptr ? nullptr : bias + i);
+        if (residuals != nullptr && count == kTile) value = V::add(value, V::load(residuals + place + i));
+        V::store(target + i, value);
       }
-      continue;
-    }
-    float whole[kTile];
-    for (int i = 0; i < kTile; i += V::L) V::store(whole + i, finish<V>(sums, column + i, bias, e));
-    for (int i = 0; i < count; ++i) {
-      e.result[place + i] = e.residual == nullptr ? whole[i] : whole[i] + e.residual[place + i];
+      for (int i = 0; count < kTile && i < count; ++i) {
+        results[place + i] = residuals == nullptr ? whole[i] : whole[i] + residuals[place + i];
+      }
     }
   }
+}
+
+using Finish = void (*)(const float* sums, int rows, int tiles, int64_t panel, int64_t row, const Epilogue& e);
+
+template <class V, bool GATED>
+Finish finish_of(Activation activation) {
+  switch (activation) {
+    case Activation::kGelu:
+      return finish_rows<V, Activation::kGelu, GATED>;
+    case Activation::kGeluTanh:
+      return finish_rows<V, Activation::kGeluTanh, GATED>;
+    case Activation::kSilu:
+      return finish_rows<V, Activation::kSilu, GATED>;
+    case Activation::kNone:
+      break;
+  }
+  return finish_rows<V, Activation::kNone, GATED>;
 }
 
 // Fetches the lines of a result before its product is computed: written after it, each would be waited for.
@@ -291,6 +345,8 @@ void multiply_tiles(const Weight& weight, const QuantizedRows& rows, int64_t fir
   const WeightShape& shape = weight.shape;
   const int64_t count = last_row - first_row;
   const int64_t groups = (count + kMost - 1) / kMost;
+  const Finish finish = epilogue.gated ? finish_of<V, true>(epilogue.activation)
+                                       : finish_of<V, false>(epilogue.activation);
   alignas(64) float sums[kMost * kPanel];
   Operands a{};
   a.stride = rows.stride;
@@ -312,7 +368,7 @@ void multiply_tiles(const Weight& weight, const QuantizedRows& rows, int64_t fir
       a.x_scales = rows.scales + row * a.blocks;
       a.starts = rows.starts + row * a.blocks;
       rows_product<V, BITS, BLOCKED, kMost>(some, a, tiles * (kTile / V::L));
-      for (int m = 0; m < some; ++m) finish_row<V>(sums + m * kPanel, tiles, panel, row + m, epilogue);
+      finish(sums, some, tiles, panel, row, epilogue);
     }
   }
 }

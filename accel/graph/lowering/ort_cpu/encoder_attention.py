@@ -1,4 +1,8 @@
-"""``accel::Attention`` -> the fastest of three kernels, chosen per call.
+"""``accel::Attention`` -> the fastest of three kernels, chosen per call; or the operator of ``accel_cpu``.
+
+Variants that store integers take ``accel.cpu::Attention`` where nodes have neither window nor bias: it rounds to
+bfloat16 where the CPU multiplies that, and takes masks as they come. Queries, keys and values then are one product,
+which rounds its input once, and the operator reads them side by side. All other nodes take ONNX Runtime's kernels.
 
 Short rows without padding take ONNX's ``Attention``, which keeps all scores and is 15 to 40 % faster up to
 ``SHORT`` tokens. Longer ones take the flash path of ``MultiHeadAttention``, which wants neither mask nor bias; what
@@ -12,31 +16,49 @@ add up to one, and goes into the bias of the projection that follows.
 
 from __future__ import annotations
 
+import accel_cpu
 import numpy as np
 import onnx_ir as ir
 
 from accel.errors import FusionError
 from accel.graph.checks import attention_nodes
 from accel.graph.edit import make_constant, producer, rank, replace_value, sole_consumer
-from accel.spec import ArchSpec
+from accel.graph.lowering.fused_linear import join_linears
+from accel.graph.quantized import concatenated
+from accel.spec import ArchSpec, AttentionSpec
 
 MICROSOFT = "com.microsoft"
 SHORT = 384  # tokens: at 256 ONNX's Attention took 610 us where the flash path took 700; at 512 both took 2.4 ms
 
 
-def lower_attention(model: ir.Model, arch: ArchSpec) -> None:
-    """Lowers every bidirectional attention node in place.
+def lower_attention(model: ir.Model, arch: ArchSpec, integers: bool = False) -> int:
+    """Lowers every bidirectional attention node in place; returns how many take the operator of ``accel_cpu``.
+
+    Args:
+        integers: The variant stores integers: what it computes is not exact anyway, and its error is measured.
 
     Raises:
         FusionError: grouped heads or a softcap, which this kernel lacks.
     """
     graph = model.graph
     shared = _Shared(graph)
+    own = 0
     for index, node in enumerate(attention_nodes(model, "accel", "Attention")):
         layer = arch.layers[index]
         if layer.softcap is not None or layer.heads != layer.kv_heads:
             raise FusionError("MultiHeadAttention has neither softcap nor grouped heads", where=f"layer {index}")
-        _lower_layer(graph, node, index, shared)
+        if integers and len(node.inputs) <= 4 and _is_plain(layer):
+            _lower_to_own(graph, node, index, shared)
+            own += 1
+        else:
+            _lower_layer(graph, node, index, shared)
+    if own:
+        model.opset_imports[accel_cpu.DOMAIN] = 1
+    return own
+
+
+def _is_plain(layer: AttentionSpec) -> bool:
+    return layer.window is None and layer.head_dim <= accel_cpu.LARGEST_HEAD
 
 
 class _Shared:
@@ -108,6 +130,51 @@ class _Shared:
         return self._op("And", [self.no_padding, fits], {}, ir.DataType.BOOL, ()), bias
 
 
+def _lower_to_own(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> None:
+    query, bias = without_bias(node, 0)
+    key, _ = without_bias(node, 1)
+    value, value_bias = without_bias(node, 2)
+    packed = _side_by_side(graph, node, [query, key, value], bias, f"layers.{index}.queries.bias")
+    inputs = [*node.inputs[:1], key, value] if packed is None else [packed, None, None]
+    attributes = {"num_heads": node.attributes["num_heads"].as_int(), "scale": node.attributes["scale"].as_float()}
+    made = ir.node(
+        accel_cpu.ATTENTION, [*inputs, shared.mask], attributes, domain=accel_cpu.DOMAIN,
+        name=f"layers.{index}.attention",
+    )  # fmt: skip
+    _take_place(graph, node, made)
+    if value_bias is not None:
+        _pass_on(graph, made, value_bias, index)
+
+
+def _side_by_side(
+    graph: ir.Graph, before: ir.Node, parts: list[ir.Value | None], bias: ir.Value | None, name: str
+) -> ir.Value | None:
+    """One product that gives all parts, the first one with its bias; None: their weights are not integers, alike."""
+    linears = [producer(part, "Linear") for part in parts]
+    weights = [linear.inputs[1] for linear in linears if linear is not None]
+    known = [weight.const_value for weight in weights if weight is not None]
+    added = None if bias is None or bias.const_value is None else bias.const_value.numpy()
+    if len(known) != len(parts) or concatenated(known, "") is None or (bias is not None and added is None):
+        return None
+    joined = join_linears(graph, before, [part for part in parts if part is not None])
+    if joined is not None and added is not None:
+        outputs = sum(tensor.shape.numpy()[0] for tensor in known if tensor is not None)
+        whole = np.pad(added, (0, outputs - len(added)))
+        product = joined.producer()
+        assert product is not None
+        product.resize_inputs(len(product.inputs) + 1)
+        product.replace_input_with(len(product.inputs) - 1, make_constant(graph, name, whole))
+    return joined
+
+
+def _take_place(graph: ir.Graph, node: ir.Node, made: ir.Node) -> None:
+    output = node.outputs[0]
+    made.outputs[0].type, made.outputs[0].shape = output.type, output.shape
+    graph.insert_before(node, made)
+    replace_value(output, made.outputs[0])
+    graph.remove(node, safe=True)
+
+
 def _lower_layer(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) -> None:
     heads, scale = node.attributes["num_heads"].as_int(), node.attributes["scale"].as_float()
     query = node.inputs[0]
@@ -136,11 +203,7 @@ def _lower_layer(graph: ir.Graph, node: ir.Node, index: int, shared: _Shared) ->
         {"then_branch": short, "else_branch": _branch(rest, f"layers.{index}.attention.rest", node)},
         name=f"layers.{index}.attention",
     )
-    output = node.outputs[0]
-    choice.outputs[0].type, choice.outputs[0].shape = output.type, output.shape
-    graph.insert_before(node, choice)
-    replace_value(output, choice.outputs[0])
-    graph.remove(node, safe=True)
+    _take_place(graph, node, choice)
     if value_bias is not None:
         _pass_on(graph, choice, value_bias, index)
 

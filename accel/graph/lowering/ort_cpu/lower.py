@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Mapping
 from functools import partial
 
+import accel_cpu
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -18,6 +19,7 @@ from accel.graph.lowering.ort_cpu.elementwise import fuse_bias_gelu, fuse_silu, 
 from accel.graph.lowering.ort_cpu.embedding import take_out_embedding
 from accel.graph.lowering.ort_cpu.encoder_attention import lower_attention
 from accel.graph.lowering.ort_cpu.linear import lower_linear, split_head
+from accel.graph.lowering.ort_cpu.norms import fuse_norms
 from accel.graph.lowering.ort_cpu.quantized import DOMAIN as QUANTIZED
 from accel.graph.lowering.ort_cpu.quantized import fuse_residuals, lower_quantized, mark_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
@@ -68,8 +70,9 @@ def lower(
     elif kv is not None:
         raise InputError("an encoder has no KV cache", where="kv")
     else:
-        lower_attention(lowered, arch)
-        fused = {"Attention / MultiHeadAttention": len(arch.layers)}
+        own = lower_attention(lowered, arch, scheme.quantized)
+        counts = {"Attention / MultiHeadAttention": len(arch.layers) - own, "accel.cpu::Attention": own}
+        fused = {name: count for name, count in counts.items() if count}
     _prune(lowered)
     reports = [PassReport("attention", before, lowered.graph.num_nodes(), fused)]
     reports += run_passes(
@@ -86,6 +89,7 @@ def lower(
             ("clean", clean),
             ("pack", lambda model: lower_quantized(model, scheme, static_scales or {})),
             ("residuals", fuse_residuals),
+            ("norms", fuse_norms),
             ("split_head", lambda model: split_head(model, arch)),
             ("embedding", partial(take_out_embedding, parameters=parameters) if arch.kind == "decoder" else _nothing),
             ("best_token", add_best_token if arch.kind == "decoder" else _nothing),
@@ -104,10 +108,13 @@ def _prune(model: ir.Model) -> None:
 
 
 def _check(model: ir.Model, arch: ArchSpec) -> None:
-    op_type, domain = ("GroupQueryAttention", MICROSOFT) if arch.kind == "decoder" else ("If", "")
-    found = len(attention_nodes(model, domain, op_type))
+    kernels = [("GroupQueryAttention", MICROSOFT)]
+    if arch.kind == "encoder":
+        kernels = [("If", ""), (accel_cpu.ATTENTION, accel_cpu.DOMAIN)]
+    found = sum(len(attention_nodes(model, domain, op_type)) for op_type, domain in kernels)
     if found != len(arch.layers):
-        raise FusionError(f"{found} {op_type} nodes for {len(arch.layers)} layers", where=f"layer {found}, ort-cpu")
+        names = " and ".join(op_type for op_type, _ in kernels)
+        raise FusionError(f"{found} {names} nodes for {len(arch.layers)} layers", where=f"layer {found}, ort-cpu")
     known = ("", MICROSOFT, QUANTIZED)
     left = sorted({f"{node.domain}::{node.op_type}" for node in model.graph if node.domain not in known})
     if left:

@@ -110,9 +110,9 @@ class _Packed:
     def get(self, weights: tuple[ir.Value, ...], gated: bool) -> tuple[ir.Value, ir.Value]:
         """(packed values uint8 [bytes], scales) of weights one under the other."""
         if weights not in self.made:
-            name = weights[0].name if len(weights) == 1 else f"{weights[0].name}+{weights[1].name}"
+            name = "+".join(weight.name or "" for weight in weights)
             tensor = _joined(weights)
-            self.made[weights] = self._make(f"{name}", tensor, gated)
+            self.made[weights] = self._make(name, tensor, gated)
         return self.made[weights]
 
     def _make(self, name: str, tensor: QuantizedTensor, gated: bool) -> tuple[ir.Value, ir.Value]:

@@ -35,5 +35,5 @@ def test_private_node_without_a_lowering() -> None:
 
 def test_lost_layer() -> None:
     arch = dataclasses.replace(ARCH, layers=(LAYER, LAYER))
-    with pytest.raises(FusionError, match=r"1 If nodes for 2 layers \(at layer 1, ort-cpu\)"):
+    with pytest.raises(FusionError, match=r"1 If and Attention nodes for 2 layers \(at layer 1, ort-cpu\)"):
         lower(make(TEXT % "Relu"), arch, 32)
