@@ -170,7 +170,7 @@ SUITES: dict[str, Suite] = {
             "minilm",
             _ENCODER_INT8,
             (
-                *("accel-w8g128", "accel-w8a8-dyn", "accel-openvino-bf16", "openvino-int8", "openvino-int8-bf16"),
+                *("accel-w8a8-dyn", "accel-w8g128", "accel-openvino-bf16", "openvino-int8", "openvino-int8-bf16"),
                 *("openvino-static-int8", "openvino-static-int8-bf16", "openvino-bf16"),
                 *("ort-int8", "ctranslate2-int8"),
             ),
@@ -178,7 +178,7 @@ SUITES: dict[str, Suite] = {
                 *(Target(case.name, 0.90, "fastest") for case in _ENCODER_INT8),
                 Target(COSINE, 0.997, "absolute", at_least=True),
             ),
-            subject="accel-w8g128",
+            subject="accel-w8a8-dyn",
             reference="torch",
             pooled=POOLED_SENTENCES,
         ),
