@@ -16,6 +16,7 @@ from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, EngineUnavailableError, InputError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quality, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
+from accel.runtime.text import TOKENIZER_FILE
 from accel.scheme import Scheme
 from accel.spec import Kind
 from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
@@ -317,8 +318,12 @@ class Addition:
         return result
 
     def _measured(self, manifest: Manifest) -> Manifest:
-        """The manifest with what the variant costs; without, where its engine cannot run here and no limit is set."""
+        """The manifest with what the variant costs; without, where floats cannot be measured here and no limit is set."""
         gate, settings = self.quantizing.gate, Settings(engine=self.target.name)  # no other graph that it may have
+        optional = gate == Gate() and self.target.name != CPU
+        if optional and not self.bundle.has(TOKENIZER_FILE):
+            _log.warning("%s was not measured: the bundle has no tokenizer for the text", self.variant)
+            return manifest
         self.progress.stage("Measuring quality")
         with self.extension.preview(manifest) as preview:
             reference = measure_reference(preview, self.quantizing.text, settings)
@@ -327,7 +332,7 @@ class Addition:
                     preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
                 )
             except EngineUnavailableError as error:
-                if gate != Gate() or self.target.name == CPU:
+                if not optional:
                     raise
                 _log.warning("%s was not measured: %s", self.variant, error)
                 return manifest
