@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError, EngineUnavailableError, InputError
+from accel.errors import BundleError, EngineUnavailableError, InputError, QualityError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quality, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
 from accel.runtime.text import TOKENIZER_FILE
@@ -318,7 +318,7 @@ class Addition:
         return result
 
     def _measured(self, manifest: Manifest) -> Manifest:
-        """The manifest with what the variant costs; without, where floats cannot be measured here and no limit is set."""
+        """The manifest with what the variant costs; without, where floats cannot be measured and no limit is set."""
         gate, settings = self.quantizing.gate, Settings(engine=self.target.name)  # no other graph that it may have
         optional = gate == Gate() and self.target.name != CPU
         if optional and not self.bundle.has(TOKENIZER_FILE):
@@ -331,6 +331,9 @@ class Addition:
                 quality = measure_variant(
                     preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
                 )
+            except QualityError as error:
+                error.where = str(self.bundle.path)  # the caller's, not the preview's, which is gone
+                raise
             except EngineUnavailableError as error:
                 if not optional:
                     raise

@@ -67,7 +67,7 @@ def test_a_gate_refuses_and_writes_nothing(
     before = content(folder)
     with pytest.raises(QualityError, match="mean cosine of .* to those of fp32") as caught:
         add_variant(folder, "w4g128", algorithm="rtn", check=False, min_cosine=0.9999)
-    assert caught.value.value < caught.value.limit == 0.9999
+    assert caught.value.value < caught.value.limit == 0.9999 and caught.value.where == str(folder)
     assert content(folder) == before and not list(folder.glob(".*"))
     command = ["quantize", str(folder), "--variant", "w4g128", "--algorithm", "rtn", "--no-parity", "--min-cosine"]
     assert main([*command, "0.9999", "--target", "ort-cpu"]) == 1 and "mean cosine" in capsys.readouterr().err

@@ -147,6 +147,7 @@ def _times(known: Known) -> str:
     rounds = max(timings.rounds for _, quality in known for timings in quality.timings)
     machines = " and ".join(dict.fromkeys(quality.machine for _, quality in known))
     note = f"T_r = T_c + T_p + T_s, medians of {rounds} calls, on {machines}. Right: the three parts in ms."
+    note += " Shares are of fp32's time in the variant's own run."
     return html.section("Time", note, content + html.legend(keys) + table)
 
 

@@ -114,8 +114,9 @@ def _times(known: Known) -> Table:
             if timings is not None:
                 parts = (timings.compute, timings.prepost, timings.system, timings.total)
                 rows.append((phase, name, *map(wording.milliseconds, parts), wording.time_share(quality, phase)))
-    columns = ("call", "variant", "T_c", "T_p", "T_s", "T_r", "of fp32")
-    return _table("Time in ms: T_r = T_c (compute) + T_p (pre, post) + T_s (system)", columns, rows, left=2)
+    columns = ("call", "variant", "T_c", "T_p", "T_s", "T_r", "of fp32*")
+    title = "Time in ms: T_r = T_c (compute) + T_p (pre, post) + T_s (system); *: of fp32's time in the same run"
+    return _table(title, columns, rows, left=2)
 
 
 def _layers(item: VariantReport) -> list[str]:
