@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ class RowGroup:
     ragged: bool = False
 
 
-class RowEncoder:
+class RowEncoder(ABC):
     """Runs batches row by row. Thread-safe.
 
     A single row runs on an engine with all threads. Several rows are spread over that many Python threads, all on a
@@ -66,17 +67,17 @@ class RowEncoder:
         self._lock = threading.Lock()
         self._lifetime = Lifetime("encoder")
 
+    @abstractmethod
     def _open_single(self) -> Any:
         """The engine that computes a run with one thread, and ``threads`` runs at a time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _call(self, engine: Any, feeds: Feeds) -> list[NDArray]:
         """The outputs of contiguous feeds, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _error(self, error: Exception, where: str) -> EngineError:
         """What ``_call`` raised, in our terms."""
-        raise NotImplementedError
 
     def run_many(self, batches: Sequence[Feeds]) -> list[Feeds]:
         """Runs independent batches, their rows spread over the threads; results in order. Raises as ``run`` does."""

@@ -74,7 +74,7 @@ class RemoteFolder:
                 self._fs.pipe_file(path, content, mode="create")
             except FileExistsError:
                 return False
-            except (OSError, ValueError, TypeError, NotImplementedError) as error:
+            except (OSError, ValueError, TypeError, NotImplementedError) as error:  # how backends refuse mode="create"
                 if _says(error, REFUSED):
                     return False
                 if isinstance(error, OSError) and not _says(error, UNKNOWN):
@@ -188,7 +188,7 @@ class RemoteFolder:
                 return float(self._fs.modified(self._path(name)).timestamp())
             except FileNotFoundError:
                 return time.time()
-            except NotImplementedError:
+            except NotImplementedError:  # fsspec's word for a backend that keeps no times
                 return 0.0
 
     @property
