@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from accel.errors import EngineError, InputError
 
-# Parameters that act only when do_sample is on.
-_SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
+# Parameters that act only when do_sample is on, and the values with which they do nothing.
+_SAMPLING_ONLY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _CACHED_VALUES = 1 << 18  # float32 values that a core's cache holds together
 
 
@@ -30,6 +30,10 @@ class SamplingParams:
         min_p: In [0, 1]; drop tokens less probable than this share of the best one's probability. 0: none.
         repetition_penalty: > 0; divides positive and multiplies negative logits of tokens seen so far. 1: off.
         seed: >= 0, makes draws repeatable; None: fresh entropy.
+
+    Raises:
+        InputError: A wrong type, NaN, infinity, a value out of range, or a sampling-only parameter that would be
+            without effect because ``do_sample`` is off.
     """
 
     do_sample: bool = False
@@ -49,27 +53,19 @@ class SamplingParams:
             given: Arguments of this call; None means not given.
 
         When the call ends up greedy, sampling-only defaults of the model do not apply; sampling-only
-        arguments of the caller are refused by ``validate``.
+        arguments of the caller are refused.
 
         Raises:
-            InputError: see ``validate``.
+            InputError: See the class.
         """
         names = {f.name for f in fields(cls)} - {"seed"}
         chosen = {name: value for name, value in defaults.items() if name in names and value is not None}
         asked = {name: value for name, value in given.items() if value is not None}
         if not asked.get("do_sample", chosen.get("do_sample", False)):
             chosen = {name: value for name, value in chosen.items() if name not in _SAMPLING_ONLY}
-        params = cls(**{**chosen, **asked})
-        params.validate()
-        return params
+        return cls(**{**chosen, **asked})
 
-    def validate(self) -> None:
-        """Checks every parameter.
-
-        Raises:
-            InputError: a wrong type, NaN, infinity, a value out of range, or a sampling-only
-                parameter that would be without effect because ``do_sample`` is off.
-        """
+    def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool | np.bool_):
             raise _refuse("do_sample", self.do_sample, "True or False")
         _require_real(
@@ -85,8 +81,7 @@ class SamplingParams:
             self._refuse_ineffective()
 
     def _refuse_ineffective(self) -> None:
-        default = SamplingParams()
-        idle = [name for name in _SAMPLING_ONLY if getattr(self, name) != getattr(default, name)]
+        idle = [name for name, off in _SAMPLING_ONLY.items() if getattr(self, name) != off]
         if idle:
             raise InputError(
                 f"{' and '.join(idle)} would be without effect because do_sample is False",
@@ -102,16 +97,17 @@ def _refuse(name: str, value: object, expected: str, remedy: str | None = None) 
 def _require_real(
     name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False, remedy: str | None = None
 ) -> None:
-    upper = f"at most {high:g}" if math.isfinite(high) else "finite"
-    expected = f"a number {'above' if open_low else 'of at least'} {low:g} and {upper}"
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
-        raise _refuse(name, value, expected, remedy)
-    number = float(value)
+    real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_))
+    number = float(value) if real else math.nan  # type: ignore[arg-type]
     if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
+        upper = f"at most {high:g}" if math.isfinite(high) else "finite"
+        expected = f"a number {'above' if open_low else 'of at least'} {low:g} and {upper}"
         raise _refuse(name, value, expected, remedy)
 
 
 def _require_integer(name: str, value: object) -> None:
+    if type(value) is int and value >= 0:
+        return
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral) or int(value) < 0:
         raise _refuse(name, value, "an integer of at least 0")
 
@@ -123,14 +119,14 @@ class Sampler:
         """Prepares a sequence's random state.
 
         Args:
-            params: Checked here again.
+            params: How tokens are chosen.
             vocab_size: Length of the logits that ``pick`` will get.
             stream: Which of several independent random streams of the same seed to draw from
                 (the i-th of ``num_return_sequences``); 0 alone is what a single sequence draws.
         """
-        params.validate()
         self.params, self.vocab_size = params, vocab_size
-        self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
+        if params.do_sample:  # else it costs a first token 30 us for nothing
+            self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
         self._reads_history = params.repetition_penalty != 1.0
         self._plain = not params.do_sample and not self._reads_history
 

@@ -143,18 +143,18 @@ def test_seed_repeats_and_streams_differ() -> None:
 )
 def test_bad_parameter_is_named(name: str, value: object) -> None:
     with pytest.raises(InputError) as caught:
-        SamplingParams(**{"do_sample": True, name: value}).validate()  # type: ignore[arg-type]
+        SamplingParams(**{"do_sample": True, name: value})  # type: ignore[arg-type]
     assert caught.value.where == name
     assert f"{name} must be" in str(caught.value)
 
 
 def test_numpy_scalars_are_accepted() -> None:
-    SamplingParams(do_sample=True, temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(1)).validate()  # type: ignore[arg-type]
+    SamplingParams(do_sample=True, temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(1))  # type: ignore[arg-type]
 
 
 def test_option_without_effect_is_refused() -> None:
     with pytest.raises(InputError, match="temperature and top_p would be without effect") as caught:
-        SamplingParams(temperature=0.5, top_p=0.9).validate()
+        SamplingParams(temperature=0.5, top_p=0.9)
     assert "do_sample=True" in str(caught.value)
 
 

@@ -123,21 +123,21 @@ class _Place:
         count = rows * width
         self._sizes = [count] * len(inputs) + [rows, rows]
         self._host = device.pinned(sum(self._sizes))
+        self._parts = [part.numpy() for part in self._host.split(self._sizes)]
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
         self._ends = torch.zeros(2 * rows, dtype=torch.int32, device=device.torch)
         self._replay = Replay(device, self._run)
         self._results: dict[str, torch.Tensor] = {}
 
     def run(self, feeds: Feeds, rows: int, width: int, lengths: NDArray[np.int64]) -> Feeds:
-        parts = [part.numpy() for part in self._host.split(self._sizes)]
-        for name, part in zip(self._names, parts, strict=False):
+        for name, part in zip(self._names, self._parts, strict=False):
             padded = part.reshape(self._rows, self._width)
             padded[:] = 0
             if name in feeds:
                 padded[:rows, :width] = feeds[name]
             elif name == "attention_mask":
                 padded[:rows, :width] = 1
-        starts, stops = parts[-2:]
+        starts, stops = self._parts[-2:]
         starts[:] = np.arange(self._rows) * self._width
         stops[:] = starts
         stops[:rows] += lengths

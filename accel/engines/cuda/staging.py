@@ -143,12 +143,14 @@ class PackedPlace:
         self._executor = executor
         self._sizes = [tokens, tokens, tokens, rows, rows, rows, wanted]  # ids, positions, rows, starts, stops, past
         self._host = device.pinned(sum(self._sizes))
+        self._parts = [part.numpy() for part in self._host.split(self._sizes)]
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
         self._small = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device.torch)
         self._logits: torch.Tensor | None = None
         self._best = torch.zeros(2 * wanted, dtype=torch.int64, device=device.torch)
         self._space = argmax_workspace(wanted, device.torch)
         self._taken = device.pinned(2 * wanted)
+        self._told, self._numbers = self._taken.numpy(), np.arange(rows)
         self._replay = Replay(device, self._run)
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
@@ -161,19 +163,17 @@ class PackedPlace:
         """Each wanted position's best token."""
         self._start(inputs)
         self._taken.copy_(self._best)
-        tokens, count = self._taken.numpy(), len(inputs.logits_positions)
+        tokens, count = self._told, len(inputs.logits_positions)
         return GreedyTokens(tokens[:count].copy(), tokens[self._wanted :].view(np.float32)[:count].copy())
 
     def _start(self, inputs: StepInputs) -> None:
-        ids, positions, rows, starts, stops, past, wanted = (
-            part.numpy() for part in self._host.split(self._sizes)
-        )  # fmt: skip
-        count, lengths = len(inputs.input_ids), inputs.query_lengths.astype(np.int64)
+        ids, positions, rows, starts, stops, past, wanted = self._parts
+        count, lengths = len(inputs.input_ids), inputs.query_lengths
         ids[:count], ids[count:] = inputs.input_ids, 0
         positions[:count], positions[count:] = inputs.position_ids, 0
-        rows[:count], rows[count:] = np.repeat(np.arange(len(lengths)), lengths), SITS_OUT
-        stops[:] = np.cumsum(lengths)
-        starts[:] = stops - lengths
+        rows[:count], rows[count:] = self._numbers.repeat(lengths), SITS_OUT
+        lengths.cumsum(out=stops)
+        np.subtract(stops, lengths, out=starts)
         past[:] = inputs.past_lengths
         wanted[:], wanted[: len(inputs.logits_positions)] = 0, inputs.logits_positions
         self._inputs.copy_(self._host, non_blocking=True)  # read before the results are, which the host waits for
