@@ -62,13 +62,14 @@ def reference(
 
 @dataclass(frozen=True)
 class QuantizedTile:
-    """Outputs and rows per program, terms per turn, warps, turns in flight."""
+    """Outputs and rows per program, terms per turn, warps, turns in flight, programs per sum."""
 
     block_n: int = 64
     block_m: int = 64
     block_k: int = 128
     warps: int = 4
     stages: int = 3
+    splits: int = 1
 
     def fitting(self, x: torch.Tensor, group: int, bits: int, gated: bool) -> QuantizedTile:
         """The tile for rows [M, K] and groups of a size.
@@ -110,7 +111,7 @@ def _load(rows, factors, w, g, inside, width, groups):
 def quantized_gemm_kernel(
     x, weight, scales, out, bias, residual, M, N, K, STRIPE,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -128,17 +129,21 @@ def quantized_gemm_kernel(
     factors = scales + line * groups
     lines = x + m.to(tl.int64)[None] * K
     real = (n < N)[:, None]
-    words, factor = _load(rows, factors, w, g, real, width, groups)
+    split = tl.program_id(2)
+    span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
+    first, stop = split * span, tl.minimum(split * span + span, K)
+    at, share, now = first // FIELDS + w, first // GROUP + g, first + k
+    words, factor = _load(rows, factors, at, share, real, width, groups)
     if GATED:
-        up_words, up_factor = _load(rows + STRIPE * width, factors + STRIPE * groups, w, g, real, width, groups)
+        up_words, up_factor = _load(rows + STRIPE * width, factors + STRIPE * groups, at, share, real, width, groups)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    tile = operand(tl.load(lines + k[:, None], mask=(k < K)[:, None] & (m < M)[None], other=0.0))
+    tile = operand(tl.load(lines + now[:, None], mask=(now < K)[:, None] & (m < M)[None], other=0.0))
     total = tl.dot(_dequantized(words, factor, BITS, SHARES, TYPE), tile)
     other = total
     if GATED:
         other = tl.dot(_dequantized(up_words, up_factor, BITS, SHARES, TYPE), tile)
-    for start in range(BLOCK_K, K, BLOCK_K):
+    for start in range(first + BLOCK_K, stop, BLOCK_K):
         now = start + k
         at = start // FIELDS + w
         share = start // GROUP + g
@@ -149,11 +154,14 @@ def quantized_gemm_kernel(
             words, factor = _load(rows + STRIPE * width, factors + STRIPE * groups, at, share, real, width, groups)
             other = tl.dot(_dequantized(words, factor, BITS, SHARES, TYPE), tile, other)
     if HAS_BIAS:
-        total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        column = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if SPLITS > 1:  # the first part has it
+            column *= (split == 0).to(tl.float32)
+        total += column
         if GATED:
             other += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     total = finish(total, other, ACTIVATION, GATED)
-    cells = m.to(tl.int64)[None] * N + n[:, None]
+    cells = (split * M + m).to(tl.int64)[None] * N + n[:, None]
     inside = real & (m < M)[None]
     if HAS_RESIDUAL:
         total += tl.load(residual + cells, mask=inside, other=0.0).to(tl.float32)
@@ -180,7 +188,8 @@ def quantized_gemm(
     Args:
         x: [M, K] of any float type.
         weight, scales: As ``packing`` has them for [N, K]; gated: [2N, K] in stripes. Groups of a multiple of 16.
-        out: [M, N], written; may be ``residual``.
+        out: [M, N], written; may be ``residual``. With ``tile.splits`` > 1 float32 [splits, M, N], parts that the
+            reader adds up: there is no gate, residual or activation then.
         bits: 4 or 8.
         bias: [N]; gated: [2N], the gate's first.
         residual: [M, N], added last.
@@ -192,14 +201,14 @@ def quantized_gemm(
     Raises:
         TypeError, ValueError: A tensor has another type, shape or place; another number of bits; odd groups.
     """
-    _check(x, weight, scales, out, bits, bias, residual, gated, stripe, activation)
-    (rows, size), count = x.shape, out.shape[1]
+    _check(x, weight, scales, out, bits, bias, residual, gated, stripe, activation, tile.splits)
+    (rows, size), count = x.shape, out.shape[-1]
     group = size // scales.shape[1]
     tile = tile.fitting(x, group, bits, gated)
-    quantized_gemm_kernel[(triton.cdiv(count, tile.block_n), triton.cdiv(rows, tile.block_m))](
+    quantized_gemm_kernel[(triton.cdiv(count, tile.block_n), triton.cdiv(rows, tile.block_m), tile.splits)](
         x, weight, scales, out, bias, residual, rows, count, size, stripe or count,
         BITS=bits, GROUP=group, SHARES=max(tile.block_k // group, 1),
-        BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k,
+        BLOCK_N=tile.block_n, BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, SPLITS=tile.splits,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, GATED=gated, ACTIVATION=activation,
         **launch_options(x.device, dependent, tile.warps, tile.stages),
     )  # fmt: skip
@@ -209,13 +218,19 @@ def quantized_gemm(
 def _check(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, bits: int,
     bias: torch.Tensor | None, residual: torch.Tensor | None, gated: bool, stripe: int | None, activation: int,
+    splits: int,
 ) -> None:  # fmt: skip
     expect = Expect("quantized_gemm", x.device)
     expect.that(bits in (4, 8), f"weights of {bits} bits; there are 4 and 8")
     expect.tensor("x", x, -1, -1, dtypes=FLOATS)
     rows, size = x.shape
-    expect.tensor("out", out, rows, -1)
-    count = out.shape[1]
+    count = out.shape[-1]
+    if splits == 1:
+        expect.tensor("out", out, rows, count)
+    else:
+        expect.tensor("out", out, splits, rows, count, dtypes=(torch.float32,))
+        whole = residual is None and activation == NO_ACTIVATION and not gated
+        expect.that(whole, "sums in parts have no gate, residual or activation")
     expect.that(rows > 0 and count > 0, f"{rows} rows of {count} outputs")
     expect.tensor("weight", weight, (1 + gated) * count, size * bits // 32, dtypes=(torch.int32,))
     expect.tensor("scales", scales, (1 + gated) * count, -1)

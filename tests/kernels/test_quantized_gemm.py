@@ -47,6 +47,17 @@ def test_gate_and_other_alternate_in_stripes(device: Any, bits: int, stripe: int
     assert_close(out, reference(x, words, scales, **options), TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("size", "group", "splits"), [(512, 32, 4), (320, 64, 2), (192, 96, 4), (384, 128, 3)])
+def test_several_programs_share_a_sum(make: Maker, bits: int, size: int, group: int, splits: int) -> None:
+    """Also where the last programs have fewer turns, or none."""
+    x, bias = make.normal(5, size), make.normal(21)
+    words, scales = quantized(make, 21, size, bits, group)
+    out = make.poison(splits, 5, 21, dtype=torch.float32)
+    quantized_gemm(x, words, scales, out, bits=bits, bias=bias, tile=QuantizedTile(16, 16, 64, 4, 2, splits))
+    assert_close(out.sum(0), reference(x, words, scales, bits=bits, bias=bias), TOLERANCES[make.dtype])
+
+
 @pytest.mark.parametrize(
     ("group", "wanted"), [(32, 128), (64, 128), (128, 128), (256, 128), (96, 32), (16, 128)], ids=str
 )
@@ -64,6 +75,9 @@ def test_refused(device: Any) -> None:
         quantized_gemm(x, words, scales, out, bits=3)
     with pytest.raises(ValueError, match=r"weight has shape \[4, 8\], not \[4, 16\]"):
         quantized_gemm(x, words, scales, out, bits=8)
+    with pytest.raises(ValueError, match="parts have no gate"):
+        parts = make.poison(2, 2, 4, dtype=torch.float32)
+        quantized_gemm(x, words, scales, parts, bits=4, activation=SILU, tile=QuantizedTile(splits=2))
     with pytest.raises(ValueError, match="groups of 8"):
         quantized_gemm(x, *pack(make.normal(4, 64), 4, 8), out, bits=4)
     with pytest.raises(ValueError, match="3 scales do not divide a row of 64"):

@@ -22,7 +22,7 @@ from accel_kernels.gemv import gemv
 from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
 from accel_kernels.norm import norm
 from accel_kernels.quantized_gather import quantized_gather
-from accel_kernels.quantized_gemm import quantized_gemm
+from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
 from accel_kernels.quantized_gemv import quantized_gemv
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
 from accel_kernels.wide_gemm import wide_gemm
@@ -32,7 +32,8 @@ from accel.engines.cuda.program import STRIPE, Matrix
 from accel.engines.cuda.tiles import (
     BLOCK_TILES,
     FEW,
-    QUANTIZED_TILE,
+    QUANTIZED_SPLIT_TILES,
+    QUANTIZED_TILES,
     SPLIT_TILES,
     WIDE_TILES,
     gemv_tile,
@@ -127,6 +128,8 @@ class Products:
     def parts(self, value: object, matrix: Matrix) -> Parts | torch.Tensor:
         """A product that its reader may add up: in parts where that fills the GPU better."""
         rows, splits = rows_of(value), splits_of(matrix)
+        if 1 < rows <= SPLIT_ROWS and matrix.scales is not None:
+            return self._split_quantized(self.low(value), matrix)
         if FEW < rows <= SPLIT_ROWS and matrix.scales is None and matrix.inputs * self.dtype.itemsize % 16 == 0:
             return self._split(self.low(value), matrix)
         if rows == 1 or rows > FEW or splits == 1 or matrix.bias is not None or matrix.scales is not None:
@@ -147,6 +150,18 @@ class Products:
 
         ways: dict[str, Callable[[], Parts | torch.Tensor]] = {"whole": lambda: self._many(x, matrix, None)}
         ways |= {f"{tile}": partial(parts, tile) for tile in SPLIT_TILES}
+        return self._fastest(x, matrix, "in parts", ways)
+
+    def _split_quantized(self, x: torch.Tensor, matrix: Matrix) -> Parts | torch.Tensor:
+        """Whole or in parts, whichever is faster."""
+
+        def parts(tile: QuantizedTile) -> Parts:
+            out = torch.empty(tile.splits, len(x), matrix.outputs, dtype=torch.float32, device=x.device)
+            return Parts(self._quantized_tiles(x.contiguous(), matrix, None, out, None, tile))
+
+        whole = partial(self._several_quantized, x, matrix, None, self.dtype, None)
+        ways: dict[str, Callable[[], Parts | torch.Tensor]] = {"whole": whole}
+        ways |= {f"{tile}": partial(parts, tile) for tile in QUANTIZED_SPLIT_TILES}
         return self._fastest(x, matrix, "in parts", ways)
 
     def _one(
@@ -180,8 +195,10 @@ class Products:
     def _several_quantized(
         self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
     ) -> torch.Tensor:
-        tiles = partial(self._quantized_tiles, x.contiguous(), matrix, kind, out_type, residual)
-        ways: dict[str, Callable[[], torch.Tensor]] = {"tiles": tiles}
+        x = x.contiguous()
+        out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
+        tiles = partial(self._quantized_tiles, x, matrix, kind, out, residual)
+        ways: dict[str, Callable[[], torch.Tensor]] = {f"{tile}": partial(tiles, tile) for tile in QUANTIZED_TILES}
         # The kernel for few rows reads weights before its predecessor ends: no kernel may just have written them. The
         # head, whose logits are float32, is too large to be written down.
         ahead = len(x) <= FEW * (1 + (matrix.stripe is not None))
@@ -190,14 +207,14 @@ class Products:
         return self._fastest(x, matrix, kind, ways)
 
     def _quantized_tiles(
-        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out_type: torch.dtype, residual: torch.Tensor | None
-    ) -> torch.Tensor:
+        self, x: torch.Tensor, matrix: Matrix, kind: str | None, out: torch.Tensor, residual: torch.Tensor | None,
+        tile: QuantizedTile,
+    ) -> torch.Tensor:  # fmt: skip
         assert matrix.scales is not None
-        out = torch.empty(len(x), matrix.outputs, dtype=out_type, device=x.device)
         return quantized_gemm(
             x, matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
             gated=matrix.stripe is not None, stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind],
-            tile=QUANTIZED_TILE,
+            tile=tile,
         )  # fmt: skip
 
     def _dequantized(self, matrix: Matrix) -> Matrix:

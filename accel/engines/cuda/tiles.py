@@ -21,6 +21,8 @@ BLOCK_TILES = (
     BlockTile(64, 32, 128, 4, 4),
     BlockTile(64, 64, 64, 4, 4),
     BlockTile(64, 64, 128, 4, 3),
+    BlockTile(128, 64, 128, 4, 3),
+    BlockTile(128, 128, 64, 8, 3),
 )
 SPLIT_TILES = (  # whose parts the next kernel adds up
     BlockTile(64, 32, 128, 4, 4, 4),
@@ -30,7 +32,16 @@ WIDE_TILES = (
     WideTile(128, 128, 64, 8, 4, 3, 2, 2),
     WideTile(128, 256, 64, 8, 8, 3, 2, 1),
 )
-QUANTIZED_TILE = QuantizedTile(64, 64, 128, 4, 3)
+QUANTIZED_TILES = (
+    QuantizedTile(64, 64, 128, 4, 3),
+    QuantizedTile(64, 64, 128, 8, 3),
+    QuantizedTile(16, 64, 256, 4, 3),
+)
+QUANTIZED_SPLIT_TILES = (  # likewise
+    QuantizedTile(64, 64, 256, 4, 3, 4),
+    QuantizedTile(64, 64, 256, 4, 3, 8),
+    QuantizedTile(64, 64, 128, 4, 4, 8),
+)
 
 
 def gemv_tile(matrix: Matrix) -> GemvTile:
@@ -74,7 +85,8 @@ def splits_of(matrix: Matrix) -> int:
 __all__ = [
     "BLOCK_TILES",
     "FEW",
-    "QUANTIZED_TILE",
+    "QUANTIZED_SPLIT_TILES",
+    "QUANTIZED_TILES",
     "SPLIT_TILES",
     "WIDE_TILES",
     "gemv_tile",

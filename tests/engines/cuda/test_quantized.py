@@ -83,6 +83,20 @@ def test_matrices_dequantised_as_a_whole(
     assert whole
 
 
+def test_sums_in_parts(session: Any, quantized: tuple[Bundle, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Likewise."""
+    monkeypatch.setattr(products.Products, "fastest", lambda self, key, ways: list(ways)[-1])
+    splits: list[int] = []
+    kernel = products.quantized_gemm
+    monkeypatch.setattr(
+        products,
+        "quantized_gemm",
+        lambda *operands, tile, **options: (splits.append(tile.splits), kernel(*operands, tile=tile, **options))[1],
+    )
+    compare(session, evaluated(*quantized))
+    assert max(splits) > 1
+
+
 def test_the_parity_is_recorded(quantized: tuple[Bundle, str]) -> None:
     bundle, variant = quantized
     parity = bundle.manifest.parity[f"{variant}/cuda"]
