@@ -145,7 +145,7 @@ def encoder_attention(
     ways = {" ".join(f"{name} {size}" for name, size in tile.items()): partial(attend, **tile) for tile in _TILES}
     options = f"softcap {softcap}, window {window}, bias {bias is not None}"
     key_of = f"attention of {len(starts)}x{longest}, {heads} heads on {kv_heads} of {dim}, {query.dtype}, {options}"
-    return ways[products.fastest(key_of, ways)]()
+    return ways[products.fastest(key_of, ways, query if operands[1] is not None else packed)]()
 
 
 __all__ = ["SHORT_PAST", "CachedAttention", "StepTensors", "encoder_attention"]

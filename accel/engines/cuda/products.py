@@ -284,11 +284,26 @@ class Products:
             what += f" in groups of {matrix.inputs // matrix.scales.shape[1]}"
         options = f"gated {matrix.stripe is not None}, {kind}, bias {matrix.bias is not None}"
         key = f"{len(x)}x{x.shape[1]} {self.dtype} by {matrix.outputs} {what}, {options}"
-        return ways[self.fastest(key, ways)]()
+        return ways[self.fastest(key, ways, x)]()
 
-    def fastest(self, key: str, ways: Mapping[str, Way]) -> str:
-        """The name of the fastest way, see ``Contest.pick``."""
-        return next(iter(ways)) if self._contest is None else self._contest.pick(key, ways)
+    def fastest(self, key: str, ways: Mapping[str, Way], x: torch.Tensor) -> str:
+        """The name of the fastest way in the middle of a run, see ``Contest.pick``.
+
+        Args:
+            x: [T, K], what each way reads; a kernel has just written it there.
+        """
+        if self._contest is None:
+            return next(iter(ways))
+        return self._contest.pick(key, {name: partial(self._between_norms, x, way) for name, way in ways.items()})
+
+    def _between_norms(self, x: torch.Tensor, way: Way) -> None:
+        """As in a model: a norm stands before, and another one adds up what comes in parts."""
+        norm(x, x[0], torch.empty_like(x), eps=1.0)
+        result = way()
+        added = result.parts if isinstance(result, Parts) else as_tensor(result)
+        stream = torch.empty(added.shape[-2:], dtype=self.dtype, device=x.device)
+        if stream.shape[1] <= _LONG_ROW:
+            norm(stream, stream[0], torch.empty_like(stream), eps=1.0, residual=added)
 
 
 def as_tensor(value: object) -> torch.Tensor:

@@ -23,13 +23,16 @@ class StandIn(Device):
     is_gpu = True
     title = "cuda (Some GPU)"
 
+    def eviction(self) -> Callable[[], object]:
+        return lambda: None
+
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was timed, in order; ways return their names, and their times are ``TIMES``."""
     found: list[str] = []
 
-    def microseconds(way: Callable[[], Any]) -> float:
+    def microseconds(way: Callable[[], Any], before: Callable[[], object]) -> float:
         found.append(way())
         return TIMES[found[-1]]
 
@@ -88,4 +91,4 @@ def test_a_way_that_fails_loses() -> None:
     def fail() -> None:
         raise RuntimeError("out of resource: shared memory")
 
-    assert contest._microseconds(fail) == contest._NEVER
+    assert contest._microseconds(fail, lambda: None) == contest._NEVER

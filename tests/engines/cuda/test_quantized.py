@@ -73,7 +73,7 @@ def test_matrices_dequantised_as_a_whole(
 ) -> None:
     """As where that is measured to be faster: the contest's choice stands for it."""
     monkeypatch.setattr(products, "FEW", 1)
-    monkeypatch.setattr(products.Products, "fastest", lambda self, key, ways: list(ways)[-1])
+    monkeypatch.setattr(products.Products, "fastest", lambda self, key, ways, x: list(ways)[-1])
     whole: list[int] = []
     dequantized = products.Products._dequantized
     monkeypatch.setattr(
@@ -85,7 +85,7 @@ def test_matrices_dequantised_as_a_whole(
 
 def test_sums_in_parts(session: Any, quantized: tuple[Bundle, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Likewise."""
-    monkeypatch.setattr(products.Products, "fastest", lambda self, key, ways: list(ways)[-1])
+    monkeypatch.setattr(products.Products, "fastest", lambda self, key, ways, x: list(ways)[-1])
     splits: list[int] = []
     kernel = products.quantized_gemm
     monkeypatch.setattr(
