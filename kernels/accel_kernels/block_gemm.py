@@ -52,7 +52,12 @@ def reference(
 
 @dataclass(frozen=True)
 class BlockTile:
-    """Rows, outputs and terms of a tile, warps, turns in flight, programs per sum."""
+    """Rows, outputs and terms of a tile, warps, turns in flight, programs per sum.
+
+    Attributes:
+        tail: Outputs beside the ``block_n``: with 128 and 64 of them 3,072 outputs are 16 tiles, with which a thousand
+            rows fill 128 multiprocessors once.
+    """
 
     block_m: int = 64
     block_n: int = 64
@@ -60,6 +65,12 @@ class BlockTile:
     warps: int = 4
     stages: int = 4
     splits: int = 1
+    tail: int = 0
+
+    @property
+    def outputs(self) -> int:
+        """Of the tile."""
+        return self.block_n + self.tail
 
     def fitting(self, x: torch.Tensor) -> BlockTile:
         """The tile, with fewer turns in flight (and shorter ones) where shared memory has no room for them.
@@ -67,7 +78,7 @@ class BlockTile:
         Args:
             x: [M, K], the rows.
         """
-        turn = (self.block_m + self.block_n) * self.block_k * x.element_size()
+        turn = (self.block_m + self.outputs) * self.block_k * x.element_size()
         stages = fitting_stages(x.device, self.stages, turn, 0)
         if stages < 2 <= self.stages and self.block_k > 32:
             return replace(self, block_k=self.block_k // 2).fitting(x)
@@ -75,27 +86,16 @@ class BlockTile:
 
 
 @triton.jit
-def block_gemm_kernel(
-    x, weight, out, bias, residual, M, N, K,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+def _columns(weight, n, N, K, k):
+    """Where the turns of outputs n start, [K, N]. Those behind the end wrap around, as rows do."""
+    return weight + (n % N).to(tl.int64)[None] * K + k[:, None]
+
+
+@triton.jit
+def _store(
+    total, out, bias, residual, m, n, split, M, N,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = act(x[m] . weight[n] + bias[n]) + residual[m, n]."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # Rows behind the end wrap around: loads need no mask for them, and they are not stored.
-    lines = x + (m % M).to(tl.int64)[:, None] * K + k[None]
-    columns = weight + (n % N).to(tl.int64)[None] * K + k[:, None]
-    let_successor_start(DEPENDENT)
-    wait_for_predecessor(DEPENDENT)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    split = tl.program_id(2)
-    span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
-    for at in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
-        inside = at + k < K
-        tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
-        total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
     if HAS_BIAS:
         line = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
         if SPLITS > 1:  # the first part has it
@@ -107,6 +107,39 @@ def block_gemm_kernel(
     if HAS_RESIDUAL:
         total += tl.load(residual + cells, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + cells, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def block_gemm_kernel(
+    x, weight, out, bias, residual, M, N, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = act(x[m] . weight[n] + bias[n]) + residual[m, n]."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * (BLOCK_N + TAIL) + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows behind the end wrap around: loads need no mask for them, and they are not stored.
+    lines = x + (m % M).to(tl.int64)[:, None] * K + k[None]
+    columns = _columns(weight, n, N, K, k)
+    if TAIL:
+        far = tl.program_id(1) * (BLOCK_N + TAIL) + BLOCK_N + tl.arange(0, TAIL)
+        far_columns = _columns(weight, far, N, K, k)
+        far_total = tl.zeros((BLOCK_M, TAIL), tl.float32)
+    let_successor_start(DEPENDENT)
+    wait_for_predecessor(DEPENDENT)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    split = tl.program_id(2)
+    span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
+    for at in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
+        inside = at + k < K
+        tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
+        total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
+        if TAIL:
+            far_total = tl.dot(tile, operand(tl.load(far_columns + at, mask=inside[:, None], other=0.0)), far_total)
+    _store(total, out, bias, residual, m, n, split, M, N, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, SPLITS)
+    if TAIL:
+        _store(far_total, out, bias, residual, m, far, split, M, N, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, SPLITS)
 
 
 def block_gemm(
@@ -149,9 +182,9 @@ def block_gemm(
     expect.tensor("residual", residual, rows, count)
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
     tile = tile.fitting(x)
-    block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.block_n), tile.splits)](
+    block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.outputs), tile.splits)](
         x, weight, out, bias, residual, rows, count, size,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=tile.splits,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TAIL=tile.tail, BLOCK_K=tile.block_k, SPLITS=tile.splits,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
         **launch_options(x.device, dependent, tile.warps, tile.stages),
     )  # fmt: skip

@@ -9,14 +9,18 @@ from accel_kernels.block_gemm import TOLERANCES, BlockTile, block_gemm, referenc
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, NO_ACTIVATION  # noqa: E402
 
 TILE = BlockTile(32, 32, 32)
+TAILED = BlockTile(32, 32, 32, tail=16)
 
 
+@pytest.mark.parametrize("tile", [TILE, TAILED], ids=["plain", "tailed"])
 @pytest.mark.parametrize("kind", [NO_ACTIVATION, GELU_ERF, GELU_TANH])
 @pytest.mark.parametrize(("rows", "count", "size"), [(70, 50, 100), (1, 33, 32), (32, 32, 7)])
-def test_agrees_with_the_reference(make: Maker, rows: int, count: int, size: int, kind: int) -> None:
+def test_agrees_with_the_reference(
+    make: Maker, rows: int, count: int, size: int, kind: int, tile: BlockTile
+) -> None:
     x, weight, bias = make.normal(rows, size), make.normal(count, size), make.normal(count)
     out = make.poison(rows, count)
-    assert block_gemm(x, weight, out, bias=bias, activation=kind, tile=TILE) is out
+    assert block_gemm(x, weight, out, bias=bias, activation=kind, tile=tile) is out
     assert_close(out, reference(x, weight, bias=bias, activation=kind), TOLERANCES[make.dtype])
 
 
@@ -27,12 +31,12 @@ def test_the_residual_comes_last(make: Maker) -> None:
     assert_close(stream, expected, TOLERANCES[make.dtype])
 
 
-@pytest.mark.parametrize(("size", "splits"), [(256, 4), (100, 3), (32, 2)])
-def test_parts_add_up(make: Maker, size: int, splits: int) -> None:
+@pytest.mark.parametrize(("size", "splits", "tail"), [(256, 4, 0), (100, 3, 16), (32, 2, 0)])
+def test_parts_add_up(make: Maker, size: int, splits: int, tail: int) -> None:
     """Also where the last parts have nothing to do; the bias counts once."""
     x, weight, bias = make.normal(40, size), make.normal(50, size), make.normal(50)
     out = make.poison(splits, 40, 50, dtype=torch.float32)
-    block_gemm(x, weight, out, bias=bias, tile=BlockTile(32, 32, 32, splits=splits))
+    block_gemm(x, weight, out, bias=bias, tile=BlockTile(32, 32, 32, splits=splits, tail=tail))
     assert_close(out.sum(0), reference(x, weight, bias=bias), TOLERANCES[make.dtype])
 
 
