@@ -77,6 +77,16 @@ def test_wheel_runs_bundles_without_torch(clean_python: Path, minilm_bundle: Pat
 
 
 @pytest.mark.slow
+def test_wheel_has_every_module(clean_python: Path) -> None:
+    """A folder without ``__init__.py`` is missing from it, however well an editable installation runs."""
+    (packages,) = (clean_python.parents[1] / "lib").glob("python*/site-packages")
+    for folder in (ROOT / "accel", ROOT / "kernels" / "accel_kernels", ROOT / "kernels" / "accel_cpu"):
+        modules = {path.relative_to(folder.parent) for path in folder.rglob("*.py")}
+        missing = sorted(str(path) for path in modules if not (packages / path).is_file())
+        assert modules and not missing
+
+
+@pytest.mark.slow
 def test_wheel_s_command_runs(clean_python: Path, minilm_bundle: Path) -> None:
     accel_command = clean_python.parent / "accel"
     doctor = subprocess.run([accel_command, "doctor", "--json"], capture_output=True, text=True)

@@ -1,0 +1,1 @@
+"""TensorRT engines from lowered graphs: parsed, repaired, proved against the graph, built."""
