@@ -2,8 +2,9 @@
 
 Rows that bring one token run together, from row 0 on unless a later start needs a smaller batch: a batch is then the
 same run, over the same addresses, whichever of its rows are busy. A row that brings more runs alone, on its own
-slice of the cache, so that nobody pays for its length. A run writes S slots of every row it covers, padding
-included: what lies behind a row's tokens is free for that.
+slice of the cache, so that nobody pays for its length; where the engine allows it, neighbours whose caches are empty
+and whose prompts are about as long run side by side. A run writes S slots of every row it covers, padding included:
+what lies behind a row's tokens is free for that.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.session import StepInputs
+
+_MOST_PADDING = 0.25  # of the tokens of prompts that run side by side
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class StepPadder:
             leaves no room, keep their own length.
         max_tokens: Longest run.
         max_logits: Most logits of one run; a longer request is cut into several runs.
+        side_by_side: Most tokens, padding included, of a run of several first prompts; 0: each runs alone.
     """
 
     def __init__(
@@ -59,11 +63,13 @@ class StepPadder:
         widths: Sequence[int] = (),
         max_tokens: int | None = None,
         max_logits: int | None = None,
+        side_by_side: int = 0,
     ) -> None:
         assert batches and batches[-1] >= rows, (batches, rows)
         self._rows, self._capacity = rows, capacity
         self._batches, self._widths = [min(size, rows) for size in batches], list(widths)
         self._max_tokens, self._max_logits = max_tokens or capacity, max_logits or capacity
+        self._side_by_side = side_by_side
         self._taken = np.zeros(rows, np.int64)
 
     def split(self, inputs: StepInputs) -> Iterator[PaddedStep]:
@@ -74,12 +80,59 @@ class StepPadder:
         singles = np.flatnonzero(lengths == 1)
         if singles.size:
             yield self._together(inputs, singles, starts)
-        for row in np.flatnonzero(lengths > 1):
-            yield from self._alone(inputs, int(row), int(starts[row]), int(ends[row]))
+        for rows in self._groups(inputs, lengths, starts):
+            if len(rows) > 1:
+                yield self._prompts(inputs, rows, starts, lengths)
+            else:
+                yield from self._alone(inputs, rows[0], int(starts[rows[0]]), int(ends[rows[0]]))
 
     def copied(self, source: int, target: int, length: int) -> None:
         """Notes that the first ``length`` slots of a row were copied over another's."""
         self._taken[target] = length
+
+    def _groups(
+        self, inputs: StepInputs, lengths: NDArray[np.int64], starts: NDArray[np.int64]
+    ) -> Iterator[list[int]]:
+        """Rows of several tokens that share a run, in order."""
+        asked = np.histogram(inputs.logits_positions, [*starts, len(inputs.input_ids)])[0]
+        group: list[int] = []
+        for row in np.flatnonzero(lengths > 1).tolist():
+            wider = [*group, row]
+            if group and not self._may_share(wider, lengths, inputs.past_lengths, asked):
+                yield group
+                wider = [row]
+            group = wider
+        if group:
+            yield group
+
+    def _may_share(
+        self, rows: list[int], lengths: NDArray[np.int64], past: NDArray[np.int32], asked: NDArray[np.int64]
+    ) -> bool:
+        own, size = lengths[rows], int(lengths[rows].max()) * len(rows)
+        neighbours = rows[-1] == rows[-2] + 1
+        fits = size <= self._side_by_side and asked[rows].sum() <= self._max_logits
+        return neighbours and fits and not past[rows].any() and size - own.sum() <= _MOST_PADDING * size
+
+    def _prompts(
+        self, inputs: StepInputs, rows: list[int], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> PaddedStep:
+        """Neighbours' first prompts, padded behind their ends."""
+        width = int(lengths[rows].max())
+        ids, positions = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
+        places, wanted = [], []
+        for place, row in enumerate(rows):
+            start, count = int(starts[row]), int(lengths[row])
+            ids[place, :count] = inputs.input_ids[start : start + count]
+            positions[place, :count] = inputs.position_ids[start : start + count]
+            positions[place, count:] = positions[place, count - 1]
+            chosen = np.flatnonzero((inputs.logits_positions >= start) & (inputs.logits_positions < start + count))
+            places.append(inputs.logits_positions[chosen] - start + place * width)
+            wanted.append(chosen)
+        self._taken[rows] = lengths[rows]
+        at, whose = np.concatenate(places), np.concatenate(wanted)
+        if not at.size:
+            at, whose = np.zeros(1, np.int64), np.full(1, -1, np.int64)
+        return PaddedStep(rows[0], ids, positions, np.zeros(len(rows), np.int64), at, whose)
 
     def _together(self, inputs: StepInputs, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> PaddedStep:
         """Rows with one token each, and those between and behind them, which write one slot behind their own."""

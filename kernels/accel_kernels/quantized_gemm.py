@@ -108,6 +108,27 @@ def _load(rows, factors, w, g, inside, width, groups):
 
 
 @triton.jit
+def _store(
+    total, other, out, bias, residual, n, m, split, M, N,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    if HAS_BIAS:
+        column = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+        if SPLITS > 1:  # the first part has it
+            column *= (split == 0).to(tl.float32)
+        total += column
+        if GATED:
+            other += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    total = finish(total, other, ACTIVATION, GATED)
+    cells = (split * M + m).to(tl.int64)[None] * N + n[:, None]
+    inside = (n < N)[:, None] & (m < M)[None]
+    if HAS_RESIDUAL:
+        total += tl.load(residual + cells, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + cells, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def quantized_gemm_kernel(
     x, weight, scales, out, bias, residual, M, N, K, STRIPE,
     BITS: tl.constexpr, GROUP: tl.constexpr, SHARES: tl.constexpr,
@@ -153,19 +174,9 @@ def quantized_gemm_kernel(
         if GATED:
             words, factor = _load(rows + STRIPE * width, factors + STRIPE * groups, at, share, real, width, groups)
             other = tl.dot(_dequantized(words, factor, BITS, SHARES, TYPE), tile, other)
-    if HAS_BIAS:
-        column = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        if SPLITS > 1:  # the first part has it
-            column *= (split == 0).to(tl.float32)
-        total += column
-        if GATED:
-            other += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    total = finish(total, other, ACTIVATION, GATED)
-    cells = (split * M + m).to(tl.int64)[None] * N + n[:, None]
-    inside = real & (m < M)[None]
-    if HAS_RESIDUAL:
-        total += tl.load(residual + cells, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + cells, total.to(out.dtype.element_ty), mask=inside)
+    _store(
+        total, other, out, bias, residual, n, m, split, M, N, SPLITS, HAS_BIAS, HAS_RESIDUAL, GATED, ACTIVATION
+    )  # fmt: skip
 
 
 def quantized_gemm(

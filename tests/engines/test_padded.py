@@ -114,6 +114,43 @@ def test_batches_begin_at_row_0_unless_that_needs_a_larger_one() -> None:
     assert rows.held() == [[6, 8], [1, 2, 4, 9, 10], [3, 7, 11], [5, 12]]
 
 
+def test_first_prompts_run_side_by_side() -> None:
+    """Neighbours of about one length, as many as a run may hold; what one of them left over does no harm."""
+    rows = Rows(4, 16, side_by_side=12, max_logits=8)
+    found = rows.step([1, 2, 3, 4], [5, 6, 7], [8, 9, 10], [11, 12, 13, 14, 15], wanted=[3, 6, 9, 14])
+    assert found.tolist() == [4, 7, 10, 15]
+    assert [(run.first, run.input_ids.shape) for run in rows.runs] == [(0, (3, 4)), (3, (1, 5))]
+    rows.step([16], [17], [18], [19])
+    assert rows.held() == [[1, 2, 3, 4, 16], [5, 6, 7, 17], [8, 9, 10, 18], [11, 12, 13, 14, 15, 19]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "wanted", "runs"),
+    [
+        ([2, 0, 2, 2], [1], [(1, 2), (2, 2)]),  # no neighbours
+        ([2, 5, 5, 0], [11], [(1, 2), (2, 5)]),  # a third would be padding
+        ([4, 4, 4, 4], [15], [(3, 4), (1, 4)]),  # more than a run may hold
+        ([3, 3, 3, 0], list(range(9)), [(2, 3), (1, 3)]),  # more logits than a run gives
+        ([3, 3, 0, 0], [], [(2, 3)]),
+    ],
+)
+def test_who_runs_side_by_side(lengths: list[int], wanted: list[int], runs: list[tuple[int, int]]) -> None:
+    rows = Rows(4, 16, side_by_side=12, max_logits=8)
+    prompts = [list(range(10 * row, 10 * row + length)) for row, length in enumerate(lengths)]
+    flat = [token for prompt in prompts for token in prompt]
+    assert rows.step(*prompts, wanted=wanted).tolist() == [flat[place] for place in wanted]
+    assert [run.input_ids.shape for run in rows.runs] == runs
+    assert rows.held() == prompts
+
+
+def test_later_chunks_run_alone() -> None:
+    rows = Rows(2, 16, side_by_side=12)
+    rows.step([1, 2], [3, 4])
+    rows.step([5, 6], [7, 8])
+    assert [run.input_ids.shape for run in rows.runs] == [(2, 2), (1, 2), (1, 2)]
+    assert rows.held() == [[1, 2, 5, 6], [3, 4, 7, 8]]
+
+
 def test_a_copied_row() -> None:
     rows = Rows(2, 8)
     rows.step([1, 2, 3, 4], [])

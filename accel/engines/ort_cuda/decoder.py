@@ -18,12 +18,12 @@ from accel.engines.ort_cuda.provider import NAME, OutOfMemoryError, Provider, ru
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
 from accel.engines.padded import PaddedStep, StepPadder
-from accel.engines.session import EngineInfo, StepInputs
+from accel.engines.session import EngineInfo, GreedyTokens, StepInputs
 from accel.errors import AccelError, BundleError, EngineBrokenError
 from accel.manifest import Manifest
 from accel.scheme import gpu_type
 
-MAX_TOKENS = 2048  # of one run; a longer prompt runs in chunks
+MAX_TOKENS = 4096  # of one run; more prompts, or a longer one, run in chunks
 LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
 MAX_LOGITS = 32  # rows of logits of one run
 UNCAPTURED = "-1"  # ONNX Runtime's id of runs that are not
@@ -39,16 +39,19 @@ class _Memory:
     copier: RowCopier
     logits: Any  # OrtValue float32 [most rows of logits, V]
     token: Any  # OrtValue int64 [most rows of logits]
+    token_logit: Any  # OrtValue float32, likewise
 
 
 class OrtCudaDecoderSession:
     """Implements ``accel.engines.session.DecoderSession`` on the lowered ``ort-cuda`` graph.
 
-    One-token rows run together, in batches of powers of two; a row with more tokens runs alone, on its own slice of
-    the cache, in chunks. One-token runs from row 0 on are captured as CUDA graphs when the session is opened.
+    One-token rows run together, in batches of powers of two; so do neighbours' first prompts of about one length. A
+    row with more tokens runs alone else, on its own slice of the cache, in chunks. One-token runs from row 0 on are
+    captured as CUDA graphs when the session is opened.
     """
 
     mixed_steps = True
+    chunk = MAX_TOKENS
 
     def __init__(
         self, graph: Path, manifest: Manifest, variant: str, provider: Provider, shape: CacheShape, capture: bool = True
@@ -85,7 +88,9 @@ class OrtCudaDecoderSession:
         batches = sorted({*(1 << power for power in range(shape.rows.bit_length())), shape.rows})
         self._batches = [size for size in batches if size <= shape.rows]
         most = min(MAX_TOKENS, shape.capacity)
-        self._padder = StepPadder(shape.rows, shape.capacity, self._batches, (), most, self._most_logits)
+        self._padder = StepPadder(
+            shape.rows, shape.capacity, self._batches, (), most, self._most_logits, side_by_side=MAX_TOKENS
+        )
         self._opening = True
         if self._captures:
             self._capture_batches()
@@ -105,14 +110,16 @@ class OrtCudaDecoderSession:
                 logits[run.wanted[taken]] = binding.logits()[taken]
         return logits
 
-    def step_tokens(self, inputs: StepInputs) -> NDArray[np.int64]:
-        """The same step, but the first largest logit of each row instead of all: int64 [R]; no logits leave the GPU."""
-        tokens = np.empty(len(inputs.logits_positions), np.int64)
+    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+        """As ``step``, but returns each wanted position's best token; no logits leave the GPU. Raises as ``step``."""
+        count = len(inputs.logits_positions)
+        best = GreedyTokens(np.empty(count, np.int64), np.empty(count, np.float32))
         for run, binding in self._runs(inputs):
             taken = run.wanted >= 0
             if taken.any():
-                tokens[run.wanted[taken]] = binding.tokens()[taken]
-        return tokens
+                tokens, logits = binding.best()
+                best.tokens[run.wanted[taken]], best.logits[run.wanted[taken]] = tokens[taken], logits[taken]
+        return best
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``; copies the whole row. Raises as ``step`` does."""
@@ -155,7 +162,7 @@ class OrtCudaDecoderSession:
         missing = [f"past.{name}" for name in self._names if f"past.{name}" not in inputs]
         missing += [f"present.{name}" for name in self._names if f"present.{name}" not in outputs]
         needed = {"input_ids", "step_shape", "seqlens_k", "total_length", "logits_positions"}
-        missing += sorted((needed - inputs) | ({"logits", "token"} - outputs))
+        missing += sorted((needed - inputs) | ({"logits", "token", "token_logit"} - outputs))
         if missing:
             what = f"The decoder graph lacks {', '.join(missing[:4])}"
             raise BundleError(what, where=self._graph.name, remedy="Add the variant again: accel quantize")
@@ -170,8 +177,8 @@ class OrtCudaDecoderSession:
             shape = self.max_batch, layer.kv_heads, self.capacity, layer.head_dim
             values[name] = provider.allocate(shape, dtype)
         logits = provider.allocate((self._most_logits, self.vocab_size), "float32")
-        token = provider.upload(np.zeros(self._most_logits, np.int64))
-        return _Memory(Caches(values, dtype), RowCopier(provider, dtype), logits, token)
+        token, logit = (provider.upload(np.zeros(self._most_logits, kind)) for kind in (np.int64, np.float32))
+        return _Memory(Caches(values, dtype), RowCopier(provider, dtype), logits, token, logit)
 
     def _capture_batches(self) -> None:
         """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""
@@ -204,7 +211,8 @@ class OrtCudaDecoderSession:
         try:
             binding = self._run_whole(run)
         except OutOfMemoryError:
-            if run.input_ids.shape[1] < 2 * LEAST_TOKENS:
+            rows, width = run.input_ids.shape
+            if width == 1 or (rows == 1 and width < 2 * LEAST_TOKENS):  # rows of one token have a graph as they are
                 raise
             for half in halves(run):
                 yield from self._run(half)
@@ -240,7 +248,8 @@ class OrtCudaDecoderSession:
             kept.fill(feeds)
             return kept
         memory = self._memory
-        outputs = {"logits": int(memory.logits.data_ptr()), "token": int(memory.token.data_ptr())}
+        values = {"logits": memory.logits, "token": memory.token, "token_logit": memory.token_logit}
+        outputs = {name: int(value.data_ptr()) for name, value in values.items()}
         made = StepBinding(self._provider, self._session, memory.caches, run.first, feeds, outputs, self.vocab_size)
         if width == 1:
             self._kept[run.first, rows] = made
@@ -262,15 +271,30 @@ class OrtCudaDecoderSession:
 
 
 def halves(run: PaddedStep) -> Iterator[PaddedStep]:
-    """A row's run as two, one after the other; both give logits, though nobody may ask for the first's."""
-    (_, width), middle = run.input_ids.shape, run.input_ids.shape[1] // 2
-    for start, stop in ((0, middle), (middle, width)):
-        inside = (run.logits_positions >= start) & (run.logits_positions < stop)
-        positions, wanted = run.logits_positions[inside] - start, run.wanted[inside]
-        if not positions.size:
-            positions, wanted = np.zeros(1, np.int64), np.full(1, -1, np.int64)
-        ids, own = run.input_ids[:, start:stop], run.position_ids[:, start:stop]
-        yield PaddedStep(run.first, ids, own, run.write_index + start, positions, wanted)
+    """Half of a run's rows and then the others, or a row's tokens as two runs, one after the other.
+
+    Both give logits, though nobody may ask for the first's.
+    """
+    rows, width = run.input_ids.shape
+    if rows > 1:
+        middle = rows // 2
+        yield _part(run, slice(0, middle), slice(0, width), 0)
+        yield _part(run, slice(middle, rows), slice(0, width), middle * width)
+    else:
+        middle = width // 2
+        yield _part(run, slice(0, 1), slice(0, middle), 0)
+        yield _part(run, slice(0, 1), slice(middle, width), middle)
+
+
+def _part(run: PaddedStep, rows: slice, columns: slice, start: int) -> PaddedStep:
+    """Some rows or columns of a run; ``start``: its tokens before them."""
+    ids, own = run.input_ids[rows, columns], run.position_ids[rows, columns]
+    positions = run.logits_positions - start
+    inside = (positions >= 0) & (positions < ids.size)
+    positions, wanted = positions[inside], run.wanted[inside]
+    if not positions.size:
+        positions, wanted = np.zeros(1, np.int64), np.full(1, -1, np.int64)
+    return PaddedStep(run.first + rows.start, ids, own, run.write_index[rows] + columns.start, positions, wanted)
 
 
 __all__ = ["OrtCudaDecoderSession", "halves"]

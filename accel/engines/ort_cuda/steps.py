@@ -55,7 +55,7 @@ class StepBinding:
         caches: All rows.
         first: The first row that it covers.
         feeds: A run of that shape.
-        outputs: Addresses of ``logits`` and ``token``, for as many rows of logits as the run asks for.
+        outputs: Addresses of ``logits``, ``token`` and ``token_logit``, for as many rows of logits as the run asks for.
         vocabulary: Columns of the logits.
     """
 
@@ -74,6 +74,7 @@ class StepBinding:
         place = provider.device, provider.index
         self.io.bind_output("logits", *place, ONNX_TYPES["float32"], [asked, vocabulary], outputs["logits"])
         self.io.bind_output("token", *place, np.int64, [asked], outputs["token"])
+        self.io.bind_output("token_logit", *place, ONNX_TYPES["float32"], [asked], outputs["token_logit"])
         caches.bind(self.io, provider, first, rows)
 
     def fill(self, feeds: Feeds) -> None:
@@ -94,10 +95,10 @@ class StepBinding:
         found: NDArray[np.float32] = self.io.get_outputs()[0].numpy()
         return found
 
-    def tokens(self) -> NDArray[np.int64]:
-        """int64 [R], copied to the host."""
-        found: NDArray[np.int64] = self.io.get_outputs()[1].numpy()
-        return found
+    def best(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """int64 [R], the best tokens, and float32 [R], their logits; copied to the host."""
+        outputs = self.io.get_outputs()
+        return outputs[1].numpy(), outputs[2].numpy()
 
 
 __all__ = ["Caches", "StepBinding"]

@@ -17,7 +17,7 @@ from accel.engines.ort_cuda import decoder as module
 from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
 from accel.engines.ort_cuda.provider import OutOfMemoryError
 from accel.engines.padded import PaddedStep
-from accel.engines.session import SessionOptions, StepInputs
+from accel.engines.session import GreedySession, SessionOptions, StepInputs
 from accel.errors import BundleError, EngineBrokenError, EngineError
 from accel.variants import add_variant
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu, open_decoder
@@ -87,8 +87,19 @@ def test_rows_at_different_phases_share_a_step(session: OrtCudaDecoderSession, l
 
 
 def test_tokens_without_logits(session: OrtCudaDecoderSession, logits: NDArray) -> None:
-    tokens = session.step_tokens(inputs([(0, 0, 7), (2, 0, 1)], [6, 7]))
-    assert tokens.dtype == np.int64 and tokens.tolist() == logits[[6, 0]].argmax(-1).tolist()
+    assert isinstance(session, GreedySession)
+    best = session.greedy(inputs([(0, 0, 7), (2, 0, 1)], [6, 7]))
+    assert best.tokens.dtype == np.int64 and best.tokens.tolist() == logits[[6, 0]].argmax(-1).tolist()
+    assert best.logits.dtype == np.float32 and np.abs(best.logits - logits[[6, 0]].max(-1)).max() < LIMIT
+
+
+def test_neighbours_prompts_run_side_by_side(session: OrtCudaDecoderSession, logits: NDArray) -> None:
+    runs = list(session._padder.split(inputs([(0, 0, 9), (1, 0, 12), (2, 0, 10)], [8, 20, 30])))
+    assert [run.input_ids.shape for run in runs] == [(3, 12)]
+    found = step(session, [(0, 0, 9), (1, 0, 12), (2, 0, 10)], [30, 8, 20])
+    assert np.abs(found - logits[[9, 8, 11]]).max() < LIMIT
+    every = step(session, [(0, 9, 10), (1, 12, 13), (2, 10, 11)], [0, 1, 2])
+    assert np.abs(every - logits[[9, 12, 10]]).max() < LIMIT
 
 
 def test_a_row_is_used_again_and_a_step_repeated(session: OrtCudaDecoderSession, logits: NDArray) -> None:
@@ -154,9 +165,9 @@ def test_decode_batches_are_captured_at_opening(bundle: Bundle, logits: NDArray)
     assert gpu.opened == [True] and runs == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
     runs.clear()
     found = step(session, [(0, 0, 5), (1, 0, 4)], [4])
-    assert np.abs(found - logits[[4]]).max() < LIMIT and runs == ["-1", "-1"], "prompts are not"
+    assert np.abs(found - logits[[4]]).max() < LIMIT and runs == ["-1"], "prompts are not"
     step(session, [(0, 5, 6), (1, 4, 5)], [0, 1])
-    assert runs[2:] == ["2"] and session.notes == []
+    assert runs[1:] == ["2"] and session.notes == []
     session.close()
 
 
@@ -285,6 +296,16 @@ def test_another_error_is_this_steps_alone(bundle: Bundle) -> None:
     failing.clear()
     step(session, [(0, 0, 4)], [3])
     session.close()
+
+
+def test_halves_of_several_rows() -> None:
+    ids = np.arange(12).reshape(3, 4)
+    run = PaddedStep(1, ids, ids + 20, np.zeros(3, np.int64), np.array([3, 6, 11]), np.array([2, 0, 1]))
+    first, second = halves(run)
+    assert (first.first, first.input_ids.tolist()) == (1, [[0, 1, 2, 3]])
+    assert (first.logits_positions.tolist(), first.wanted.tolist()) == ([3], [2])
+    assert (second.first, second.position_ids.tolist()) == (2, [[24, 25, 26, 27], [28, 29, 30, 31]])
+    assert (second.logits_positions.tolist(), second.wanted.tolist()) == ([2, 7], [0, 1])
 
 
 def test_halves() -> None:

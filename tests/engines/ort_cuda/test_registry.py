@@ -116,10 +116,10 @@ def test_a_sequence_goes_on_elsewhere_when_cuda_fails(decoder: Bundle, monkeypat
         if steps and len(steps) > 3:
             raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
 
-    plain = OrtCudaDecoderSession.step
+    plain = OrtCudaDecoderSession.greedy
     monkeypatch.setattr(registry, "Provider", lambda ort: fake_gpu(fail))
     monkeypatch.setattr(
-        OrtCudaDecoderSession, "step", lambda self, inputs: plain(self, inputs) if not steps.append(1) else None
+        OrtCudaDecoderSession, "greedy", lambda self, inputs: plain(self, inputs) if not steps.append(1) else None
     )
     monkeypatch.setattr("accel.engines.has_nvidia_device", lambda: True)
     monkeypatch.setattr("accel.engines.hidden_gpu", lambda: None)

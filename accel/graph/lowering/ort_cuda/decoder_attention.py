@@ -1,9 +1,9 @@
 """``accel::CachedAttention`` -> ``GroupQueryAttention`` over the in-place cache, rows padded to [B, S].
 
 The kernel of onnxruntime-gpu knows no ``query_seqlens``: all rows of a run bring as many tokens, and more than one
-only when the row is alone. The dense layers see the B * S tokens flat. Around the kernel they take the shape
-``step_shape``, an input [B, S, -1] that lies on the host: a Reshape costs nothing, and nothing computes a shape, so
-that a run consists of kernels alone and can be captured.
+only when the row is alone or their caches are empty. The dense layers see the B * S tokens flat. Around the kernel
+they take the shape ``step_shape``, an input [B, S, -1] that lies on the host: a Reshape costs nothing, and nothing
+computes a shape, so that a run consists of kernels alone and can be captured.
 """
 
 from __future__ import annotations

@@ -33,11 +33,12 @@ def lower(
 ) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model for the CUDA provider of onnxruntime-gpu >= 1.31, and what each pass did.
 
-    Decoders take B rows of S tokens, with S = 1 or B = 1: input_ids, position_ids (where something reads them) int64
+    Decoders take B rows of S tokens: input_ids, position_ids (where something reads them) int64
     [B * S]; step_shape int64 [3] = B, S, -1, on the host; seqlens_k int32 [B], a row's tokens after the run less one;
     total_length int32 [], the most tokens of a row after the run, on the host; logits_positions int64 [R], indices into
     the B * S tokens; past.{i}.key/value [B, kv_heads, C, head_dim] in ``dtype``. Outputs: logits float32 [R, V]; token
-    int64 [R], the first largest logit of each row; present.{i}.key/value, to be bound to the memory of past.
+    int64 [R], the first largest logit of each row, and token_logit float32 [R], that logit, or NaN where any of the row
+    is; present.{i}.key/value, to be bound to the memory of past. S > 1 with B > 1 is for rows whose pasts are empty.
 
     Encoders take input_ids and token_type_ids as the model does, and instead of its mask key_mask int32 [M] with
     key_mask_shape int64 [1] = B (keys per row) or [2] = B, S (a mask). Outputs are float32.
@@ -83,14 +84,28 @@ def _nothing(model: ir.Model) -> int:
 
 
 def _add_token(model: ir.Model) -> int:
-    """The output ``token``: greedy decoding then needs no logits on the host."""
+    """The outputs ``token`` and ``token_logit``: greedy decoding then needs no logits on the host."""
     graph = model.graph
     logits = next(value for value in graph.outputs if value.name == "logits")
-    node = ir.node("ArgMax", [logits], {"axis": -1, "keepdims": 0})
-    token = node.outputs[0]
-    token.name, token.type, token.shape = "token", ir.TensorType(ir.DataType.INT64), ir.Shape(["R"])
-    graph.append(node)
-    graph.outputs.insert(1, token)
+    last = ir.Value(name="token_axis", const_value=ir.tensor([-1], ir.DataType.INT64, name="token_axis"))
+    graph.initializers.add(last)
+
+    def add(op_type: str, operands: list[ir.Value], kind: ir.DataType, **attributes: int) -> ir.Value:
+        node = ir.node(op_type, operands, attributes)
+        node.outputs[0].type = ir.TensorType(kind)
+        graph.append(node)
+        return node.outputs[0]
+
+    best = add("ArgMax", [logits], ir.DataType.INT64, axis=-1, keepdims=1)
+    token = add("Squeeze", [best, last], ir.DataType.INT64)
+    found = add("GatherElements", [logits, best], ir.DataType.FLOAT, axis=-1)
+    logit = add("Squeeze", [found, last], ir.DataType.FLOAT)
+    total = add("ReduceSum", [logits, last], ir.DataType.FLOAT, keepdims=0)  # no number where one of them is none
+    known = add("Equal", [total, total], ir.DataType.BOOL)
+    checked = add("Where", [known, logit, total], ir.DataType.FLOAT)
+    for place, (value, name) in enumerate(((token, "token"), (checked, "token_logit"))):
+        value.name, value.shape = name, ir.Shape(["R"])
+        graph.outputs.insert(1 + place, value)
     return 1
 
 
