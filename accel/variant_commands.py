@@ -26,7 +26,8 @@ def quantize(options: Namespace) -> int:
     before = {name: entry.size for name, entry in bundle.manifest.files.items()}
     names = [parse_scheme(variant).name for variant in options.variant]
     targets = [find_target(name).name for name in options.target or ()]
-    wanted = [(name, target) for name in names for target in targets or default_targets(bundle.manifest.arch, name)]
+    arch = bundle.manifest.arch
+    wanted = [(name, target) for name in options.variant for target in targets or default_targets(arch, name)]
     choices = {name: getattr(options, name) for name in _PASSED}
     choices |= {"measure": not options.no_quality, "keep": _read_keep(options.keep)}
     quantizing = read_choices(**choices, gate=Gate(options.max_q_drop, options.min_cosine))

@@ -123,8 +123,8 @@ def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing:
         InputError: An unknown variant or target, one that cannot run the other, or a choice that would be ignored.
     """
     scheme, arch = parse_scheme(variant), bundle.manifest.arch
-    chosen = find_target(target or _first_target(bundle, scheme))
-    check_target(arch, scheme, chosen)
+    chosen = find_target(target or _first_target(bundle, variant))
+    check_target(arch, scheme, chosen, variant)
     quantizing.check(arch.kind, scheme, chosen)
     return scheme, chosen
 
@@ -141,8 +141,8 @@ def canonical_graph(bundle: Bundle) -> Path | None:
     return bundle.file(base.graphs[CANONICAL].file) if base is not None and CANONICAL in base.graphs else None
 
 
-def _first_target(bundle: Bundle, scheme: Scheme) -> str:
-    able = default_targets(bundle.manifest.arch, scheme.name)
+def _first_target(bundle: Bundle, variant: str) -> str:
+    able = default_targets(bundle.manifest.arch, variant)
     return DEFAULT if DEFAULT in able else able[0]
 
 
