@@ -348,7 +348,7 @@ def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
     layers = tuple(QuantizedLayer(layer.name, layer.bits, layer.group, layer.error) for layer in report.layers)
     return Quantization(
         report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
-        report.bytes_before, report.bytes_after, report.scales, report.error_of,
+        report.bytes_before, report.bytes_after, report.scales, report.error_of, dict(report.kept),
     )  # fmt: skip
 
 
