@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import accel
 from accel import cli, commands
 from accel.cli import main
 from accel.errors import BundleError, InputError
+from accel.variant_addition import Addition
 
 ROOT = Path(accel.__file__).parents[1]
 Output = pytest.CaptureFixture[str]
@@ -112,6 +114,25 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Outpu
     monkeypatch.setattr(commands, "doctor", interrupted)
     assert run("doctor") == 130
     assert "Interrupted" in capsys.readouterr().err
+
+
+def test_sigterm_is_treated_as_an_interrupt(
+    tiny_decoder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """A variant that is half made when it comes is gone; afterwards the signal ends the process again."""
+    folder = Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "copy"))
+
+    def make(self: Addition, check: bool) -> None:
+        (self.extension.path / "w8g32.weights").write_bytes(b"half")
+        assert list(folder.glob(".extension.tmp-*"))
+        signal.raise_signal(signal.SIGTERM)
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(Addition, "make", make)
+    assert run("quantize", folder, "--variant", "w8g32") == 143
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+    assert sorted(folder.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_interrupt_inside_generated_code_exits_with_130(tmp_path: Path) -> None:
