@@ -305,7 +305,9 @@ def test_bench(tiny_decoder_bundle: Path, capsys: Output, tmp_path: Path, monkey
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
     sizes = ("--prompt-tokens", 16, "--rounds", 3, "--threads", 1)
     assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 64, "--no-compare", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert printed.err == "", "nothing but the object"
     assert [row["metric"] for row in report["rows"]] == ["16+64 tokens: first token", "16+64 tokens: per token"]
     assert all(row["accel_ms"] > 0 for row in report["rows"])
     assert report["chosen"] == "ort-cpu fp32" and report["remembered"] and "torch" not in report["passed_over"]
@@ -315,7 +317,9 @@ def test_bench(tiny_decoder_bundle: Path, capsys: Output, tmp_path: Path, monkey
     with accel.load(tiny_decoder_bundle, threads=2) as lm:
         assert lm.engine.why == "", "with other threads nothing was measured"
     assert run("bench", tiny_decoder_bundle, *sizes[:2], "--rounds", 1, "--no-compare") == 0
-    assert "Not remembered for accel.load: 1 rounds are too few" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Not remembered for accel.load: 1 rounds are too few" in printed.out
+    assert printed.err.startswith("ort-cpu fp32: ready after ") and "\nround 1 of 1: ort-cpu fp32 " in printed.err
     assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 0) == 1
     assert "do not fit" in capsys.readouterr().err
     with pytest.raises(SystemExit):
