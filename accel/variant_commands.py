@@ -80,7 +80,8 @@ def _elsewhere(bundle: Bundle, names: Sequence[str]) -> dict[str, str]:
         gpu = [engine.name for engine in able if engine.device == "cuda"]
         if gpu:
             least = " of sm89 or newer" if name.startswith("fp8") else ""
-            built = " (tensorrt and rtx with engines that accel build makes)" if "rtx" in gpu else ""
+            whose = "" if gpu == ["tensorrt", "rtx"] else "tensorrt and rtx "
+            built = f" ({whose}with engines that accel build makes)" if "rtx" in gpu else ""
             parts.append(f"for {', '.join(gpu)} on an NVIDIA GPU{least}{built}")
         found[name] = "; ".join(parts)
     return found

@@ -267,14 +267,8 @@ def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     return able[:1] if parse_scheme(variant).quantized else able
 
 
-def check_target(arch: ArchSpec, scheme: Scheme, target: Target, asked: str | None = None) -> None:
+def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
     """Refuses what the target cannot run, before anything is made.
-
-    Args:
-        arch: The model's.
-        scheme: The variant's.
-        target: The one asked for.
-        asked: The variant as the caller wrote it, for messages; None: by the scheme's own name.
 
     Raises:
         InputError: It cannot; lists the targets that can, and the schemes of this one.
@@ -284,7 +278,7 @@ def check_target(arch: ArchSpec, scheme: Scheme, target: Target, asked: str | No
         return
     able = sensible_targets(arch, scheme.name)
     remedy = f"Targets that can: {', '.join(able)}" if able else "No target can"
-    what = f"{target.title} cannot run this {arch.kind} as {asked or scheme.name}: {reason}"
+    what = f"{target.title} cannot run this {arch.kind} as {scheme.name}: {reason}"
     raise InputError(what, where="target", remedy=remedy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,9 @@ def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing:
     """
     scheme, arch = parse_scheme(variant), bundle.manifest.arch
     chosen = find_target(target or _first_target(bundle, variant))
-    check_target(arch, scheme, chosen, variant)
-    quantizing.check(arch.kind, scheme, chosen)
+    asked = dataclasses.replace(scheme, name=variant)  # messages call it as the caller does: kv8, not fp32+kv8
+    check_target(arch, asked, chosen)
+    quantizing.check(arch.kind, asked, chosen)
     return scheme, chosen
 
 

@@ -29,6 +29,8 @@ def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
 
 
 REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
+    ("kv8", None, {"algorithm": "gptq"}, "^kv8 has no integer weights to choose"),
+    ("kv8", "cuda", {}, "the cuda engine cannot run this decoder as kv8: its caches are floats"),
     ("w4g32", "cuda", {"max_q_drop": 1.0}, "max_q_drop needs a measurement, and w4g32 for the cuda engine is not"),
     ("w4g32", "tensorrt", {"max_q_drop": 1.0}, "w4g32 for TensorRT is not measured here.*ort-cpu are measured"),
     ("fp16", None, {"max_q_drop": 1.0}, "fp16 for TensorRT is not measured here"),
@@ -37,7 +39,7 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("fp16", None, {"algorithm": "gptq"}, "fp16 has no integer weights to choose, and takes no algorithm"),
     ("bf16", "cuda", {"keep": {"*": 8}}, "bf16 .*takes no keep"),
     ("fp16", None, {"calibration": ["text"]}, "fp16 .*takes no calibration"),
-    ("kv8", None, {"head_bits": 8}, "fp32\\+kv8 .*takes no head_bits"),
+    ("kv8", None, {"head_bits": 8}, "^kv8 .*takes no head_bits"),
     ("fp8", None, {"max_bytes": "1M"}, "fp8 .*takes no max_bytes"),
     ("fp16+kv8", None, {}, "no target runs this decoder as fp16\\+kv8 .*TensorRT: its cache layer takes no integers"),
 ]
