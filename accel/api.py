@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle, BundleWriter
-from accel.errors import DependencyError, InputError
+from accel.errors import AccelError, DependencyError, InputError
 from accel.manifest import SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, ParityResult, PassReport, Variant
 from accel.recipe import ParityRecipe, Recipe, load_recipe
 from accel.scheme import parse_scheme
 from accel.spec import ArchSpec, Task
+from accel.variant_targets import check_runnable
 from accel.variants import add_variant
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def export(
         trust_remote_code: Run Python code that the checkpoint brings.
         max_positions: Longest sequence; None: the recipe's, else what the model's position scheme covers.
         variants: Schemes to add once the bundle stands, such as ``w4g32``; see ``accel.add_variant``, whose errors
-            leave the bundle without that variant.
+            leave the bundle without that variant. Those that this kind of model cannot run in are refused before any
+            weight is read.
         show_progress: Show a progress bar on stderr; None: when it is a terminal.
 
     Returns:
@@ -82,7 +84,7 @@ def export(
 
     chosen = None if task is None else check_task(task)
     for variant in variants:
-        parse_scheme(variant)  # raises before any work
+        parse_scheme(variant)  # raises before anything is downloaded
     if max_positions is not None and (type(max_positions) is not int or max_positions < 1):
         what = f"max_positions must be an integer of at least 1, not {max_positions!r}"
         raise InputError(what, where="max_positions")
@@ -91,11 +93,24 @@ def export(
         source = resolve_source(model, trust_remote_code)
         settings = load_recipe(recipe, default=kind_of(chosen or source.task))
         final = chosen or settings.task or source.task
+        for variant in variants:
+            check_runnable(kind_of(final), variant)
         limit = max_positions if max_positions is not None else settings.max_positions
         bundle = _Export(source, final, settings, limit, tokenizer, writer, progress).run()
     for variant in variants:
-        bundle = add_variant(bundle, variant, show_progress=show_progress)
+        bundle = _add_to_export(bundle, variant, show_progress)
     return bundle
+
+
+def _add_to_export(bundle: Bundle, variant: str, show_progress: bool | None) -> Bundle:
+    """``add_variant``, whose errors say that the export itself is not lost."""
+    try:
+        return add_variant(bundle, variant, show_progress=show_progress)
+    except AccelError as error:
+        have = ", ".join(bundle.manifest.variants)
+        stands = f"The exported bundle {bundle.path} stands, with {have}, but without {variant}"
+        error.remedy = f"{error.remedy}. {stands}" if error.remedy else stands
+        raise
 
 
 def _check_packages() -> None:

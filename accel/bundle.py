@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
 from typing import Any, Self
 
-from accel.errors import BundleError, StorageError
+from accel.errors import BundleError, InputError, StorageError
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, Variant
 from accel.schema import from_dict, suggest, to_dict
+from accel.scheme import BASES, CACHES, QUANTIZED, parse_scheme
 from accel.spec import ArchSpec
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
@@ -98,15 +99,25 @@ class Bundle:
         """One precision of the model.
 
         Raises:
-            BundleError: The bundle has no such variant; lists those it has.
+            BundleError: The bundle has no such variant; lists those it has, with the command that adds it, or the
+                nearest name.
         """
         try:
             return self.manifest.variants[name]
         except KeyError:
-            have = ", ".join(self.manifest.variants) or "none"
-            raise BundleError(
-                f"The bundle has no variant {name!r}", where=str(self.path), remedy=f"It has: {have}"
-            ) from None
+            have = f"It has: {', '.join(self.manifest.variants) or 'none'}"
+            remedy = f"{have}. {self._how_to_get(name)}"
+            raise BundleError(f"The bundle has no variant {name!r}", where=str(self.path), remedy=remedy) from None
+
+    def _how_to_get(self, name: str) -> str:
+        """How to come by a variant that is not there: added, or called by its right name."""
+        try:
+            scheme = parse_scheme(name)
+        except InputError:
+            return suggest(name, [*self.manifest.variants, *BASES, *QUANTIZED, *CACHES])
+        if scheme.name in self.manifest.variants:  # kv8 is short for fp32+kv8
+            return f"Call it '{scheme.name}'"
+        return f"accel quantize {self.path} --variant {name} adds it"
 
     def graph(self, variant: str, target: str) -> GraphEntry:
         """The graph of a variant for a target such as ``canonical`` or ``ort-cpu``.

@@ -1,6 +1,7 @@
 """The command ``accel``: argparse over the package's functions.
 
-Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM, which is treated
+as Ctrl-C is: nothing half made is left behind.
 ACCEL_DEBUG=1 shows the traceback of an error.
 """
 
@@ -9,8 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import accel
@@ -18,16 +22,21 @@ from accel import build_commands, commands, engine_commands, variant_commands
 from accel.errors import AccelError
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever cleans up after Ctrl-C does so after it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code (wrong usage raises SystemExit(2), as argparse does)."""
     options = _parse(arguments)
     try:
-        code: int = options.command(options)
+        with _terminable():
+            code: int = options.command(options)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\nInterrupted.", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output went away, e.g. head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -36,6 +45,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         report_error(error, as_json=getattr(options, "json", False))
         return 1
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Meanwhile SIGTERM raises, unless somebody else handles or ignores it. Main thread only, else nothing."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

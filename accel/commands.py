@@ -170,9 +170,9 @@ def bench(options: Namespace) -> int:
     from accel.bench import bench as measure
 
     names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits", "device", "store")
-    report = measure(
-        options.bundle, shapes=options.shapes or SHAPES, **{name: getattr(options, name) for name in names}
-    )
+    choices = {name: getattr(options, name) for name in names}
+    choices["show_progress"] = None if options.json else True  # it takes minutes, also where stderr is a file
+    report = measure(options.bundle, shapes=options.shapes or SHAPES, **choices)
     print(json.dumps(report.to_json()) if options.json else report)
     return 0
 

@@ -80,6 +80,7 @@ class Quantization:
         bytes_before, bytes_after: Of these layers' weights, scales included.
         scales: Numbers that were added to describe the integers.
         error_of: What ``QuantizedLayer.error`` compares: the layers' weights, or their outputs on the calibration text.
+        kept: Matrices that stayed float -> why; empty too where an older accel did not record them.
     """
 
     scheme: str
@@ -91,6 +92,7 @@ class Quantization:
     bytes_after: int
     scales: int = 0
     error_of: Literal["weights", "outputs"] = "weights"
+    kept: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

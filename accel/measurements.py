@@ -193,6 +193,19 @@ def recall(bundle: Bundle, device: Device, threads: int | None, store: str | Non
     return None
 
 
+def recall_other_threads(bundle: Bundle, device: Device, store: str | None = None) -> tuple[Measurements, ...]:
+    """What is known of a bundle on this machine with any number of threads, the smallest first."""
+    base, own = _bundle_digest(bundle), _without_threads(machine_identity(device, None))
+    known = [_load(path) for folder in folders(store) for path in sorted(folder.glob(f"{base}-*.json"))]
+    here = [found for found in known if found is not None and found.bundle == base]
+    same = [found for found in here if _without_threads(found.machine) == own and found.machine["threads"].isdigit()]
+    return tuple(sorted(same, key=lambda found: int(found.machine["threads"])))
+
+
+def _without_threads(machine: Mapping[str, str]) -> dict[str, str]:
+    return {**machine, "threads": ""} if "threads" in machine else {}
+
+
 def current(found: Measurements, bundle: Bundle, targets: Mapping[str, str]) -> Measurements | None:
     """Without the rows of graphs that the bundle no longer has; None: no row is left.
 
@@ -210,6 +223,11 @@ def current(found: Measurements, bundle: Bundle, targets: Mapping[str, str]) -> 
 
 
 def _read(path: Path, base: str, machine: dict[str, str]) -> Measurements | None:
+    found = _load(path)
+    return found if found is not None and (found.bundle, found.machine) == (base, machine) else None
+
+
+def _load(path: Path) -> Measurements | None:
     try:
         if path.stat().st_size > MAX_BYTES:
             return None
@@ -222,8 +240,7 @@ def _read(path: Path, base: str, machine: dict[str, str]) -> Measurements | None
     except (OSError, ValueError, RecursionError, AccelError) as error:
         _log.debug("what was measured before is ignored: %s", error)
         return None
-    whole = all(row.cost > 0 for row in found.rows)
-    return found if whole and (found.bundle, found.machine) == (base, machine) else None
+    return found if all(row.cost > 0 for row in found.rows) else None
 
 
 def _bundle_digest(bundle: Bundle) -> str:
@@ -255,5 +272,6 @@ __all__ = [
     "graph_digest",
     "machine_identity",
     "recall",
+    "recall_other_threads",
     "remember",
 ]

@@ -324,13 +324,13 @@ class Addition:
         if optional and not self.bundle.has(TOKENIZER_FILE):
             _log.warning("%s was not measured: the bundle has no tokenizer for the text", self.variant)
             return manifest
-        self.progress.stage("Measuring quality")
         with self.extension.preview(manifest) as preview:
-            reference = measure_reference(preview, self.quantizing.text, settings)
+            reference = measure_reference(preview, self.quantizing.text, settings, progress=self.progress)
             try:
                 quality = measure_variant(
-                    preview, self.variant, reference=reference, max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine
-                )
+                    preview, self.variant, reference=reference, progress=self.progress,
+                    max_q_drop=gate.max_q_drop, min_cosine=gate.min_cosine,
+                )  # fmt: skip
             except QualityError as error:
                 error.where = str(self.bundle.path)  # the caller's, not the preview's, which is gone
                 raise
@@ -348,7 +348,7 @@ def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
     layers = tuple(QuantizedLayer(layer.name, layer.bits, layer.group, layer.error) for layer in report.layers)
     return Quantization(
         report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
-        report.bytes_before, report.bytes_after, report.scales, report.error_of,
+        report.bytes_before, report.bytes_after, report.scales, report.error_of, dict(report.kept),
     )  # fmt: skip
 
 

@@ -128,6 +128,7 @@ def _compare_integers(
         what = error.what.replace("The exported graph", f"The {scheme.name} graph")
         what = what.replace("PyTorch", "PyTorch on the same integers")
         remedy = "Rounding does not cost this much: the graph is wrong. Please report it"
+        remedy = error.remedy if error.value is None and error.remedy else remedy
         raise ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy) from error
     return dataclasses.replace(result, reference="PyTorch on the same integers")
 
@@ -196,7 +197,7 @@ def quantize_command(bundle: Bundle, variant: str, target: str) -> str:
 def _in_words(error: ParityError, bundle: Bundle, scheme: Scheme, target: Target) -> ParityError:
     """The error as this comparison's: what differs from what, in which bundle, and what helps."""
     what = error.what.replace("The exported graph", f"The {scheme.name} graph").replace("PyTorch", "the fp32 engine")
-    remedy = _remedy(error.value or 0.0, bundle, scheme, target)
+    remedy = error.remedy if error.value is None else _remedy(error.value, bundle, scheme, target)
     return ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import accel
 from accel.errors import InputError
 from accel.manifest import Manifest, Quality
 from accel.schema import to_dict
+
+if TYPE_CHECKING:
+    from accel.bundle import Bundle
 
 _PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text")
 
@@ -26,7 +30,8 @@ def quantize(options: Namespace) -> int:
     before = {name: entry.size for name, entry in bundle.manifest.files.items()}
     names = [parse_scheme(variant).name for variant in options.variant]
     targets = [find_target(name).name for name in options.target or ()]
-    wanted = [(name, target) for name in names for target in targets or default_targets(bundle.manifest.arch, name)]
+    arch = bundle.manifest.arch
+    wanted = [(name, target) for name in options.variant for target in targets or default_targets(arch, name)]
     choices = {name: getattr(options, name) for name in _PASSED}
     choices |= {"measure": not options.no_quality, "keep": _read_keep(options.keep)}
     quantizing = read_choices(**choices, gate=Gate(options.max_q_drop, options.min_cosine))
@@ -43,6 +48,7 @@ def quantize(options: Namespace) -> int:
     added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
     if options.json:
         content = {"variants": list(manifest.variants), "added": added, "known": known, **_records(manifest, names)}
+        content["elsewhere"] = _elsewhere(bundle, names)
         print(json.dumps(content))
         return 0
     print(f"{bundle.path}: {', '.join(manifest.variants)}; {sum(added.values()) / 1e6:.1f} MB added")
@@ -54,7 +60,31 @@ def quantize(options: Namespace) -> int:
         quality = manifest.variants[name].quality
         if quality is not None:
             print(f"{name}: {_cost(quality)}; accel report {bundle.path} shows more")
+    for name, engines in _elsewhere(bundle, names).items():
+        print(f"{name}: nothing here runs it; {engines}")
     return 0
+
+
+def _elsewhere(bundle: Bundle, names: Sequence[str]) -> dict[str, str]:
+    """Variants that no engine of this machine runs -> what runs them, and where."""
+    from accel.capabilities import probe
+    from accel.engines import ENGINES
+
+    found, available = {}, {engine.name for engine in probe().engines if engine.available}
+    for name in dict.fromkeys(names):
+        able = [engine for engine in ENGINES if engine.target in bundle.variant(name).graphs]
+        reasons = {engine.name: engine.probe(bundle, name) for engine in able if engine.device == "cpu"}
+        if None in reasons.values() or any(engine.device == "cuda" and engine.name in available for engine in able):
+            continue
+        parts = [f"{engine}: {reason}" for engine, reason in reasons.items()]
+        gpu = [engine.name for engine in able if engine.device == "cuda"]
+        if gpu:
+            least = " of sm89 or newer" if name.startswith("fp8") else ""
+            whose = "" if gpu == ["tensorrt", "rtx"] else "tensorrt and rtx "
+            built = f" ({whose}with engines that accel build makes)" if "rtx" in gpu else ""
+            parts.append(f"for {', '.join(gpu)} on an NVIDIA GPU{least}{built}")
+        found[name] = "; ".join(parts)
+    return found
 
 
 def _records(manifest: Manifest, names: Sequence[str]) -> dict[str, object]:

@@ -57,7 +57,7 @@ class Target:
         title: In messages.
         package: Imports the lowering.
         session: (evaluated graph, arch, rows, capacity, dtype) -> encoder or decoder session over it.
-        refuses: (arch, scheme) -> why it has no graph for a model in a scheme, or None.
+        refuses: (kind, scheme) -> why it has no graph for models of a kind in a scheme, or None.
         fp32: Kinds of models that it runs in plain fp32 too.
         rounds: Whether its engine rounds by itself: graphs of all its precisions read fp32's own weights, and are
             compared as its engine runs them, for nothing else tells what it rounds.
@@ -68,7 +68,7 @@ class Target:
     title: str
     package: Callable[[], Any]
     session: Callable[[Any, ArchSpec, int, int, ir.DataType], Any]
-    refuses: Callable[[ArchSpec, Scheme], str | None]
+    refuses: Callable[[Kind, Scheme], str | None]
     fp32: tuple[Kind, ...] = ()
     rounds: bool = False
     usable: Callable[[], bool] = lambda: True
@@ -159,25 +159,25 @@ def _has_openvino() -> bool:
     return is_installed()
 
 
-def _refuse_openvino(arch: ArchSpec, scheme: Scheme) -> str | None:
-    if arch.kind != "encoder":
+def _refuse_openvino(kind: Kind, scheme: Scheme) -> str | None:
+    if kind != "encoder":
         return "it has no caches that are updated in place"
     if scheme.base not in ("fp32", "bf16") or scheme.quantized or scheme.kv_bits is not None:
         return "it runs fp32 and bf16 here"
     return None
 
 
-def _refuse_cpu(arch: ArchSpec, scheme: Scheme) -> str | None:
+def _refuse_cpu(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.base in ("fp16", "bf16", "fp8"):
         return f"ONNX Runtime computes {scheme.base} in several times fp32's time on a CPU"
     if scheme.lossless:
         return "every bundle has that graph already"
-    if scheme.kv_bits is not None and arch.kind != "decoder":
+    if scheme.kv_bits is not None and kind != "decoder":
         return "an encoder has no cache"
     return None
 
 
-def _refuse_tensorrt(arch: ArchSpec, scheme: Scheme) -> str | None:
+def _refuse_tensorrt(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.kv_bits is not None:
         return "its cache layer takes no integers"
     if scheme.activations == "dynamic":
@@ -185,13 +185,13 @@ def _refuse_tensorrt(arch: ArchSpec, scheme: Scheme) -> str | None:
     return None
 
 
-def _refuse_integers(arch: ArchSpec, scheme: Scheme) -> str | None:
+def _refuse_integers(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.quantized or scheme.kv_bits is not None or scheme.base == "fp8":
         return "it takes no integers or 8-bit floats"
     return None
 
 
-def _refuse_all_but_groups(arch: ArchSpec, scheme: Scheme) -> str | None:
+def _refuse_all_but_groups(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.kv_bits is not None:
         return "its caches are floats"
     if scheme.activations != "none":
@@ -236,9 +236,22 @@ def sensible_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     Raises:
         InputError: No such scheme.
     """
+    return _able(arch.kind, parse_scheme(variant))
+
+
+def check_runnable(kind: Kind, variant: str) -> None:
+    """Refuses a scheme that no target runs for a kind of models, before there is a bundle.
+
+    Raises:
+        InputError: No such scheme, or no target runs it; says why each does not.
+    """
     scheme = parse_scheme(variant)
-    able = [target for target in TARGETS.values() if target.refuses(arch, scheme) is None and target.usable()]
-    return tuple(target.name for target in able if not scheme.lossless or arch.kind in target.fp32)
+    if _able(kind, scheme):
+        return
+    reasons = {target.title: target.refuses(kind, scheme) for target in TARGETS.values()}
+    told = "; ".join(f"{title}: {reason}" for title, reason in reasons.items() if reason)
+    remedy = "Take the parts that one target runs: accel's README lists the schemes of each"
+    raise InputError(f"no target runs this {kind} as {variant} ({told})", where="variant", remedy=remedy)
 
 
 def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
@@ -249,13 +262,8 @@ def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     Raises:
         InputError: No such scheme, or no target runs this kind of model in it; says why each does not.
     """
+    check_runnable(arch.kind, variant)
     able = sensible_targets(arch, variant)
-    if not able:
-        scheme = parse_scheme(variant)
-        reasons = {target.title: target.refuses(arch, scheme) for target in TARGETS.values()}
-        told = "; ".join(f"{title}: {reason}" for title, reason in reasons.items() if reason)
-        remedy = "Take the parts that one target runs: accel's README lists the schemes of each"
-        raise InputError(f"no target runs this {arch.kind} as {scheme.name} ({told})", where="variant", remedy=remedy)
     return able[:1] if parse_scheme(variant).quantized else able
 
 
@@ -265,13 +273,18 @@ def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
     Raises:
         InputError: It cannot; lists the targets that can, and the schemes of this one.
     """
-    reason = target.refuses(arch, scheme)
+    reason = target.refuses(arch.kind, scheme)
     if reason is None:
         return
     able = sensible_targets(arch, scheme.name)
     remedy = f"Targets that can: {', '.join(able)}" if able else "No target can"
     what = f"{target.title} cannot run this {arch.kind} as {scheme.name}: {reason}"
     raise InputError(what, where="target", remedy=remedy)
+
+
+def _able(kind: Kind, scheme: Scheme) -> tuple[str, ...]:
+    able = [target for target in TARGETS.values() if target.refuses(kind, scheme) is None and target.usable()]
+    return tuple(target.name for target in able if not scheme.lossless or kind in target.fp32)
 
 
 __all__ = [
@@ -282,6 +295,7 @@ __all__ = [
     "Lowering",
     "Plan",
     "Target",
+    "check_runnable",
     "check_target",
     "default_targets",
     "find_target",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -123,9 +124,10 @@ def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing:
         InputError: An unknown variant or target, one that cannot run the other, or a choice that would be ignored.
     """
     scheme, arch = parse_scheme(variant), bundle.manifest.arch
-    chosen = find_target(target or _first_target(bundle, scheme))
-    check_target(arch, scheme, chosen)
-    quantizing.check(arch.kind, scheme, chosen)
+    chosen = find_target(target or _first_target(bundle, variant))
+    asked = dataclasses.replace(scheme, name=variant)  # messages call it as the caller does: kv8, not fp32+kv8
+    check_target(arch, asked, chosen)
+    quantizing.check(arch.kind, asked, chosen)
     return scheme, chosen
 
 
@@ -141,8 +143,8 @@ def canonical_graph(bundle: Bundle) -> Path | None:
     return bundle.file(base.graphs[CANONICAL].file) if base is not None and CANONICAL in base.graphs else None
 
 
-def _first_target(bundle: Bundle, scheme: Scheme) -> str:
-    able = default_targets(bundle.manifest.arch, scheme.name)
+def _first_target(bundle: Bundle, variant: str) -> str:
+    able = default_targets(bundle.manifest.arch, variant)
     return DEFAULT if DEFAULT in able else able[0]
 
 

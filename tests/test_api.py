@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -258,3 +260,25 @@ def test_an_encoder_without_a_pooler_runs_on_every_engine(tmp_path: Path) -> Non
         assert (reference.engine.name, encoder.engine.name) == ("torch", "ort-cpu")
         expected = reference(ids).last_hidden_state
         np.testing.assert_allclose(encoder(ids).last_hidden_state, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["w4g32+kv8", "kv8"])
+def test_variants_that_cannot_be_are_refused_before_the_export(tiny_model: Any, tmp_path: Path, variant: str) -> None:
+    with pytest.raises(InputError, match=f"no target runs this encoder as {re.escape(variant)} "):
+        accel.export(tiny_model, tmp_path / "out", variants=["w8g128", variant])
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_variant_that_fails_leaves_the_bundle_and_says_so(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add(bundle: Bundle, variant: str, **_: Any) -> Bundle:
+        if variant == "w4g32":
+            raise ParityError("The w4g32 graph differs", remedy="Please report it")
+        variants = {**bundle.manifest.variants, variant: bundle.manifest.variants["fp32"]}
+        return Bundle(bundle.path, dataclasses.replace(bundle.manifest, variants=variants))
+
+    monkeypatch.setattr(api, "add_variant", add)
+    with pytest.raises(ParityError, match="report it. The exported bundle .*out stands, with fp32, w8g128, but with"):
+        accel.export(tiny_model, tmp_path / "out", variants=["w8g128", "w4g32"])
+    assert Bundle.open(tmp_path / "out")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -35,6 +36,29 @@ def test_round_trip(tmp_path: Path) -> None:
     assert opened.graph("fp32", "ort-cpu") == GRAPH
     assert opened.has("g.onnx") and not opened.has("manifest.json") and not opened.has("nothing")
     assert os.listdir(tmp_path / "a") == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name,said",
+    [
+        ("w8g128", "It has: fp32. accel quantize {path} --variant w8g128 adds it"),
+        ("w8g182", "It has: fp32. Did you mean 'w8g128'?"),
+        ("fp23", "It has: fp32. Did you mean 'fp32'?"),
+    ],
+)
+def test_a_variant_that_is_not_there(bundle: Path, name: str, said: str) -> None:
+    opened = Bundle.open(bundle)
+    with pytest.raises(BundleError) as caught:
+        opened.variant(name)
+    assert caught.value.remedy == said.format(path=opened.path)
+
+
+def test_a_variant_by_its_short_name(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    variants = {**opened.manifest.variants, "fp32+kv8": opened.variant("fp32")}
+    opened = Bundle(opened.path, dataclasses.replace(opened.manifest, variants=variants))
+    with pytest.raises(BundleError, match=r"Call it 'fp32\+kv8'"):
+        opened.variant("kv8")
 
 
 def test_names_that_are_not_there(bundle: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import accel
 from accel import cli, commands
 from accel.cli import main
 from accel.errors import BundleError, InputError
+from accel.variant_addition import Addition
 
 ROOT = Path(accel.__file__).parents[1]
 Output = pytest.CaptureFixture[str]
@@ -112,6 +114,25 @@ def test_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch, capsys: Outpu
     monkeypatch.setattr(commands, "doctor", interrupted)
     assert run("doctor") == 130
     assert "Interrupted" in capsys.readouterr().err
+
+
+def test_sigterm_is_treated_as_an_interrupt(
+    tiny_decoder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """A variant that is half made when it comes is gone; afterwards the signal ends the process again."""
+    folder = Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "copy"))
+
+    def make(self: Addition, check: bool) -> None:
+        (self.extension.path / "w8g32.weights").write_bytes(b"half")
+        assert list(folder.glob(".extension.tmp-*"))
+        signal.raise_signal(signal.SIGTERM)
+
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr(Addition, "make", make)
+    assert run("quantize", folder, "--variant", "w8g32") == 143
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+    assert sorted(folder.iterdir()) == before
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_interrupt_inside_generated_code_exits_with_130(tmp_path: Path) -> None:
@@ -284,7 +305,9 @@ def test_bench(tiny_decoder_bundle: Path, capsys: Output, tmp_path: Path, monkey
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path))
     sizes = ("--prompt-tokens", 16, "--rounds", 3, "--threads", 1)
     assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 64, "--no-compare", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    report = json.loads(printed.out)
+    assert printed.err == "", "nothing but the object"
     assert [row["metric"] for row in report["rows"]] == ["16+64 tokens: first token", "16+64 tokens: per token"]
     assert all(row["accel_ms"] > 0 for row in report["rows"])
     assert report["chosen"] == "ort-cpu fp32" and report["remembered"] and "torch" not in report["passed_over"]
@@ -294,7 +317,9 @@ def test_bench(tiny_decoder_bundle: Path, capsys: Output, tmp_path: Path, monkey
     with accel.load(tiny_decoder_bundle, threads=2) as lm:
         assert lm.engine.why == "", "with other threads nothing was measured"
     assert run("bench", tiny_decoder_bundle, *sizes[:2], "--rounds", 1, "--no-compare") == 0
-    assert "Not remembered for accel.load: 1 rounds are too few" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Not remembered for accel.load: 1 rounds are too few" in printed.out
+    assert printed.err.startswith("ort-cpu fp32: ready after ") and "\nround 1 of 1: ort-cpu fp32 " in printed.err
     assert run("bench", tiny_decoder_bundle, *sizes, "--new-tokens", 0) == 1
     assert "do not fit" in capsys.readouterr().err
     with pytest.raises(SystemExit):

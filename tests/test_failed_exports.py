@@ -39,13 +39,14 @@ def wait_for_half_an_export(process: subprocess.Popen[str], folder: Path) -> Non
 
 
 @pytest.mark.slow
-def test_ctrl_c(tiny_decoder_source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm(tiny_decoder_source: Path, tmp_path: Path, number: int, code: int) -> None:
     process = start(tiny_decoder_source, tmp_path / "out")
     wait_for_half_an_export(process, tmp_path)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors and errors.endswith("\nInterrupted.\n")
     assert os.listdir(tmp_path) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import InputError, QualityError
 from accel.graph.lowering.versions import VERSIONS
-from accel.quality import save_quality
+from accel.manifest import Quantization
+from accel.quality import Report, VariantReport, render_page, render_text, save_quality
+from accel.schema import from_dict, to_dict
 from accel.variants import add_variant
+from tests.quality.samples import DECODER
 from tests.test_bundle_extension import content
 
 
@@ -25,6 +29,8 @@ def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
 
 
 REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
+    ("kv8", None, {"algorithm": "gptq"}, "^kv8 has no integer weights to choose"),
+    ("kv8", "cuda", {}, "the cuda engine cannot run this decoder as kv8: its caches are floats"),
     ("w4g32", "cuda", {"max_q_drop": 1.0}, "max_q_drop needs a measurement, and w4g32 for the cuda engine is not"),
     ("w4g32", "tensorrt", {"max_q_drop": 1.0}, "w4g32 for TensorRT is not measured here.*ort-cpu are measured"),
     ("fp16", None, {"max_q_drop": 1.0}, "fp16 for TensorRT is not measured here"),
@@ -33,7 +39,7 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("fp16", None, {"algorithm": "gptq"}, "fp16 has no integer weights to choose, and takes no algorithm"),
     ("bf16", "cuda", {"keep": {"*": 8}}, "bf16 .*takes no keep"),
     ("fp16", None, {"calibration": ["text"]}, "fp16 .*takes no calibration"),
-    ("kv8", None, {"head_bits": 8}, "fp32\\+kv8 .*takes no head_bits"),
+    ("kv8", None, {"head_bits": 8}, "^kv8 .*takes no head_bits"),
     ("fp8", None, {"max_bytes": "1M"}, "fp8 .*takes no max_bytes"),
     ("fp16+kv8", None, {}, "no target runs this decoder as fp16\\+kv8 .*TensorRT: its cache layer takes no integers"),
 ]
@@ -123,3 +129,20 @@ def test_what_is_measured_is_the_new_graph(decoder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(measure, "open_model", note)
     accel.add_variant(decoder, "w8g32", algorithm="rtn", check=False)
     assert asked == [("fp32", "ort-cpu"), ("w8g32", "ort-cpu")]
+
+
+def test_layers_that_stay_float_are_reported(decoder: Path) -> None:
+    plain: dict[str, Any] = {"algorithm": "rtn", "check": False, "measure": False}
+    record = add_variant(decoder, "w8g32", keep={"model.layers.0.*": 32}, **plain).variant("w8g32").quantization
+    assert record is not None
+    names = [name for name, reason in record.kept.items() if reason == "asked for"]
+    assert len(names) == 7 and all(name.startswith("model.layers.0.") for name in names)
+    assert not set(record.kept) & {layer.name for layer in record.layers}
+    item = VariantReport("w8g32", "float32", (), None, record)
+    found = Report("bundle", "source", "0", DECODER, (item,))
+    assert "; 7 in float; " in render_text(found)
+    assert f"in float (asked for): {', '.join(names[:6])} and 1 more" in " ".join(render_text(found).split())
+    assert all(f"<td>{name}</td><td>asked for</td>" in render_page(found) for name in names)
+    assert json.loads(found.to_json())["variants"][0]["quantization"]["kept"] == record.kept
+    older = {key: value for key, value in to_dict(record).items() if key != "kept"}
+    assert from_dict(Quantization, older, "manifest.json") == dataclasses.replace(record, kept={})

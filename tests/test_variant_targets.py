@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,10 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 import accel
+from accel import capabilities
 from accel.bundle import Bundle
 from accel.capabilities import version_of
 from accel.cli import main
-from accel.errors import FusionError, InputError
+from accel.errors import EngineUnavailableError, FusionError, InputError
 from accel.graph.external import INLINE_BYTES
 from accel.graph.lowering import ort_cuda, tensorrt
 from accel.graph.save import load_canonical
@@ -122,6 +125,27 @@ def test_the_command_adds_all_that_make_sense(decoder: Path, capsys: pytest.Capt
     assert set(Bundle.open(decoder).variant("bf16").graphs) == {"ort-cuda"}
     assert main(["quantize", str(decoder), "--variant", "bf16", "--target", "ort-rocm"]) == 1
     assert "unknown target 'ort-rocm'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_command_says_where_a_precision_runs(
+    decoder: Path, gpu: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = capabilities.probe()
+    engines = tuple(dataclasses.replace(row, available=gpu or row.name != "cuda") for row in found.engines)
+    engines = tuple(row for row in engines if row.name in ("ort-cpu", "cuda"))
+    monkeypatch.setattr(capabilities, "probe", lambda: dataclasses.replace(found, engines=engines))
+    assert main(["quantize", str(decoder), "--variant", "bf16", "--target", "cuda", "--no-parity"]) == 0
+    said = "bf16: nothing here runs it; for cuda on an NVIDIA GPU\n"
+    assert (said in capsys.readouterr().out) != gpu
+    accel.add_variant(decoder, "bf16", target="tensorrt", check=False)
+    assert main(["quantize", str(decoder), "--variant", "bf16", "--target", "cuda", "--json"]) == 0
+    elsewhere = json.loads(capsys.readouterr().out)["elsewhere"]
+    said = "for tensorrt, rtx, cuda on an NVIDIA GPU (tensorrt and rtx with engines that accel build makes)"
+    assert elsewhere == ({} if gpu else {"bf16": said})
+    if not gpu:
+        with pytest.raises(EngineUnavailableError, match="ort-cpu graph for variant 'bf16'; its graphs are for cuda"):
+            accel.load(decoder, variant="bf16", device="cpu")
 
 
 def test_sensible_targets(minilm_bundle: Path, decoder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +25,7 @@ def bench(
     limits: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     store: str | Path | None = None,
+    show_progress: bool | None = None,
 ) -> BenchReport:
     """Measures a bundle on this machine, in interleaved rounds with eager PyTorch where that is installed.
 
@@ -41,6 +43,8 @@ def bench(
         store: Where built engines, and what is measured, are kept; None: as in ``accel.load``.
         limits: Also measure what this machine allows, and say how near the bundle comes: on the CPU streaming read and
             fp32 matrix product, on a GPU copy bandwidth and matrix rate, for each phase and fused operator of ``cuda``.
+        show_progress: Print a line to stderr for each engine that is ready and each round, with the medians so far;
+            None: when it is a terminal.
 
     Returns:
         The figures; ``str()`` gives a table, ``.to_json()`` plain data.
@@ -53,9 +57,18 @@ def bench(
     from accel.bench.bundle import bench_bundle
 
     place = None if store is None else str(store)
+    say = _print if show_progress or (show_progress is None and sys.stderr.isatty()) else _ignore
     return bench_bundle(
-        Path(bundle), rounds, threads, shapes, prompt_tokens, new_tokens, compare, limits, device, place
+        Path(bundle), rounds, threads, shapes, prompt_tokens, new_tokens, compare, limits, device, place, say
     )
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _ignore(line: str) -> None:
+    """Nobody looks."""
 
 
 __all__ = ["SHAPES", "bench"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -116,8 +116,9 @@ def bench_bundle(
     with_limits: bool,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     store: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> BenchReport:
-    """See ``accel.bench.bench``."""
+    """See ``accel.bench.bench``; ``say`` takes lines while it is at work."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     if device not in DEVICES:
@@ -132,10 +133,12 @@ def bench_bundle(
         remedy = "Mend one of the reasons; accel doctor helps"
         what = f"no engine can run this bundle here ({reasons})"
         raise EngineUnavailableError(what, where=str(path), remedy=remedy)
+    if with_limits and place == "cpu":
+        say("measuring what this machine allows")
     limits = measure_limits(threads) if with_limits and place == "cpu" else None
     comparison = _comparison(compare)
     with tempfile.TemporaryDirectory() as logs:
-        arena = Arena(path, threads, cases, rounds, Path(logs), store)
+        arena = Arena(path, threads, cases, rounds, Path(logs), store, say)
         outcome = arena.run(contestants, with_torch=comparison == EAGER)
     comparison = outcome.failed.pop(TORCH, comparison)
     passed_over |= outcome.failed

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -125,7 +126,10 @@ def _runnable(bundle: Bundle, engine: Engine) -> tuple[list[Contestant], str | N
 
 @dataclass(frozen=True)
 class Arena:
-    """How contestants run: the bundle, the threads of each, the cases, the rounds, and where logs and engines are."""
+    """How contestants run: the bundle, the threads of each, the cases, the rounds, and where logs and engines are.
+
+    ``say`` takes a line for each contestant that is ready, or failed, and for each round: a contest takes minutes.
+    """
 
     bundle: Path
     threads: int
@@ -133,6 +137,7 @@ class Arena:
     rounds: int
     logs: Path
     store: str | None
+    say: Callable[[str], None] = lambda line: None
 
     def run(self, contestants: Sequence[Contestant], with_torch: bool) -> Outcome:
         """Measures all of them; one that fails is left out, with its reason."""
@@ -180,6 +185,7 @@ class Arena:
         selection: dict[str, str | None] = {}
         if name in by_name:
             selection = {"engine": by_name[name].engine, "variant": by_name[name].variant, "store": self.store}
+        started = time.monotonic()
         try:
             worker.ask("open", limit_s=OPEN_LIMIT_S, role=self.cases[0].role, selection=selection)
             for case in self.cases:
@@ -187,30 +193,47 @@ class Arena:
             resident: float = worker.ask("memory")["rss"]
         except WorkerFailure as failure:
             worker.close()
-            outcome.failed[name] = str(failure)
+            self._fail(name, failure, outcome)
             return 0.0
         except BaseException:
             worker.close()
             raise
         workers[name] = worker
+        self.say(f"{_title(name)}: ready after {time.monotonic() - started:.1f} s")
         return resident
+
+    def _fail(self, name: str, failure: WorkerFailure, outcome: Outcome) -> None:
+        outcome.failed[name] = str(failure)
+        self.say(f"{_title(name)}: failed: {failure}")
 
     def _measure(self, workers: dict[str, WorkerProcess], outcome: Outcome) -> Rounds:
         measured: Rounds = {name: {} for name in workers}
-        order = random.Random(0)
-        for _ in range(self.rounds):
+        order, started = random.Random(0), time.monotonic()
+        for done in range(self.rounds):
             for case in self.cases:
                 for name in order.sample(sorted(workers), len(workers)):
                     try:
                         times = take_turn(workers[name], case, Pace(self.rounds))
                     except WorkerFailure as failure:
-                        outcome.failed[name] = str(failure)
+                        self._fail(name, failure, outcome)
                         workers.pop(name).close()
                         measured.pop(name)
                         continue
                     for metric, value in times.items():
                         measured[name].setdefault(metric, []).append(value)
+            self._say_round(measured, done + 1, time.monotonic() - started)
         return measured
+
+    def _say_round(self, measured: Rounds, done: int, seconds: float) -> None:
+        """What each costs by its medians so far, and the time left."""
+        medians = {_title(name): {m: median(found) for m, found in times.items()} for name, times in measured.items()}
+        costs = [f"{name} {cost_of(self.cases, times):.3g} ms" for name, times in medians.items()]
+        left = f"; about {seconds / done * (self.rounds - done):.0f} s left" if done < self.rounds else ""
+        self.say(f"round {done} of {self.rounds}: {', '.join(costs)}{left}")
+
+
+def _title(name: str) -> str:
+    return "eager PyTorch" if name == TORCH else name
 
 
 def rows_of(

@@ -55,13 +55,20 @@ class Sweep:
         model: Canonical.
         samples: Graph inputs by name, of each sample.
         stops: Products to show; what none of them needs is not computed.
+        advance: Told of each node that is computed; None: nobody is.
     """
 
-    def __init__(self, model: ir.Model, samples: Iterable[Mapping[str, NDArray]], stops: Iterable[ir.Node]) -> None:
+    def __init__(
+        self,
+        model: ir.Model,
+        samples: Iterable[Mapping[str, NDArray]],
+        stops: Iterable[ir.Node],
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
         from accel.engines.torch_operators import to_torch
 
         self._graph = model.graph
-        self._stops = set(stops)
+        self._stops, self._advance = set(stops), advance
         self._nodes = [node for node in model.graph if node in self._needed()]
         self._tensor = to_torch
         self._weights: dict[ir.Value, Any] = {}
@@ -69,6 +76,10 @@ class Sweep:
         self._values: list[dict[ir.Value, Any]] = [
             {value: to_torch(sample[name]) for value, name in names.items() if name in sample} for sample in samples
         ]
+
+    def __len__(self) -> int:
+        """The nodes that are computed."""
+        return len(self._nodes)
 
     def _needed(self) -> set[ir.Node]:
         found: set[ir.Node] = set()
@@ -105,6 +116,8 @@ class Sweep:
         last = {value: node for node in self._nodes for value in node.inputs if value is not None}
         readers = self._readers()
         for node in self._nodes:
+            if self._advance is not None:
+                self._advance(1)
             rounding = None
             if node in self._stops:
                 rounding = yield node, [values[node.inputs[0]] for values in self._values]  # type: ignore[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -22,13 +22,19 @@ def measured_samples(samples: Sequence[NDArray[np.int64]]) -> list[NDArray[np.in
     return list(samples[::step][:count])
 
 
-def mean_log_likelihood(model: ir.Model, arch: ArchSpec, samples: Sequence[NDArray[np.int64]]) -> float:
+def mean_log_likelihood(
+    model: ir.Model,
+    arch: ArchSpec,
+    samples: Sequence[NDArray[np.int64]],
+    advance: Callable[[int], None] | None = None,
+) -> float:
     """Q over samples of token ids, in nats per token; inputs and caches are not rounded.
 
     Args:
         model: Canonical, of a decoder; what follows its head (scaling, softcap) is computed too.
         arch: The model's.
         samples: int64 [T] each, T >= 2.
+        advance: Told of tokens as they are done.
     """
     import torch
 
@@ -43,6 +49,8 @@ def mean_log_likelihood(model: ir.Model, arch: ArchSpec, samples: Sequence[NDArr
             part = slice(start, start + _TOKENS_AT_ONCE)
             total += float(torch.log_softmax(logits[part], -1).gather(1, wanted[part]).double().sum())
         count += len(wanted)
+        if advance is not None:
+            advance(len(sample))
     return total / count
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,10 +89,10 @@ class Work:
             finer = round_to_nearest(weight, 8, choice.group, name=layer.name)
             self.finer_errors[layer.name] = output_error(weight, finer, moments)
 
-    def sweep(self, stops: Sequence[ir.Node]) -> Sweep:
+    def sweep(self, stops: Sequence[ir.Node], advance: Callable[[int], None] | None = None) -> Sweep:
         """A pass of the calibration text through the graph as it is now."""
         feeds = (feeds_of(self.model, self.arch, sample, logits=True) for sample in self.samples)
-        return Sweep(self.model, feeds, stops)
+        return Sweep(self.model, feeds, stops, advance)
 
 
 def fold_factors(work: Work, folding: Folding) -> None:
@@ -125,8 +125,9 @@ def fold_factors(work: Work, folding: Folding) -> None:
 def tied_moments(work: Work, layer: Layer) -> Any:
     """X^T X of a tied head's inputs in the graph as it is now."""
     found = []
-    work.progress.stage("Measuring the head's inputs")
-    work.sweep(layer.linears[-1:]).run(lambda node, inputs: found.append(second_moments(inputs)))
+    sweep = work.sweep(layer.linears[-1:], work.progress.advance)
+    work.progress.stage("Measuring the head's inputs", len(sweep))
+    sweep.run(lambda node, inputs: found.append(second_moments(inputs)))
     return found[0]
 
 
@@ -138,16 +139,23 @@ def round_layers(work: Work, algorithm: Rounder, act_order: bool = False, sweeps
     settings = {"act_order": act_order, "sweeps": sweeps}
     work.error_of = "outputs"
     floats = {layer.name: read_weight(layer) for layer in work.quantized if layer.role == "tied"}
+    total = 4 * sum(layer.parameters for layer in work.quantized)
+    told = False
     for layer in work.quantized:
         if layer.gathers:
             gains = layer.role == "tied" and algorithm == "gptq" and work.choices[layer.name].bits < 8
             moments = tied_moments(work, layer) if gains else None
+            if gains or not told:  # anew after another stage
+                work.progress.stage("Quantising", total)
+                told = True
             weight = read_weight(layer)
             quantized = _rounded(layer, work.choices[layer.name], moments, settings)
             work.write(layer, quantized)
             if not layer.linears:  # its rows are its outputs
                 work.errors[layer.name] = weight_error(weight, quantized)
-    work.progress.stage("Quantising", 4 * sum(layer.parameters for layer in work.quantized))
+                work.progress.advance(weight.nbytes)
+    if not told:
+        work.progress.stage("Quantising", total)
     products = products_of(work.quantized)
     done: set[ir.Node] = set()
     roundings: dict[ir.Value, Rounding | None] = {}

@@ -9,10 +9,10 @@ class Progress(Protocol):
     """``accel.exporter.progress.ExportProgress`` and the like."""
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """A stage begins; ``total`` in bytes."""
+        """A stage begins; ``total`` in bytes, tokens or steps, None: unknown."""
 
     def advance(self, count: int) -> None:
-        """So many bytes are done."""
+        """So many of them are done."""
 
 
 class Silent:

@@ -166,15 +166,15 @@ def _head_bits(
     """4 where a head (and a table tied to it) of 4 bits costs little, else 8; and why."""
     if arch.kind != "decoder" or not samples:
         return 8, "head in 8 bits: there is no text to measure 4 bits on"
-    progress.stage("Measuring the head in 4 bits")
     trial, some = model.clone(), measured_samples(samples)
+    progress.stage("Measuring the head in 4 bits", 2 * sum(map(len, some)))
     layers, _ = find_layers(trial, arch)
-    before = mean_log_likelihood(trial, arch, some)
+    before = mean_log_likelihood(trial, arch, some, progress.advance)
     for layer in layers:
         if layer.role in ("head", "tied"):
             group = plan([layer], scheme, head_bits=4)[layer.name].group
             write_quantized(layer, round_to_nearest(read_weight(layer), 4, group, name=layer.name))
-    drop = before - mean_log_likelihood(trial, arch, some)
+    drop = before - mean_log_likelihood(trial, arch, some, progress.advance)
     bits = 4 if drop <= HEAD_DROP else 8
     return bits, f"head in {bits} bits: rounded to 4 alone it costs {drop:.4f} of Q, {HEAD_DROP} are allowed"
 

@@ -181,16 +181,16 @@ def _fewest(
     if work.arch.kind != "decoder" or not work.samples:
         remedy = "Give calibration text, or max_error instead" if work.arch.kind == "decoder" else "Give max_error"
         raise InputError("there is no Q to measure", where="budget.max_q_drop", remedy=remedy)
-    work.progress.stage("Measuring mixed precisions")
-    some = measured_samples(work.samples)
-    reference = mean_log_likelihood(before, work.arch, some)
+    some, advance = measured_samples(work.samples), work.progress.advance
+    work.progress.stage("Measuring mixed precisions", (1 + len(rest).bit_length()) * sum(map(len, some)))
+    reference = mean_log_likelihood(before, work.arch, some, advance)
     coarse = {item.layer: item.layer.weight.const_value for item in [*raised, *rest]}
     low, high = 0, len(rest)
     while low < high:
         middle = (low + high) // 2
         for item in [*raised, *rest[:middle]]:
             item.layer.weight.const_value = finer[item.layer]
-        drop = reference - mean_log_likelihood(work.model, work.arch, some)
+        drop = reference - mean_log_likelihood(work.model, work.arch, some, advance)
         for layer, tensor in coarse.items():
             layer.weight.const_value = tensor
         low, high = (low, middle) if drop <= max_drop else (middle + 1, high)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from accel.engines.registry import Engine
 from accel.engines.session import Fallback, SessionOptions
-from accel.measurements import Device, Measured, Measurements, current, recall
+from accel.machine import available_cores
+from accel.measurements import Device, Measured, Measurements, current, recall, recall_other_threads
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
@@ -65,10 +66,31 @@ def order_engines(
         known = None if known is None else current(known, bundle, targets)
         found += group if known is None else _by_time(bundle, group, known, variant)
     if variant == FASTEST and not any(candidate.why for candidate in found):
-        said = Fallback(FASTEST, f"nothing was measured of this bundle here: accel bench {bundle.path} does it")
+        said = Fallback(FASTEST, _unmeasured(bundle, documented, options))
         _log.warning("variant='fastest' runs what 'auto' would: %s", said.reason)
         found = [Candidate(c.engine, c.variant, c.why, (said,)) for c in found]
     return tuple(found)
+
+
+def _unmeasured(bundle: Bundle, candidates: Sequence[Candidate], options: SessionOptions) -> str:
+    """That nothing was measured with so many threads, with how many something was, and what measures it."""
+    command = f"accel bench {bundle.path}" + ("" if options.threads is None else f" --threads {options.threads}")
+    counts: dict[str, None] = {}
+    for device in dict.fromkeys(candidate.engine.device for candidate in candidates):
+        group = [c.engine for c in candidates if c.engine.device == device and c.engine.target]
+        targets = {engine.name: engine.target for engine in group}
+        for found in recall_other_threads(bundle, cast(Device, device), options.store):
+            if current(found, bundle, targets) is not None:
+                counts[found.machine["threads"]] = None
+    if not counts:
+        return f"nothing was measured of this bundle here: {command} does it"
+    threads = options.threads or available_cores()
+    measured = f"this bundle was measured with {_join(list(counts))} here, not with {threads}"
+    return f"{measured}: {command} does it"
+
+
+def _join(counts: Sequence[str]) -> str:
+    return f"{' and '.join(counts)} thread{'' if counts == ['1'] else 's'}"
 
 
 def _by_time(bundle: Bundle, group: list[Candidate], known: Measurements, variant: str) -> list[Candidate]:

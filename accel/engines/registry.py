@@ -65,7 +65,9 @@ def _probe_ort(bundle: Bundle, variant: str) -> str | None:
         return str(error)
     name = pick_variant(bundle, variant, "ort-cpu")
     if name is None:
-        return f"the bundle has no ort-cpu graph for variant {variant!r}"
+        known = bundle.manifest.variants.get(variant)
+        others = f"; its graphs are for {', '.join(known.graphs)}" if known is not None and known.graphs else ""
+        return f"the bundle has no ort-cpu graph for variant {variant!r}{others}"
     return missing_operators(name)
 
 

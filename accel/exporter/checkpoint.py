@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accel.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 # In the order in which transformers looks for them.
 WEIGHT_FILES = (
@@ -116,6 +120,34 @@ def _check_length(path: Path, expected: int, found: int) -> None:
         raise CheckpointError(what, where=str(path), remedy=_REPAIR)
 
 
+def check_finite(model: torch.nn.Module, where: str) -> None:
+    """Refuses damaged weights: PyTorch would give NaN for them too, so that no comparison could find them.
+
+    Args:
+        model: Its parameters are summed up, which reads each once and copies none.
+        where: The checkpoint, for the message.
+
+    Raises:
+        CheckpointError: A parameter holds NaN or infinity; names it and says how many.
+    """
+    import torch
+
+    bad: dict[str, int] = {}
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            # The sum of finite numbers may overflow: then they are looked at one by one.
+            if tensor.is_floating_point() and not torch.isfinite(tensor.sum()):
+                bad[name] = int(tensor.numel() - torch.isfinite(tensor).sum())
+    bad = {name: count for name, count in bad.items() if count}
+    if not bad:
+        return
+    first, count = next(iter(bad.items()))
+    values = f"{count:,} value{'s' if count > 1 else ''} that {'are' if count > 1 else 'is'} NaN or infinite"
+    others = f", and so do {len(bad) - 1} more weights" if len(bad) > 2 else ", and so does another weight"
+    what = f"The checkpoint's weight {first} holds {values}{others if len(bad) > 1 else ''}"
+    raise CheckpointError(what, where=where, remedy="Copy or download it again, or take an earlier checkpoint")
+
+
 def _shards(index: Path) -> list[Path]:
     mapping = read_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
@@ -139,4 +171,4 @@ def _hint(folder: Path) -> str:
     return "Give a folder with config.json and model.safetensors, as save_pretrained writes it"
 
 
-__all__ = ["check_folder", "check_weight_file", "read_json"]
+__all__ = ["check_finite", "check_folder", "check_weight_file", "read_json"]

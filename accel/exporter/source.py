@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.errors import CheckpointError, DependencyError, InputError, UnsupportedArchitectureError
-from accel.exporter.checkpoint import check_folder, check_weight_file, read_json
+from accel.exporter.checkpoint import check_finite, check_folder, check_weight_file, read_json
 from accel.exporter.families import (
     AUTO_CLASSES,
     check_causality,
@@ -117,13 +117,14 @@ def load_model(source: Source, task: Task) -> LoadedModel:
     on the CPU, else copied; ``LoadedModel.release`` gives its training flags back.
 
     Raises:
-        CheckpointError: Weights are missing, or their shapes disagree with the config.
+        CheckpointError: Weights are missing or not finite, or their shapes disagree with the config.
         UnsupportedArchitectureError: see ``families``.
     """
     check_config(source.config, task)
     loaded = _adopt(source.module, task) if source.module is not None else _read(source, task)
     try:
         check_causality(loaded.model, task)
+        check_finite(loaded.model, str(source.folder or source.label))
         loaded.model.eval()
     except BaseException:
         loaded.release()

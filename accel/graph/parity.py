@@ -139,8 +139,8 @@ def check_parity(
         recipe: The limit.
 
     Raises:
-        ParityError: An error above the limit, a value that is not finite, or another greedy token where the
-            reference's margin exceeds the error; names case, value and limit.
+        ParityError: An error above the limit, a value that is not finite on either side, or another greedy token where
+            the reference's margin exceeds the error; names case, value and limit.
     """
     gate = _Gate(recipe.limit)
     for case in cases:
@@ -182,6 +182,9 @@ class _Gate:
         """Checks one output; returns its largest absolute error."""
         if found.shape != expected.shape:
             raise ParityError(f"The graph gives shape {found.shape}, PyTorch {expected.shape}", where=where)
+        if not np.isfinite(expected).all():
+            remedy = "There is nothing to compare with: look for damaged weights, or a config of another model"
+            raise ParityError("PyTorch itself gives NaN or infinity", where=where, remedy=remedy)
         largest = float(np.abs(expected).max())
         error = float(np.abs(found - expected).max())
         relative = error / largest if largest > 0 else error

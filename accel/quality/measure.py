@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from accel.bundle import Bundle
 from accel.engines.session import EngineInfo, SessionOptions
@@ -17,6 +17,9 @@ from accel.quality.size import stored_size
 from accel.quality.text_set import TextSet, resolve_text
 from accel.runtime.load import open_model
 from accel.runtime.text import TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from accel.compress.progress import Progress
 
 REFERENCE, REFERENCE_ENGINE = "fp32", "ort-cpu"  # the engine that the export's parity check compared with PyTorch
 MAX_TOKENS, NEW_TOKENS = 1 << 16, 32
@@ -135,7 +138,11 @@ class Reference:
 
 
 def measure_reference(
-    bundle: Bundle, text: TextSet | None = None, settings: Settings | None = None, show_progress: bool | None = False
+    bundle: Bundle,
+    text: TextSet | None = None,
+    settings: Settings | None = None,
+    show_progress: bool | None = False,
+    progress: Progress | None = None,
 ) -> Reference:
     """Measures fp32, to which variants are compared.
 
@@ -144,6 +151,7 @@ def measure_reference(
         text: None: the built-in texts.
         settings: None: the defaults.
         show_progress: A bar on stderr; None: when it is a terminal.
+        progress: Told of it in place of a bar of its own.
 
     Raises:
         EngineUnavailableError: No engine runs fp32 here.
@@ -160,10 +168,9 @@ def measure_reference(
     measures = _measures(bundle)
     engine = REFERENCE_ENGINE if REFERENCE_ENGINE in bundle.variant(REFERENCE).graphs else "auto"
     options = SessionOptions(threads=settings.threads)
-    with open_model(bundle, "auto", engine, REFERENCE, options) as model, MeasureProgress(show_progress) as progress:
+    with open_model(bundle, "auto", engine, REFERENCE, options) as model:
         plan = measures.make_plan(model, text, settings.max_tokens, settings.new_tokens)
-        progress.start(f"fp32 on {model.engine.name}", plan.tokens)
-        observed = measures.observe(model, plan, progress.advance)
+        observed = _observe(measures, model, REFERENCE, plan, show_progress, progress)
     size = stored_size(bundle, REFERENCE, observed.engine.name)
     name = describe_engine(observed.engine)
     quality = Quality(
@@ -181,6 +188,7 @@ def measure_variant(
     max_q_drop: float | None = None,
     min_cosine: float | None = None,
     show_progress: bool | None = False,
+    progress: Progress | None = None,
 ) -> Quality:
     """Measures one variant, and refuses it when it lost too much.
 
@@ -193,6 +201,7 @@ def measure_variant(
         max_q_drop: Decoders: the most that ``Q = mean log p(y|x)`` may fall below fp32's, per token.
         min_cosine: Encoders: the least mean cosine of outputs to fp32's.
         show_progress: A bar on stderr; None: when it is a terminal.
+        progress: Told of it in place of a bar of its own.
 
     Returns:
         The record for the manifest.
@@ -206,14 +215,13 @@ def measure_variant(
     gate = Gate(max_q_drop, min_cosine)
     gate.check(bundle.manifest.arch.kind)
     bundle.variant(variant)
-    reference = reference or measure_reference(bundle, show_progress=show_progress)
+    reference = reference or measure_reference(bundle, show_progress=show_progress, progress=progress)
     if variant == REFERENCE:
         return reference.quality
     settings, plan, measures = reference.settings, reference.plan, _measures(bundle)
     opened = open_model(bundle, settings.device, settings.engine, variant, SessionOptions(threads=settings.threads))
-    with opened as model, MeasureProgress(show_progress) as progress:
-        progress.start(f"{variant} on {model.engine.name}", plan.tokens)
-        observed = measures.observe(model, plan, progress.advance)
+    with opened as model:
+        observed = _observe(measures, model, variant, plan, show_progress, progress)
     quality = dataclasses.replace(
         reference.quality,
         engine=describe_engine(observed.engine),
@@ -223,6 +231,18 @@ def measure_variant(
     )
     gate.hold(variant, quality, str(bundle.path))
     return quality
+
+
+def _observe(
+    measures: Measures, model: Any, variant: str, plan: Any, show: bool | None, progress: Progress | None
+) -> Any:
+    name = f"{variant} on {model.engine.name}"
+    if progress is not None:
+        progress.stage(f"Measuring {name}", plan.tokens)
+        return measures.observe(model, plan, progress.advance)
+    with MeasureProgress(show) as bar:
+        bar.start(name, plan.tokens)
+        return measures.observe(model, plan, bar.advance)
 
 
 def describe_engine(engine: EngineInfo) -> str:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from accel.inspection import html
 from accel.inspection.svg import escape
 from accel.inspection.wording import count, percent, size
-from accel.manifest import EncoderFidelity, Quality
+from accel.manifest import EncoderFidelity, Quality, Quantization
 from accel.quality import charts, wording
 from accel.quality.records import Report, VariantReport
 
@@ -169,7 +169,16 @@ def _layers(item: VariantReport) -> str:
     if len({layer.bits for layer in record.layers}) > 1:
         keys.append(("kept", "kept in more bits"))
     drawn = charts.draw_layers(item.name, record)
-    return html.section(f"Layers of {item.name}", "; ".join(facts) + ".", drawn + html.legend(keys) + table)
+    content = drawn + html.legend(keys) + table + _kept(record)
+    return html.section(f"Layers of {item.name}", "; ".join(facts) + ".", content)
+
+
+def _kept(record: Quantization) -> str:
+    """The layers that stayed float, and why."""
+    if not record.kept:
+        return ""
+    rows = [(name, reason) for reason, names in wording.kept_layers(record).items() for name in names]
+    return html.details("Layers in float", html.table(("layer", "why"), rows))
 
 
 def _method(found: Report) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Known = list[tuple[str, Quality]]
 WORST = 3  # layers of the largest error that are listed
+KEPT = 6  # layers in float that are listed for each reason
 WIDTH = 120  # of a report that is turned into a string
 
 
@@ -128,7 +129,13 @@ def _layers(item: VariantReport) -> list[str]:
     sizes = f"{size(record.bytes_before)} became {size(record.bytes_after)}"
     head = f"{printable(item.name)}: {printable(wording.algorithm(record))}; {wording.layer_groups(record)}; {sizes}"
     lines = [head, f"  error of the {record.error_of}: mean {mean:.4f}; the largest:"]
-    return lines + [f"    {layer.error:.4f}  {printable(layer.name)}" for layer in worst]
+    lines += [f"    {layer.error:.4f}  {printable(layer.name)}" for layer in worst]
+    return lines + [f"  in float ({reason}): {_some(names)}" for reason, names in wording.kept_layers(record).items()]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - KEPT
+    return ", ".join(names[:KEPT]) + (f" and {more} more" if more > 0 else "")
 
 
 __all__ = ["print_report", "render_text"]

@@ -107,14 +107,23 @@ def algorithm(record: Quantization) -> str:
 
 
 def layer_groups(record: Quantization) -> str:
-    """``168 x 4 bits, groups of 32; 42 x 8 bits, per row``."""
+    """``168 x 4 bits, groups of 32; 42 x 8 bits, per row; 2 in float``."""
     kinds: dict[tuple[int, int], int] = {}
     for layer in record.layers:
         kinds[layer.bits, layer.group] = kinds.get((layer.bits, layer.group), 0) + 1
     ordered = sorted(kinds.items())
-    return "; ".join(
+    parts = [
         f"{number:,} x {bits} bits, {f'groups of {group}' if group else 'per row'}" for (bits, group), number in ordered
-    )
+    ]
+    return "; ".join([*parts, f"{len(record.kept):,} in float"] if record.kept else parts)
+
+
+def kept_layers(record: Quantization) -> dict[str, list[str]]:
+    """Why layers stay float -> their names."""
+    found: dict[str, list[str]] = {}
+    for name, reason in record.kept.items():
+        found.setdefault(printable(reason), []).append(printable(name))
+    return found
 
 
 def phase_names(known: Iterable[tuple[str, Quality]]) -> list[str]:
@@ -163,6 +172,7 @@ __all__ = [
     "definitions",
     "difference",
     "find_phase",
+    "kept_layers",
     "layer_groups",
     "milliseconds",
     "notes",

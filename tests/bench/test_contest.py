@@ -73,14 +73,16 @@ Hold = Callable[..., Outcome]
 def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hold:
     """``hold({name: ms}, fitting=..., failing=...)`` runs a contest of fake workers."""
 
-    def run(speed: dict[str, float], fitting: int = 100, failing: dict[str, str] | None = None) -> Outcome:
+    def run(
+        speed: dict[str, float], fitting: int = 100, failing: dict[str, str] | None = None, say: Any = print
+    ) -> Outcome:
         FakeWorker.speed, FakeWorker.failing = {**speed, TORCH: 40.0}, failing or {}
         FakeWorker.alive, FakeWorker.groups = [], 0
         monkeypatch.setattr(contest, "WorkerProcess", FakeWorker)
         room = fitting * 1e9 / contest.MEMORY_SHARE + 1e6
         monkeypatch.setattr(contest, "meminfo_bytes", lambda field: room)
         contestants = [Contestant(*name.split(), "ort-cpu") for name in speed]
-        outcome = Arena(tmp_path, 1, ENCODER, 3, tmp_path, None).run(contestants, with_torch=True)
+        outcome = Arena(tmp_path, 1, ENCODER, 3, tmp_path, None, say).run(contestants, with_torch=True)
         assert FakeWorker.alive == [], "every worker is ended"
         return outcome
 
@@ -100,6 +102,16 @@ def test_what_does_not_fit_beside_the_others_is_measured_after_them(hold: Hold) 
     assert groups == [{"a fp32", "b fp32", "c fp32"}, {"a fp32", "d fp32"}]
     assert outcome.medians("d fp32")["forward 1x8"] == 2.0, "at the pace of the first group"
     assert outcome.groups[1]["d fp32"]["forward 1x8"] == [4.0] * 3
+
+
+def test_every_step_is_told(hold: Hold) -> None:
+    lines: list[str] = []
+    hold({"a fp32": 10.0, "b fp32": 8.0, "c fp32": 1.0}, failing={"c fp32": "open"}, say=lines.append)
+    ready = {line.partition(" after")[0] for line in lines[:4]}
+    assert ready == {"a fp32: ready", "b fp32: ready", "eager PyTorch: ready", "c fp32: failed: no open today"}
+    costs = "a fp32 10 ms, eager PyTorch 40 ms, b fp32 8 ms"
+    left = "; about 0 s left"
+    assert lines[4:] == [f"round {n} of 3: {costs}{left if n < 3 else ''}" for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("failure", ["open", "measure", "late"])

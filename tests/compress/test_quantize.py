@@ -131,22 +131,38 @@ def test_bad_numbers_of_a_norm_are_named_too(bundle_of: Get, algorithm: str) -> 
         quantize_graph(model, arch, parse_scheme("w8g32"), algorithm, sample(arch))
 
 
-def test_progress_is_told(bundle_of: Get) -> None:
-    class Told:
-        def __init__(self) -> None:
-            self.stages: list[tuple[str, int | None]] = []
-            self.count = 0
+class Told:
+    """Notes each stage as (name, total, what was done of it)."""
 
-        def stage(self, name: str, total: int | None = None) -> None:
-            self.stages.append((name, total))
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None, int]] = []
 
-        def advance(self, count: int) -> None:
-            self.count += count
+    def stage(self, name: str, total: int | None = None) -> None:
+        self.stages.append((name, total, 0))
 
-    model, arch = canonical(bundle_of("olmo2"))
+    def advance(self, count: int) -> None:
+        name, total, done = self.stages.pop()
+        self.stages.append((name, total, done + count))
+
+
+@pytest.mark.parametrize(
+    "scheme,family,head_bits,stages",
+    [
+        ("w8g32", "olmo2", None, ["Quantising"]),
+        ("w8a8-dyn", "bert", None, ["Measuring channels", "Quantising"]),
+        ("w4g32", "olmo2", None, ["Measuring the head in 4 bits", "Quantising"]),
+        ("w4g32", "gemma2", 4, ["Measuring the head's inputs", "Quantising"]),
+    ],
+)
+def test_progress_is_told(
+    bundle_of: Get, scheme: str, family: str, head_bits: int | None, stages: list[str]
+) -> None:
+    """Every stage knows how much there is to do, and all of it is told."""
+    model, arch = canonical(bundle_of(family))
     told = Told()
-    quantize_graph(model, arch, parse_scheme("w8g32"), progress=told)
-    assert told.stages and told.stages[0][1] == told.count > 0
+    quantize_graph(model, arch, parse_scheme(scheme), calibration=sample(arch), head_bits=head_bits, progress=told)
+    assert [name for name, *_ in told.stages] == stages
+    assert all(done == total for _, total, done in told.stages), told.stages
 
 
 def sample(arch: ArchSpec, tokens: int = 48, count: int = 12) -> Calibration:

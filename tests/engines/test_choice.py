@@ -136,6 +136,19 @@ def test_a_changed_bundle_was_not_measured(bundle: Bundle) -> None:
     assert opened(Bundle(bundle.path, dataclasses.replace(manifest, files=files)))[0] == "first"
 
 
+def test_fastest_of_other_threads_says_with_how_many_it_was_measured(bundle: Bundle) -> None:
+    kept = [Measured("second", "fp32", graph_digest(bundle, "fp32", "ort-cpu") or "", 8.1, {})]
+    for threads in (2, 12):
+        remember(bundle, "cpu", threads, kept, cost="a mean", rounds=7, date="2026-11-26")
+    *_, fallbacks = opened(bundle, variant="fastest")
+    said = "this bundle was measured with 2 and 12 threads here, not with 1: accel bench "
+    assert fallbacks["fastest"].startswith(said)
+    assert fallbacks["fastest"].endswith(" --threads 1 does it")
+    remember(bundle, "cpu", 2, [dataclasses.replace(kept[0], graph="gone")], cost="", rounds=7, date="2026-11-26")
+    remember(bundle, "cpu", 12, [dataclasses.replace(kept[0], graph="gone")], cost="", rounds=7, date="2026-11-26")
+    assert opened(bundle, variant="fastest")[-1]["fastest"].startswith("nothing was measured of this bundle here")
+
+
 def test_what_was_fastest_and_fails_is_passed_over(
     bundle: Bundle, registry: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -57,6 +57,26 @@ def test_missing_weights_are_never_made_up(decoder_folder: Path) -> None:
         load_model(resolve_source(decoder_folder), "text-generation")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named(decoder_folder: Path, value: float) -> None:
+    def damage(tensors: Any) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, :3] = value
+        tensors["model.norm.weight"][0] = value
+
+    edit_weights(decoder_folder, damage)
+    what = r"weight model\.layers\.1\.mlp\.up_proj\.weight holds 3 values that are NaN or infinite, and so does another"
+    with pytest.raises(CheckpointError, match=what) as caught:
+        load_model(resolve_source(decoder_folder), "text-generation")
+    assert "parity" not in str(caught.value)
+
+
+def test_large_weights_whose_sum_overflows_are_no_damage() -> None:
+    model = make_decoder()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3e38)
+    assert load_model(resolve_source(model), "text-generation").model is model
+
+
 def test_config_that_disagrees_with_the_weights(decoder_folder: Path) -> None:
     edit_config(decoder_folder, intermediate_size=64)
     with pytest.raises(CheckpointError, match=r"disagree with config\.json.*\[\d+, \d+\].*\[\d+, \d+\]"):

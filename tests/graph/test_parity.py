@@ -86,6 +86,15 @@ def test_not_a_number_never_passes() -> None:
     assert caught.value.value == math.inf
 
 
+def test_a_reference_that_is_not_finite_is_not_blamed_on_the_graph() -> None:
+    recipe = ParityRecipe()
+    cases = decoder_cases(recipe)
+    cases[0].expected[0][0, 0] = math.nan
+    with pytest.raises(ParityError, match="PyTorch itself gives NaN") as caught:
+        parity.check_parity(Session(), DECODER, cases, recipe)  # type: ignore[arg-type]
+    assert "without parity" not in str(caught.value) and caught.value.value is None
+
+
 def test_only_rows_that_join_late_see_a_swapped_row() -> None:
     recipe = ParityRecipe()
 

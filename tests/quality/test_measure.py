@@ -12,6 +12,7 @@ from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, EngineError, EngineUnavailableError, InputError, QualityError
 from accel.quality import Gate, Reference, Settings, measure_reference, measure_variant, resolve_text, timing
+from tests.compress.test_quantize import Told
 from tests.quality.rounded import write_rounded
 from tests.runtime.breaking import Shelf
 
@@ -50,6 +51,12 @@ def test_finer_weights_lose_less(rounded_decoder: Path, reference: Reference) ->
     assert abs(fine.likelihood.difference) < 0.01 < abs(coarse.likelihood.difference)
     assert coarse.greedy.top1 < fine.greedy.top1 <= 1 and fine.greedy.new_tokens == 8
     assert coarse.greedy.prefix <= fine.greedy.prefix
+
+
+def test_progress_is_told(rounded_decoder: Path, reference: Reference) -> None:
+    told = Told()
+    measure_variant(Bundle.open(rounded_decoder), "coarse", reference=reference, progress=told)
+    assert told.stages == [("Measuring coarse on ort-cpu", reference.plan.tokens, reference.plan.tokens)]
 
 
 def test_fp32_against_itself(rounded_decoder: Path, reference: Reference) -> None:

@@ -24,15 +24,15 @@ def probe(bundle: Bundle, variant: str) -> str | None:
     """Why the engine cannot run a bundle here, or None."""
     if bundle.manifest.arch.kind != "encoder":
         return "OpenVINO runs encoders only here: it has no caches that are updated in place"
+    asked = PRECISIONS[0] if variant == "auto" else variant
+    if asked not in PRECISIONS:  # before anybody installs it for nothing
+        return f"OpenVINO runs {' and '.join(PRECISIONS)} here, not {asked}"
     try:
         import_openvino()
     except DependencyError as error:
         return str(error)
     chosen = pick_precision(bundle, variant)
     if chosen is None:
-        asked = PRECISIONS[0] if variant == "auto" else variant
-        if asked not in PRECISIONS:
-            return f"OpenVINO runs {' and '.join(PRECISIONS)} here, not {asked}"
         command = f"accel quantize {bundle.path} --variant {asked} --target {NAME}"
         return f"the bundle has no graph for OpenVINO in {asked}: {command} adds it"
     if chosen == "bf16" and not computes_bfloat16(open_core()):

@@ -77,6 +77,8 @@ def test_a_package_that_is_missing_or_old(
     row = capabilities._openvino_engine()
     assert not row.available and why in row.reason and 'accelrt[openvino]"' in str(row.install)
     assert package.is_installed() == (version is not None)
+    reason = registry.probe(with_graphs(encoder, "fp16"), "fp16")
+    assert reason == "OpenVINO runs fp32 and bf16 here, not fp16", "installing it would not help"
 
 
 def test_a_package_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
