@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from accel.engines.tensorrt.adapter import Compatibility, Flavour
 from accel.engines.tensorrt.buffers import buffer_bytes
 from accel.engines.tensorrt.lookup import TARGET, find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import current_sm
-from accel.errors import AccelError, EngineUnavailableError, StorageError
+from accel.errors import AccelError, EngineStoreError, EngineUnavailableError, StorageError
 from accel.store import EngineStore, StoredEngine, cache_folder
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def build(
     Raises:
         InputError, DependencyError, EngineBuildError, EngineProofError: see ``accel.builder.build.build_plan``.
         BundleError: A damaged bundle, or an outdated precision that cannot be lowered again here.
-        StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, or holds a bad engine.
+        StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, holds a bad engine, or may not
+            hold all that is asked for: its size limit removed the first engines for the last, which stay.
         KeyboardInterrupt: Ctrl-C; nothing half made is left.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -112,7 +113,33 @@ def build(
         hardware_compatibility=hardware_compatibility, show_progress=show_progress,
     )  # fmt: skip
     place = store if isinstance(store, EngineStore) else open_store(store)
-    return [build_one(request, flavour, place, show_progress, measure) for request in requests]
+    reports = [build_one(request, flavour, place, show_progress, measure) for request in requests]
+    _check_kept(place, reports)
+    return reports
+
+
+def removed_engines(store: EngineStore, digests: Collection[str]) -> set[str]:
+    """Those of the engines that the store's size limit has removed again. It removes the first for the last.
+
+    Raises:
+        EngineStoreError: The store cannot be read.
+    """
+    if store.max_bytes is None:
+        return set()
+    return set(digests) - {entry.digest for entry in store.entries()}
+
+
+def _check_kept(store: EngineStore, reports: Sequence[EngineReport]) -> None:
+    removed = removed_engines(store, [report.digest for report in reports])
+    if not removed:
+        return
+    names = ", ".join(f"{'+'.join(one.sm)} {one.variant}" for one in reports if one.digest in removed)
+    what = (
+        f"{len(removed)} of {len(reports)} engines were removed from the store for later ones: {names}. "
+        f"It may hold {store.max_bytes} bytes, and these engines take {sum(one.size for one in reports)}"
+    )
+    remedy = "Raise the limit (ACCEL_STORE_MAX_BYTES), or give another store (--store, store=)"
+    raise EngineStoreError(what, where=store.url, remedy=remedy)
 
 
 def build_missing(
@@ -260,4 +287,4 @@ def _say_waiting(request: BuildRequest) -> Any:
     return say
 
 
-__all__ = ["EngineReport", "build", "build_one", "past_seconds"]
+__all__ = ["EngineReport", "build", "build_one", "past_seconds", "removed_engines"]

@@ -25,6 +25,7 @@ from accel.engines.tensorrt.lookup import open_store
 from accel.errors import (
     BundleError,
     DependencyError,
+    EngineStoreError,
     EngineUnavailableError,
     ExportError,
     InputError,
@@ -112,6 +113,21 @@ def test_a_hit_reads_no_onnx_and_hashes_nothing(bundle: Path, tmp_path: Path, mo
     began = time.perf_counter()
     (report,) = build(bundle, store=tmp_path / "store", **SMALL)
     assert not report.built and time.perf_counter() - began < 2
+
+
+def test_a_limit_that_removed_an_engine_of_the_same_command(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No engine is called built that a later one of the same call has pushed out."""
+    monkeypatch.setenv("ACCEL_STORE_MAX_BYTES", "1k")
+    asked = {**SMALL, "sm": "sm86,sm89"}
+    with pytest.raises(EngineStoreError, match=r"1 of 2 engines .* sm86 fp16. It may hold 1000 bytes") as caught:
+        build(bundle, store=tmp_path / "store", **asked)
+    assert "ACCEL_STORE_MAX_BYTES" in str(caught.value.remedy)
+    (entry,) = open_store(tmp_path / "store").entries()
+    assert entry.digest == key_of(bundle, sm="sm89")
+    (kept,) = build(bundle, store=tmp_path / "store", **{**SMALL, "sm": "sm89"})
+    assert not kept.built
 
 
 @pytest.mark.parametrize("sm", [["SM86", "sm120"], "sm86, sm120", ["sm86,sm120"]])

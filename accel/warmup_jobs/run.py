@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accel.engine_build import removed_engines
 from accel.engines.kv_cache import check_count
 from accel.engines.tensorrt.lookup import open_store
 from accel.engines.tensorrt.packages import current_sm
@@ -163,9 +164,10 @@ class _Job:
 
     def _note_removed(self, max_bytes: int) -> None:
         """A store whose limit is less than what the job needs drops the first engines for the last."""
-        stored = {entry.digest for entry in self.store.entries()}
-        for engine in self.engines:
-            if _status(engine) in ("hit", "built") and _digest(engine) not in stored:
+        there = [engine for engine in self.engines if _status(engine) in ("hit", "built")]
+        removed = removed_engines(self.store, [digest for engine in there if (digest := _digest(engine))])
+        for engine in there:
+            if _digest(engine) in removed:
                 limit = f"{max_bytes / 1e6:.0f} MB"
                 engine.failure = f"It was removed for later engines: the store may hold {limit}, the job needs more"
 
