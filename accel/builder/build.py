@@ -70,7 +70,8 @@ class BuildFacts:
         layers: Layers of the network by type, before the builder fuses them.
         fused_attention: Attention layers that TensorRT runs as one.
         seconds: Of the whole build; ``phases``: of its parts.
-        peak_rss_bytes: Largest resident memory of this process while it built; None: the system does not say.
+        peak_rss_bytes: Largest resident memory while it built, of a process that does nothing else (see
+            ``PeakMemory``); None: the system does not say.
         warnings: What the library warned of while building.
     """
 
