@@ -284,10 +284,13 @@ def test_a_read_only_store_serves_hits(
     accel.warmup(write(open_to_all, {**BERT, "sm": "sm86"}))
     path = write(open_to_all, {**BERT, "sm": ["sm86", "sm89"]}, {**BERT, "precision": "bf16", "sm": "sm86"})
     with without_rights(open_to_all):
-        report = accel.warmup(path, retries=0)
+        planned = accel.warmup(path, dry_run=True)
+        report = accel.warmup(path)
+    assert [line.status for line in planned.engines] == ["hit", "miss", "failed"] and not planned.ok
+    assert f"accel quantize {open_to_all}/bert --variant bf16" in str(planned.engines[2].reason)
     assert [line.status for line in report.engines] == ["hit", "failed", "failed"]
     assert all("no permission to write" in str(line.reason) for line in report.engines[1:])
-    assert [request["do"] for request in in_process] == ["build", "variant", "build"]
+    assert [request["do"] for request in in_process] == ["build", "build"]  # each once
     assert states(accel.warmup(path)) == [("bert", "sm86", "hit"), ("bert", "sm89", "built"), ("bert", "sm86", "built")]
 
 
