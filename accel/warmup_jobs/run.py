@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,11 @@ from accel.errors import InputError, RecipeError
 from accel.machine import available_cores, available_memory
 from accel.schema import to_dict
 from accel.sizes import parse_size
-from accel.storage import as_storage_error
 from accel.store import EngineStore
 from accel.warmup_jobs.jobs import JobFile, Wanted, expand, read_jobs
+from accel.warmup_jobs.logs import log_folder
 from accel.warmup_jobs.plan import PlannedEngine, Planner, variant_memory
-from accel.warmup_jobs.process import LOGS, Child
+from accel.warmup_jobs.process import Child
 from accel.warmup_jobs.report import EngineLine, Status, WarmupReport
 from accel.warmup_jobs.scheduler import Limits, Outcome, Task, run_tasks
 
@@ -81,7 +80,8 @@ def warmup(
         planned.write(folder / file.summary)
     if not dry_run:
         job.say(str(planned))
-        with _logs(file, folder, job), _stop_signals() as stopped:
+        chosen = None if file.logs is None else folder / file.logs
+        with log_folder(chosen, job.telling_logs) as job.logs, _stop_signals() as stopped:
             job.run(wanted, stopped)
     report = job.report(started, dry_run)
     if file.summary is not None:
@@ -214,6 +214,12 @@ class _Job:
 
         run_tasks(tasks, self.limits, stopped, tell)
 
+    def telling_logs(self) -> set[Path]:
+        """Those that say why an engine is missing."""
+        if not any(_status(engine) == "failed" for engine in self.engines):
+            return set()
+        return {task.log for task in self.begun if task.reasons and task.log is not None}
+
     def report(self, started: float, dry_run: bool) -> WarmupReport:
         lines = tuple(_line(engine, dry_run) for engine in self.engines)
         seconds = round(time.monotonic() - started, 3)
@@ -299,35 +305,6 @@ def _store_url(store: str | Path | None, file: JobFile, folder: Path) -> str | N
         what = "A store in memory is seen by one process alone, and engines are built in others"
         raise InputError(what, where="store", remedy="Give a directory or another URL")
     return url
-
-
-@contextmanager
-def _logs(file: JobFile, folder: Path, job: _Job) -> Iterator[None]:
-    """Gives the job its folder for logs; a temporary one stays if there is something to be read in it."""
-    chosen = None if file.logs is None else folder / file.logs
-    try:
-        if chosen is not None:
-            chosen.mkdir(parents=True, exist_ok=True)
-        job.logs = chosen or Path(tempfile.mkdtemp(prefix="accel-warmup-"))
-    except OSError as error:
-        raise as_storage_error(error, chosen or Path(tempfile.gettempdir()), LOGS) or error from error
-    try:
-        yield
-    finally:
-        if chosen is None:
-            _clear(job)
-
-
-def _clear(job: _Job) -> None:
-    """Leaves those logs of a temporary folder that say why an engine is missing; none: no folder either."""
-    failed = [task for task in job.begun if task.reasons]
-    telling = {task.log for task in failed} if any(_status(engine) == "failed" for engine in job.engines) else set()
-    with suppress(OSError):
-        for path in job.logs.iterdir():
-            if path not in telling or not path.stat().st_size:
-                path.unlink(missing_ok=True)
-        if not any(job.logs.iterdir()):
-            job.logs.rmdir()
 
 
 @contextmanager

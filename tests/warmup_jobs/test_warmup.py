@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -188,6 +189,21 @@ def test_no_empty_folder_is_left(
     with pytest.raises(KeyboardInterrupt):
         accel.warmup(write(bundles, {**BERT, "sm": "sm89"}))
     assert list(temporary.iterdir()) == []
+
+
+def test_logs_of_killed_jobs_are_swept(
+    bundles: Path, temporary: Path, in_process: list[dict[str, Any]]
+) -> None:
+    """Those of a job that lives, and those that a job left to be read, stay."""
+    for name in ("killed", "alive", "kept"):
+        (temporary / f"accel-warmup-{name}").mkdir()
+        (temporary / f"accel-warmup-{name}" / "001-x.log").write_text("why")
+    for name in ("killed", "alive"):
+        (temporary / f"accel-warmup-{name}" / ".running").write_text("locked")
+    with (temporary / "accel-warmup-alive" / ".running").open() as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        accel.warmup(write(bundles, {**BERT, "sm": "sm86"}))
+    assert sorted(path.name for path in temporary.iterdir()) == ["accel-warmup-alive", "accel-warmup-kept"]
 
 
 def test_a_variant_that_fails_has_a_log(bundles: Path, temporary: Path) -> None:
