@@ -26,6 +26,7 @@ class EngineLine:
         seconds: That building it took, start of the process included.
         attempts: Builds that were begun.
         retried: Why earlier attempts failed.
+        variant_attempts, variant_retried: The same of adding its precision to the bundle; 0: it was there.
         estimated_bytes, estimated_seconds: Memory and time that a build is expected to take; None: not known.
         latency_ms: Median time of a call by profile; None if it was not run.
         log: What the build printed.
@@ -45,6 +46,8 @@ class EngineLine:
     seconds: float | None = None
     attempts: int = 0
     retried: tuple[str, ...] = ()
+    variant_attempts: int = 0
+    variant_retried: tuple[str, ...] = ()
     estimated_bytes: int | None = None
     estimated_seconds: float | None = None
     latency_ms: dict[str, float] | None = None
@@ -62,6 +65,7 @@ class EngineLine:
         if self.status in ("hit", "built") and self.bytes is not None:
             parts.append(f"{self.bytes / 1e6:.1f} MB")
         parts += [f"{self.seconds:.1f} s" if self.seconds is not None else None]
+        parts += [f"{self.precision} added at attempt {self.variant_attempts}" if self.variant_attempts > 1 else None]
         parts += [f"attempt {self.attempts}" if self.attempts > 1 else None]
         parts += [f"{profile} {value:.2f} ms" for profile, value in (self.latency_ms or {}).items()]
         parts += [self.note]

@@ -94,6 +94,7 @@ class _Engine:
     """An engine of the job and what was done for it; ``latency`` is there once it ran."""
 
     planned: PlannedEngine
+    variant: Task | None = None
     build: Task | None = None
     log: Path | None = None
     latency: dict[str, float] | None = None
@@ -117,14 +118,15 @@ class _Job:
 
     def run(self, wanted: Sequence[Wanted], stopped: Callable[[], bool]) -> None:
         """Variants, then builds, then runs."""
-        failed = self._add_variants(stopped)
+        added = self._add_variants(stopped)
         planner = Planner(self.store, verify="://" not in self.store.url)
         self.engines = [_Engine(planned) for planned in planner.plan(wanted)]
         for engine in self.engines:
+            task = engine.variant = added.get((engine.planned.wanted.bundle, engine.planned.variant))
             if engine.planned.missing is not None:
-                task = failed.get((engine.planned.wanted.bundle, engine.planned.missing))
-                engine.stopped = task is None
-                if task is not None:
+                failed = task is not None and task.outcome is not None and task.outcome.error is not None
+                engine.stopped = not failed
+                if task is not None and failed:
                     engine.failure, engine.log = _why(task), task.log
         self._build(stopped)
         self.gpu = current_sm()
@@ -136,17 +138,17 @@ class _Job:
         if self.show:
             print(text, file=sys.stderr, flush=True)
 
-    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str], Task]:
-        """Adds each missing precision once; returns the tasks that failed."""
+    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str | None], Task]:
+        """Adds each missing precision once; returns the tasks that did it, or failed to."""
         missing = [(engine.planned.wanted.bundle, engine.planned.missing) for engine in self.engines]
-        tasks = {}
+        tasks: dict[tuple[str, str | None], Task] = {}
         for bundle, variant in dict.fromkeys(missing):
             if variant is not None:
                 request = {"do": "variant", "bundle": bundle, "variant": variant}
                 name = f"{Path(bundle).name} {variant}"
                 tasks[bundle, variant] = self._task(name, variant_memory(bundle), request)
         self._run_tasks(list(tasks.values()), stopped)
-        return {where: task for where, task in tasks.items() if task.outcome and task.outcome.error}
+        return tasks
 
     def _build(self, stopped: Callable[[], bool]) -> None:
         for engine in self.engines:
@@ -259,8 +261,10 @@ def _line(engine: _Engine, dry_run: bool) -> EngineLine:
         digest=_digest(engine),
         bytes=result.get("bytes", planned.bytes),
         seconds=round(task.seconds, 3) if result and task is not None else None,
-        attempts=len(task.reasons) + bool(result) if task is not None else 0,
-        retried=tuple(task.reasons if result else task.reasons[:-1]) if task is not None else (),
+        attempts=_attempts(task),
+        retried=_retried(task),
+        variant_attempts=_attempts(engine.variant),
+        variant_retried=_retried(engine.variant),
         estimated_bytes=planned.memory if missed else None,
         estimated_seconds=planned.seconds if missed else None,
         latency_ms=engine.latency,
@@ -273,6 +277,22 @@ def _digest(engine: _Engine) -> str | None:
     """The engine's name in the store, once it is known."""
     outcome = engine.build.outcome if engine.build is not None else None
     return (outcome.result or {}).get("digest", engine.planned.digest) if outcome else engine.planned.digest
+
+
+def _attempts(task: Task | None) -> int:
+    """Attempts that ended."""
+    return 0 if task is None else len(task.reasons) + _is_done(task)
+
+
+def _retried(task: Task | None) -> tuple[str, ...]:
+    """Why the attempts before the last one failed."""
+    if task is None:
+        return ()
+    return tuple(task.reasons if _is_done(task) else task.reasons[:-1])
+
+
+def _is_done(task: Task) -> bool:
+    return task.outcome is not None and task.outcome.result is not None
 
 
 def _why(task: Task) -> str:

@@ -274,6 +274,25 @@ def test_a_store_that_may_not_hold_the_whole_job(bundles: Path, in_process: list
         accel.warmup(write(bundles, {**BERT, "sm": "sm86"}, max_bytes="lots"))
 
 
+def test_a_retry_of_a_variant_is_told(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that was killed while it added the precision."""
+
+    class KilledOnce(InProcess):
+        def __init__(self, request: dict[str, Any], log: Path) -> None:
+            super().__init__(request, log)
+            if len(self.requests) == 1:
+                self._outcome = Outcome(error="The process was ended by SIGKILL", killed=True)
+
+    monkeypatch.setattr(InProcess, "requests", [], raising=False)
+    monkeypatch.setattr(run, "Child", KilledOnce)
+    jobs = write(bundles, {**BERT, "sm": "sm86", "precision": "bf16"}, summary="out.json")
+    (line,) = accel.warmup(jobs).engines
+    assert (line.status, line.attempts, line.retried) == ("built", 1, ())
+    assert line.variant_attempts == 2 and "bf16 added at attempt 2" in line.text()
+    (told,) = json.loads((bundles / "out.json").read_text())["engines"]
+    assert told["variant_retried"] == ["The process was ended by SIGKILL"]
+
+
 def test_a_refused_engine_is_built_again(bundles: Path) -> None:
     path = write(bundles, {**BERT, "sm": "sm86"}, logs="logs")
     accel.warmup(path)
