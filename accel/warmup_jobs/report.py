@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accel.errors import StorageError
 from accel.schema import to_dict
 
 Status = Literal["hit", "miss", "built", "failed", "stopped"]
@@ -111,11 +112,14 @@ class WarmupReport:
         """Writes ``to_json`` to a file.
 
         Raises:
-            StorageError: It cannot be written.
+            SummaryError: It cannot be written.
         """
         from accel.builder.files import write_atomically
 
-        write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
+        try:
+            write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
+        except StorageError as error:
+            raise SummaryError(self, path, error) from error
 
     def __str__(self) -> str:
         lines = [line.text() for line in self.engines]
@@ -128,4 +132,18 @@ class WarmupReport:
         return "\n".join(lines)
 
 
-__all__ = ["EngineLine", "Status", "WarmupReport"]
+class SummaryError(StorageError):
+    """The summary of a job cannot be written.
+
+    Attributes:
+        report: What it would have said: the plan, or what was done.
+    """
+
+    def __init__(self, report: WarmupReport, path: Path, cause: StorageError) -> None:
+        what = f"The job's summary cannot be written: {cause.what}"
+        remedy = "Give 'summary' in the jobs file another path, or leave it out"
+        super().__init__(what, where=f"summary: {path}", remedy=remedy)
+        self.report = report
+
+
+__all__ = ["EngineLine", "Status", "SummaryError", "WarmupReport"]

@@ -65,7 +65,8 @@ def warmup(
         RecipeError: The job has an unknown key or a wrong value.
         InputError: It asks for nothing, or an argument is out of range.
         EngineStoreError, DependencyError: The store cannot be opened.
-        StorageError: The summary, or the logs' folder, cannot be written.
+        SummaryError: The summary cannot be written, found before anything is built; it has the report.
+        StorageError: The logs' folder cannot be written.
     """
     started = time.monotonic()
     file, folder = read_jobs(jobs)

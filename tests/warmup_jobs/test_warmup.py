@@ -19,10 +19,10 @@ import accel
 from accel import engine_latency
 from accel.bundle import Bundle, file_entry
 from accel.cli import main
-from accel.errors import AccelError, InputError, RecipeError, StorageError
+from accel.errors import AccelError, InputError, RecipeError
 from accel.schema import to_dict
 from accel.store import EngineStore
-from accel.warmup_jobs import WarmupReport, child, run
+from accel.warmup_jobs import SummaryError, WarmupReport, child, run
 from accel.warmup_jobs.scheduler import Outcome
 from tests.store.conftest import s3
 from tests.store.test_broken_disks import without_rights
@@ -386,11 +386,20 @@ def test_a_signed_store_in_a_bucket(bundles: Path, s3: dict[str, Any], monkeypat
     assert states(accel.warmup(path, dry_run=True)) == [("bert", "sm86", "miss")]  # another's engine is no hit
 
 
-def test_a_summary_that_cannot_be_written_is_found_first(bundles: Path) -> None:
+def test_a_summary_that_cannot_be_written_is_found_first(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan is shown all the same, and the error names the key."""
     (bundles / "file").touch()
-    with pytest.raises(StorageError):
-        accel.warmup(write(bundles, {**BERT, "sm": "sm86"}, summary="file/out.json"))
+    jobs = write(bundles, {**BERT, "sm": "sm86"}, summary="file/out.json")
+    with pytest.raises(SummaryError, match=r"at summary: .*file/out.json\). Give 'summary'") as caught:
+        accel.warmup(jobs)
+    assert states(caught.value.report) == [("bert", "sm86", "miss")]
     assert not (bundles / "store").exists()
+    assert main(["warmup", str(jobs)]) == 1
+    printed = capsys.readouterr()
+    assert "miss    bert rtx sm86 fp16" in printed.out and "summary" in printed.err
+    assert main(["warmup", str(jobs), "--dry-run", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["counts"] == {"miss": 1} and answer["error"]["type"] == "SummaryError"
 
 
 @pytest.mark.parametrize(
