@@ -243,6 +243,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
     return {
         **to_dict(built.facts),
         "model": request.bundle.manifest.source,
+        "bundle": request.bundle.path.name,
         "max_batch": request.max_batch,
         "hardware_compatibility": request.settings.hardware_compatibility,
         "sources": request.sources,

@@ -57,6 +57,11 @@ class PlannedEngine:
     note: str | None = None
     alone: bool = False
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.wanted.title(self.variant)
+
 
 class Planner:
     """Plans engines, opening each bundle and listing each folder of the store once.

@@ -32,6 +32,7 @@ class EngineLine:
         latency_ms: Median time of a call by profile; None if it was not run.
         log: What the build printed.
         note: What of the job was not used for this engine.
+        choices: Capacity, rows, profiles and what else was asked for, in words.
     """
 
     bundle: str
@@ -54,11 +55,11 @@ class EngineLine:
     latency_ms: dict[str, float] | None = None
     log: str | None = None
     note: str | None = None
+    choices: str = ""
 
     def text(self) -> str:
         """One line."""
-        name = " ".join((self.target, self.sm, self.precision))
-        capacity = "" if self.capacity is None else f" capacity {self.capacity}"
+        name = " ".join((Path(self.bundle).name, self.target, self.sm, self.precision, self.choices)).rstrip()
         parts = [self.reason]
         if self.status == "miss":
             seconds = None if self.estimated_seconds is None else f"some {max(1, round(self.estimated_seconds))} s"
@@ -71,7 +72,7 @@ class EngineLine:
         parts += [f"{profile} {value:.2f} ms" for profile, value in (self.latency_ms or {}).items()]
         parts += [self.note]
         parts += [f"log: {self.log}" if self.status == "failed" and self.log else None]
-        return f"{self.status:8}{Path(self.bundle).name} {name}{capacity}: {', '.join(filter(None, parts))}"
+        return f"{self.status:8}{name}: {', '.join(filter(None, parts))}"
 
 
 @dataclass(frozen=True)

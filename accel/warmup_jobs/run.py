@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
@@ -157,7 +158,7 @@ class _Job:
             if planned.state == "miss" and planned.missing is None:
                 request = {"do": "build", "wanted": to_dict(planned.wanted), "store": self.url,
                            "max_bytes": self.store.max_bytes}  # fmt: skip
-                engine.build = self._task(planned.wanted.title, planned.memory, request, planned.alone)
+                engine.build = self._task(planned.title, planned.memory, request, planned.alone)
                 engine.log = engine.build.log
         self._run_tasks([engine.build for engine in self.engines if engine.build], stopped)
         if stopped():
@@ -190,7 +191,7 @@ class _Job:
         for engine in self.engines:
             if engine.planned.wanted.sm == self.gpu and _status(engine) in ("hit", "built"):
                 request = {"do": "run", "wanted": to_dict(engine.planned.wanted), "store": self.url}
-                runs[engine] = self._task(f"{engine.planned.wanted.title} run", engine.planned.memory, request, True)
+                runs[engine] = self._task(f"{engine.planned.title} run", engine.planned.memory, request, True)
                 engine.log = runs[engine].log
         self._run_tasks(list(runs.values()), stopped)
         for engine, task in runs.items():
@@ -202,7 +203,8 @@ class _Job:
                 engine.latency = task.outcome.result["latency_ms"]
 
     def _task(self, name: str, memory: int, request: dict[str, Any], alone: bool = False) -> Task:
-        log = self.logs / f"{len(self.begun) + 1:03}-{name.replace(' ', '-')}.log"
+        file = re.sub(r"[^\w.+]+", "-", name)  # what a person reads has brackets and commas
+        log = self.logs / f"{len(self.begun) + 1:03}-{file[:150]}.log"
         self.begun.append(Task(name, memory, lambda: Child(request, log), alone, log))
         return self.begun[-1]
 
@@ -271,6 +273,7 @@ def _line(engine: _Engine, dry_run: bool) -> EngineLine:
         latency_ms=engine.latency,
         log=str(engine.log) if engine.log is not None and engine.log.exists() else None,
         note=planned.note,
+        choices=wanted.choices,
     )  # fmt: skip
 
 

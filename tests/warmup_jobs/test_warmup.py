@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from accel.cli import main
 from accel.errors import AccelError, InputError, RecipeError
 from accel.schema import to_dict
 from accel.store import EngineStore
-from accel.warmup_jobs import SummaryError, WarmupReport, child, run
+from accel.warmup_jobs import WarmupReport, child, run
 from accel.warmup_jobs.scheduler import Outcome
 from tests.store.conftest import s3
 from tests.store.test_broken_disks import without_rights
@@ -85,7 +84,7 @@ def test_an_outdated_variant_is_planned_and_lowered_again(
     path = write(bundles, {**LLAMA, "sm": ["sm86"]})
     before = manifest.read_bytes()
     assert main(["warmup", str(path), "--dry-run"]) == 0
-    assert "miss    llama rtx sm86 fp16 capacity 32: variant outdated" in capsys.readouterr().out
+    assert "miss    llama rtx sm86 fp16 capacity 32, max_batch 2: variant outdated" in capsys.readouterr().out
     assert manifest.read_bytes() == before and in_process == []
     report = accel.warmup(path)
     assert states(report) == [("llama", "sm86", "built")]
@@ -100,8 +99,8 @@ def test_two_sms_from_plan_to_hits(bundles: Path, capsys: pytest.CaptureFixture[
 
     assert main(["warmup", str(path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert "miss    llama rtx sm86 fp16 capacity 32: not in the store, 0.5 GB of memory" in printed
-    assert "miss    bert rtx sm120 bf16: variant missing" in printed
+    assert "miss    llama rtx sm86 fp16 capacity 32, max_batch 2: not in the store, 0.5 GB of memory" in printed
+    assert "miss    bert rtx sm120 bf16 max_batch 2: variant missing" in printed
     assert not (bundles / "store").exists() and not (bundles / "logs").exists()
     assert "bf16" not in Bundle.open(bundles / "bert").manifest.variants
 
@@ -175,37 +174,6 @@ def test_failures_among_good_ones(bundles: Path, temporary: Path, capsys: pytest
     assert "Traceback" in log.read_text() and list(log.parent.iterdir()) == [log] and log.parent.parent == temporary
 
 
-def test_no_empty_folder_is_left(
-    bundles: Path, temporary: Path, in_process: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write(bundles, {**BERT, "sm": ["sm86", "sm42"]})
-    assert states(accel.warmup(path)) == [("bert", "sm86", "built"), ("bert", "sm42", "failed")]
-    assert list(temporary.iterdir()) == []  # the plan says why, no log does
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "run_tasks", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        accel.warmup(write(bundles, {**BERT, "sm": "sm89"}))
-    assert list(temporary.iterdir()) == []
-
-
-def test_logs_of_killed_jobs_are_swept(
-    bundles: Path, temporary: Path, in_process: list[dict[str, Any]]
-) -> None:
-    """Those of a job that lives, and those that a job left to be read, stay."""
-    for name in ("killed", "alive", "kept"):
-        (temporary / f"accel-warmup-{name}").mkdir()
-        (temporary / f"accel-warmup-{name}" / "001-x.log").write_text("why")
-    for name in ("killed", "alive"):
-        (temporary / f"accel-warmup-{name}" / ".running").write_text("locked")
-    with (temporary / "accel-warmup-alive" / ".running").open() as mark:
-        fcntl.flock(mark, fcntl.LOCK_EX)
-        accel.warmup(write(bundles, {**BERT, "sm": "sm86"}))
-    assert sorted(path.name for path in temporary.iterdir()) == ["accel-warmup-alive", "accel-warmup-kept"]
-
-
 def test_a_variant_that_fails_has_a_log(bundles: Path, temporary: Path) -> None:
     (bundles / "bert" / "canonical.onnx").write_bytes(b"no graph")
     data = json.loads((bundles / "bert" / "manifest.json").read_text())
@@ -272,25 +240,6 @@ def test_a_store_that_may_not_hold_the_whole_job(bundles: Path, in_process: list
     assert [request["max_bytes"] for request in in_process] == [1000, 1000] and len(plans(bundles)) == 1
     with pytest.raises(RecipeError, match="'lots' is no size.*max_bytes"):
         accel.warmup(write(bundles, {**BERT, "sm": "sm86"}, max_bytes="lots"))
-
-
-def test_a_retry_of_a_variant_is_told(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that was killed while it added the precision."""
-
-    class KilledOnce(InProcess):
-        def __init__(self, request: dict[str, Any], log: Path) -> None:
-            super().__init__(request, log)
-            if len(self.requests) == 1:
-                self._outcome = Outcome(error="The process was ended by SIGKILL", killed=True)
-
-    monkeypatch.setattr(InProcess, "requests", [], raising=False)
-    monkeypatch.setattr(run, "Child", KilledOnce)
-    jobs = write(bundles, {**BERT, "sm": "sm86", "precision": "bf16"}, summary="out.json")
-    (line,) = accel.warmup(jobs).engines
-    assert (line.status, line.attempts, line.retried) == ("built", 1, ())
-    assert line.variant_attempts == 2 and "bf16 added at attempt 2" in line.text()
-    (told,) = json.loads((bundles / "out.json").read_text())["engines"]
-    assert told["variant_retried"] == ["The process was ended by SIGKILL"]
 
 
 def test_a_refused_engine_is_built_again(bundles: Path) -> None:
@@ -384,22 +333,6 @@ def test_a_signed_store_in_a_bucket(bundles: Path, s3: dict[str, Any], monkeypat
     assert states(accel.warmup(path)) == [("bert", "sm86", "hit")]
     monkeypatch.setenv("SIGNING_KEY", "cd" * 32)
     assert states(accel.warmup(path, dry_run=True)) == [("bert", "sm86", "miss")]  # another's engine is no hit
-
-
-def test_a_summary_that_cannot_be_written_is_found_first(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The plan is shown all the same, and the error names the key."""
-    (bundles / "file").touch()
-    jobs = write(bundles, {**BERT, "sm": "sm86"}, summary="file/out.json")
-    with pytest.raises(SummaryError, match=r"at summary: .*file/out.json\). Give 'summary'") as caught:
-        accel.warmup(jobs)
-    assert states(caught.value.report) == [("bert", "sm86", "miss")]
-    assert not (bundles / "store").exists()
-    assert main(["warmup", str(jobs)]) == 1
-    printed = capsys.readouterr()
-    assert "miss    bert rtx sm86 fp16" in printed.out and "summary" in printed.err
-    assert main(["warmup", str(jobs), "--dry-run", "--json"]) == 1
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["counts"] == {"miss": 1} and answer["error"]["type"] == "SummaryError"
 
 
 @pytest.mark.parametrize(
