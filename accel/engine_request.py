@@ -122,7 +122,7 @@ def settle(
     )  # fmt: skip
     check_settings(settings, flavour)
     check_ranges(chosen, arch, positions)
-    _check_precision(settings, scheme)
+    _check_precision(settings, scheme, flavour)
     rows = _most_rows(arch, settings)
     _check_alignment(arch, settings, rows)
     return Settled(variant, settings, rows)
@@ -204,12 +204,17 @@ def _check_variant(arch: ArchSpec, variant: str) -> Scheme:
     return scheme
 
 
-def _check_precision(settings: BuildSettings, scheme: Scheme) -> None:
-    """Types that a GPU lacks.
+def _check_precision(settings: BuildSettings, scheme: Scheme, flavour: Flavour) -> None:
+    """Types that a GPU lacks, or the library on it.
 
     Raises:
         InputError: One of the SMs does.
     """
+    first = flavour.float32_sm
+    lacking = ", ".join(sm for sm in settings.sm if int(sm[2:]) < first)
+    if scheme.gpu_base == "fp32" and lacking:
+        what = f"{flavour.title} multiplies no matrices in fp32 on {lacking}: sm{first} is the first"
+        raise InputError(what, where="precision", remedy="Take fp16 (--precision fp16), or leave this SM out")
     needs = [("bf16", BFLOAT16_SM, scheme.gpu_base == "bf16"), ("int4", INT4_SM, scheme.weight_bits == 4)]
     for name, first, needed in (*needs, ("fp8", FLOAT8_SM, scheme.base == "fp8")):
         old = [sm for sm in settings.sm if int(sm[2:]) < first]

@@ -101,6 +101,7 @@ def test_an_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
         ({"sm": ["sm86", "sm86"]}, InputError, "stands twice"),
         ({"sm": "sm86,,sm89"}, InputError, "'' is not the name of an SM"),
         ({"sm": "sm75", "precision": "bf16"}, InputError, "sm75 does not compute in bf16: sm80 was the first.*fp16"),
+        ({"sm": "sm75", "precision": "fp32"}, InputError, "no matrices in fp32 on sm75: sm80 is the first.*fp16"),
         ({"workspace": "2 gallons"}, InputError, "'2 gallons' is no size.*at workspace"),
         ({"workspace": "0"}, InputError, "workspace must be at least 1 byte"),
         ({"capacity": 0}, InputError, "capacity must be"),
@@ -128,6 +129,7 @@ def test_nothing_is_added_for_a_request_that_is_wrong(tiny_decoder_bundle: Path,
     folder = Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "bundle"))
     for changes in (
         {"capacity": 1024}, {"capacity": 63}, {"sm": "sm75", "precision": "bf16"}, {"precision": "fp8"},
+        {"sm": "sm75", "precision": "fp32"},
         {"profiles": {"a": {"batch": RANGE, "sequence": {"min": 1, "opt": 8, "max": 65}}}},
         {"profiles": {"a": {"batch": {"min": 2, "opt": 2, "max": 2}, "sequence": RANGE}}},
     ):  # fmt: skip

@@ -65,6 +65,7 @@ class Flavour(ABC):
     cache_kind: ClassVar[Literal["timing", "runtime"]]  # what makes the second build or the second start fast
     needs_gpu: ClassVar[bool]  # to build
     captures_graphs: ClassVar[bool]  # whether the library can capture CUDA graphs by itself
+    float32_sm: ClassVar[int]  # the first whose matrices it multiplies in fp32
 
     def __init__(self, trt: Any, version: str) -> None:
         self.trt, self.version = trt, version
@@ -265,6 +266,7 @@ class TensorRT(Flavour):
     title = TITLES["tensorrt"]
     cache_kind = "timing"
     needs_gpu = True
+    float32_sm = 0  # none that it refuses is known
     captures_graphs = False  # its IRuntimeConfig has the allocation strategy alone (pyCore.cpp, 10.15 to 11.1)
 
     def known_sms(self) -> tuple[str, ...]:
@@ -321,6 +323,7 @@ class TensorRTRTX(Flavour):
     cache_kind = "runtime"
     needs_gpu = False
     captures_graphs = True
+    float32_sm = 80  # "Cannot compile operation 'Gemm_13' for Turing (SM75): FP32 GEMM is not supported" [1.7.1]
 
     def known_sms(self) -> tuple[str, ...]:
         names = self.trt.ComputeCapability.__members__
