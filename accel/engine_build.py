@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
-from accel.engine_request import BuildRequest, load_builder, prepare
+from accel.engine_request import BuildRequest, SmNames, load_builder, prepare
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour
@@ -57,7 +57,7 @@ class EngineReport:
 def build(
     bundle: Bundle | str | Path,
     target: str = "tensorrt",
-    sm: str | Sequence[str] = "auto",
+    sm: SmNames = "auto",
     *,
     profiles: Mapping[str, Any] | None = None,
     precision: str = "auto",
@@ -80,7 +80,7 @@ def build(
     Args:
         bundle: A bundle or its directory.
         target: ``tensorrt`` (for the GPU of this machine) or ``rtx`` (for any SM it knows, without a GPU).
-        sm: ``auto``: this machine's GPU; or names such as ``sm86``, as a list or between commas.
+        sm: ``auto``: this machine's GPU; or names such as ``sm86`` (or ``86``), as a list or between commas.
         profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: those of the
             recipe that the bundle was exported with, else, and where ``max_batch`` is given, the usual ones.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16``, ``bf16``, or a

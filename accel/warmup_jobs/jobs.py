@@ -34,7 +34,7 @@ class EngineSettings:
     """
 
     target: Target | tuple[Target, ...] = "tensorrt"
-    sm: str | tuple[str, ...] = "auto"
+    sm: str | int | tuple[str | int, ...] = "auto"
     precision: str | tuple[str, ...] = "auto"
     capacity: int | tuple[int, ...] | None = None
     max_batch: int | None = None

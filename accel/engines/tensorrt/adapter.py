@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 from weakref import WeakSet
 
 from accel.engines.tensorrt.packages import TITLES, current_sm, import_package, release_of
@@ -95,6 +95,10 @@ class Flavour(ABC):
             if not re.fullmatch(r"sm\d{2,3}", sm):
                 remedy = f"Write it like sm86; {self.title} knows {', '.join(known) or 'none here'}"
                 raise InputError(f"{sm!r} is not the name of an SM", where="sm", remedy=remedy)
+        if compatibility not in get_args(Compatibility):
+            remedy = f"Choose from {', '.join(get_args(Compatibility))}"
+            what = f"There is no hardware compatibility {compatibility!r}"
+            raise InputError(what, where="hardware_compatibility", remedy=remedy)
         if len(set(sms)) < len(sms):
             raise InputError(f"An SM stands twice in {', '.join(sms)}", where="sm", remedy="Name each once")
         self._check_known(sms, known, compatibility)
