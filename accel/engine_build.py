@@ -207,34 +207,45 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     settings, bundle = request.settings, request.bundle
     folder = cache_folder() / "builds"
     timings, history = TimingCaches(folder), History(folder / "history.json")
-    like = _like(bundle, flavour)
+    like, details = _like(bundle, flavour), _details(request.variant, settings.sm, settings)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
     canonical, weights = canonical_graph(bundle), bundle.weights(request.variant, TARGET)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
     with ProgressBars(title, show_progress) as bars:
-        monitor = BuildMonitor(bars, history.seconds(like))
+        monitor = BuildMonitor(bars, history.seconds(like, details))
         built = build_plan(
             graph, bundle.manifest.arch, settings, canonical=canonical, weights=weights, timing_cache=cache,
             monitor=monitor,
         )  # fmt: skip
     with suppress(StorageError):  # they make the next build faster; this one is done
         timings.save(flavour, settings.sm, built.timing_cache)
-        history.record(like, built.facts.phases)
+        history.record(like, built.facts.phases, details)
     return built
 
 
-def past_seconds(bundle: Bundle, flavour: Flavour) -> float | None:
-    """What the latest build like this one took on this machine; None: there was none."""
+def past_seconds(bundle: Bundle, flavour: Flavour, variant: str, sm: str, asked: Any) -> float | None:
+    """What the latest build most like this one took on this machine; None: there was none of such a model.
+
+    Args:
+        asked: Has the optimization level and the capacity.
+    """
     from accel.builder.files import History
 
-    phases = History(cache_folder() / "builds" / "history.json").seconds(_like(bundle, flavour))
+    phases = History(cache_folder() / "builds" / "history.json").seconds(
+        _like(bundle, flavour), _details(variant, (sm,), asked)
+    )
     return sum(phases.values()) if phases else None
 
 
 def _like(bundle: Bundle, flavour: Flavour) -> str:
     arch = bundle.manifest.arch
-    return f"{flavour.target} {flavour.version} {arch.architecture} {len(arch.layers)}"
+    return f"{flavour.target} {flavour.version} {arch.architecture} {len(arch.layers)} x {arch.hidden_size}"
+
+
+def _details(variant: str, sms: Sequence[str], asked: Any) -> tuple[str, ...]:
+    """What else the time of a build depends on, the more telling first."""
+    return variant, f"level {asked.optimization_level}", "+".join(sms), f"capacity {asked.capacity}"
 
 
 def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import accel
 from accel import engine_build
 from accel.build_commands import describe
 from accel.bundle import Bundle
-from accel.engine_build import build
+from accel.engine_build import build, past_seconds
 from accel.engine_request import prepare
 from accel.engines.tensorrt.adapter import load_flavour
 from accel.engines.tensorrt.lookup import open_store
@@ -113,6 +114,18 @@ def test_a_hit_reads_no_onnx_and_hashes_nothing(bundle: Path, tmp_path: Path, mo
     began = time.perf_counter()
     (report,) = build(bundle, store=tmp_path / "store", **SMALL)
     assert not report.built and time.perf_counter() - began < 2
+
+
+def test_the_time_of_a_build_is_that_of_the_nearest(bundle: Path, own_cache: Path) -> None:
+    """By precision, level, SM and capacity."""
+    opened, flavour = Bundle.open(bundle), load_flavour("rtx")
+    build(bundle, store=own_cache / "store", measure=False, **SMALL)
+    path = own_cache / "builds" / "history.json"
+    (name,) = json.loads(path.read_text())
+    assert name.split("; ")[1:] == ["fp16", "level 3", "sm86", "capacity 64"]
+    path.write_text(json.dumps({name: {"a": 1.0}, name.replace("fp16", "fp32"): {"a": 5.0}}))
+    asked = SimpleNamespace(optimization_level=3, capacity=128)
+    assert [past_seconds(opened, flavour, variant, "sm89", asked) for variant in ("fp16", "fp32")] == [1.0, 5.0]
 
 
 def test_a_limit_that_removed_an_engine_of_the_same_command(

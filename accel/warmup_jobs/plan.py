@@ -94,7 +94,7 @@ class Planner:
             variant = _resolve_variant(bundle, wanted.precision)
             common: dict[str, Any] = {
                 "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu,
-                "seconds": past_seconds(bundle, flavour), "note": note,
+                "seconds": past_seconds(bundle, flavour, variant, wanted.sm, wanted), "note": note,
             }  # fmt: skip
             if not is_current(bundle, variant):
                 settle(bundle, flavour, wanted.sm, **wanted.asked())
