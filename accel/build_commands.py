@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import accel
 from accel.errors import InputError
+from accel.progress import phases_on_stderr
 from accel.recipe import read_yaml
 from accel.schema import to_dict
 from accel.sizes import parse_size
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accel.store import EngineStore, Entry
 
 
+@phases_on_stderr()
 def build(options: Namespace) -> int:
     """Builds a bundle's engines, or finds them in the store."""
     started = time.perf_counter()

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import accel
 from accel.errors import InputError
 from accel.manifest import Manifest, Quality
+from accel.progress import phases_on_stderr
 from accel.schema import to_dict
 
 _PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text")
 
 
+@phases_on_stderr()
 def quantize(options: Namespace) -> int:
     """Adds variants to a bundle, for the targets asked for, or see ``default_targets``; checks all names first."""
     from accel.bundle import Bundle

@@ -22,6 +22,7 @@ from accel.engines.choice import fastest_first
 from accel.errors import AccelError
 from accel.machine import has_nvidia_device
 from accel.measurements import Device, Measured, graph_digest
+from accel.progress import PhaseLog
 
 TORCH = "torch-bundle"
 COSTS = {"encoder": "geometric mean over the shapes", "decoder": "first token and those after it"}
@@ -197,7 +198,8 @@ class Arena:
 
     def _measure(self, workers: dict[str, WorkerProcess], outcome: Outcome) -> Rounds:
         measured: Rounds = {name: {} for name in workers}
-        order = random.Random(0)
+        order, lines = random.Random(0), PhaseLog()
+        lines.start(f"Measuring {', '.join(workers)}", self.rounds)
         for _ in range(self.rounds):
             for case in self.cases:
                 for name in order.sample(sorted(workers), len(workers)):
@@ -210,6 +212,7 @@ class Arena:
                         continue
                     for metric, value in times.items():
                         measured[name].setdefault(metric, []).append(value)
+            lines.advance(1)
         return measured
 
 
