@@ -134,9 +134,10 @@ def _check_kept(store: EngineStore, reports: Sequence[EngineReport]) -> None:
     if not removed:
         return
     names = ", ".join(f"{'+'.join(one.sm)} {one.variant}" for one in reports if one.digest in removed)
+    most, needed = (store.max_bytes or 0) / 1e6, sum(one.size for one in reports) / 1e6
     what = (
-        f"{len(removed)} of {len(reports)} engines were removed from the store for later ones: {names}. "
-        f"It may hold {store.max_bytes} bytes, and these engines take {sum(one.size for one in reports)}"
+        f"{len(removed)} of {len(reports)} engines were removed from the store for later ones, which stay: {names}. "
+        f"It may hold {most:.1f} MB, and all take {needed:.1f} MB"
     )
     remedy = "Raise the limit (ACCEL_STORE_MAX_BYTES), or give another store (--store, store=)"
     raise EngineStoreError(what, where=store.url, remedy=remedy)

@@ -235,10 +235,12 @@ class ProgressBars:
         if self._show:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
             done = TextColumn("{task.fields[done]}", justify="right")
             columns = (TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn())
-            left = TextColumn("{task.fields[left]}")
+            room = Column(min_width=len("about 59 min 59 s left"), no_wrap=True)  # long names of phases give way
+            left = TextColumn("{task.fields[left]}", table_column=room)
             self._bars = Progress(*columns, left, console=Console(stderr=True, force_terminal=True), transient=True)
             self._bars.start()
             self._top = self._bars.add_task(self._title, total=None, left="", done="")
