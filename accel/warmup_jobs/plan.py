@@ -97,12 +97,15 @@ class Planner:
                 "seconds": past_seconds(bundle, flavour, variant, wanted.sm, wanted), "note": note,
             }  # fmt: skip
             if not is_current(bundle, variant):
+                self._store.check_writable()
                 settle(bundle, flavour, wanted.sm, **wanted.asked())
                 why = VARIANT_OUTDATED if has_variant(bundle, variant) else VARIANT_MISSING
                 _check_extensible(bundle, variant, why)
                 return PlannedEngine(wanted, "miss", why, missing=variant, **common)
             (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
             manifest, reason = self._look_up(request)
+            if manifest is None:
+                self._store.check_writable()
         except AccelError as error:
             return PlannedEngine(wanted, "failed", str(error))
         except Exception as error:  # one engine's trouble is not the others'

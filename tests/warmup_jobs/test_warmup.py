@@ -270,11 +270,18 @@ def test_a_read_only_store_serves_hits(
     with without_rights(open_to_all):
         planned = accel.warmup(path, dry_run=True)
         report = accel.warmup(path)
-    assert [line.status for line in planned.engines] == ["hit", "miss", "failed"] and not planned.ok
-    assert f"accel quantize {open_to_all}/bert --variant bf16" in str(planned.engines[2].reason)
+    assert [line.status for line in planned.engines] == ["hit", "failed", "failed"] and not planned.ok
+    assert f"(at {open_to_all}/store). Give a store" in str(planned.engines[1].reason)
+    (open_to_all / "bf16").mkdir()
+    (open_to_all / "bf16").chmod(0o777)
+    other = write(open_to_all / "bf16", {**BERT, "bundle": "../bert", "precision": "bf16", "sm": "sm86"})
+    with without_rights(open_to_all / "bert"):
+        (line,) = accel.warmup(other, store=open_to_all / "bf16", dry_run=True).engines
+    assert line.status == "failed" and re.search(r"accel quantize \S+/bert --variant bf16", str(line.reason))
     assert [line.status for line in report.engines] == ["hit", "failed", "failed"]
     assert all("no permission to write" in str(line.reason) for line in report.engines[1:])
-    assert [request["do"] for request in in_process] == ["build", "build"]  # each once
+    assert [request["do"] for request in in_process] == ["build"]
+
     assert states(accel.warmup(path)) == [("bert", "sm86", "hit"), ("bert", "sm89", "built"), ("bert", "sm86", "built")]
 
 
