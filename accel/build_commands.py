@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import accel
 from accel.errors import InputError
+from accel.progress import phases_on_stderr
 from accel.recipe import read_yaml
 from accel.schema import to_dict
 from accel.sizes import parse_size
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from accel.store import EngineStore, Entry
 
 
+@phases_on_stderr()
 def build(options: Namespace) -> int:
     """Builds a bundle's engines, or finds them in the store."""
     started = time.perf_counter()
@@ -139,7 +141,8 @@ def _what(entry: Entry) -> str:
     """What a sound engine is for, in a line."""
     assert entry.manifest is not None
     key, facts = entry.manifest.key, entry.manifest.facts
-    model = f"{facts['model']} " if "model" in facts else ""
+    name = facts.get("bundle") or facts.get("model")  # the source's last folder may be "model" of every one
+    model = f"{name} " if name else ""
     rows = f"{facts['max_batch']} rows" if "max_batch" in facts else ""
     capacity = f"capacity {key.capacity}" if key.capacity is not None else ""
     profiles = (_profile_text(name, ranges) for name, ranges in _profiles(entry).items())
@@ -170,11 +173,11 @@ def _listing(store: EngineStore, entries: list[Entry]) -> dict[str, Any]:
 def _as_dict(entry: Entry) -> dict[str, Any]:
     plain = {"digest": entry.digest, "bytes": entry.bytes, "last_used": entry.last_used, "problem": entry.problem}
     if entry.manifest is None:
-        return {**plain, "model": None, "max_batch": None, "capacity": None, "profiles": None, "key": None}
+        return {**plain, **dict.fromkeys(("model", "bundle", "max_batch", "capacity", "profiles", "key"))}
     key, facts = entry.manifest.key, entry.manifest.facts
     return {
-        **plain, "model": facts.get("model"), "max_batch": facts.get("max_batch"), "capacity": key.capacity,
-        "profiles": _profiles(entry), "key": to_dict(key),
+        **plain, "model": facts.get("model"), "bundle": facts.get("bundle"), "max_batch": facts.get("max_batch"),
+        "capacity": key.capacity, "profiles": _profiles(entry), "key": to_dict(key),
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import TracebackType
@@ -57,9 +58,13 @@ class Bundle:
             verify: Also read every file and compare its sha256. Sizes are always compared.
 
         Raises:
+            InputError: The path is empty, or none.
             BundleError: No bundle there; junk or unknown manifest; a file is missing, truncated, too long,
                 corrupt, or outside the directory.
         """
+        if not isinstance(path, (str, os.PathLike)) or path == "":  # Path("") would be the current directory
+            remedy = "Give the directory that accel.export wrote"
+            raise InputError(f"{path!r} is not the path of a bundle", where="bundle", remedy=remedy)
         root = Path(path).expanduser()
         if not root.is_dir():
             remedy = "Give the directory that accel.export wrote"

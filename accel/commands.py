@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import accel
 from accel.errors import InputError, StorageError
+from accel.progress import phases_on_stderr
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ GENERATION = (
 MAX_SIMILARITIES = 20  # texts whose similarities still make a readable table
 
 
+@phases_on_stderr()
 def export(options: Namespace) -> int:
     """Exports a model and says what the bundle holds."""
     from accel.bundle import Bundle
@@ -128,6 +130,7 @@ def inspect(options: Namespace) -> int:
     return 0
 
 
+@phases_on_stderr()
 def report(options: Namespace) -> int:
     """Shows how a bundle's variants compare with fp32."""
     from accel.bundle import Bundle
@@ -164,6 +167,7 @@ def doctor(options: Namespace) -> int:
     return 0 if any(engine.available for engine in found.engines) else 1
 
 
+@phases_on_stderr()
 def bench(options: Namespace) -> int:
     """Measures a bundle's engines on this machine, beside eager PyTorch where that is installed."""
     from accel.bench import SHAPES

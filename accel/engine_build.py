@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
-from accel.engine_request import BuildRequest, load_builder, prepare
+from accel.engine_request import BuildRequest, SmNames, load_builder, prepare
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
 from accel.engines.tensorrt.adapter import Compatibility, Flavour
 from accel.engines.tensorrt.buffers import buffer_bytes
 from accel.engines.tensorrt.lookup import TARGET, find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import current_sm
-from accel.errors import AccelError, EngineUnavailableError, StorageError
+from accel.errors import AccelError, EngineStoreError, EngineUnavailableError, StorageError
 from accel.store import EngineStore, StoredEngine, cache_folder
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class EngineReport:
 def build(
     bundle: Bundle | str | Path,
     target: str = "tensorrt",
-    sm: str | Sequence[str] = "auto",
+    sm: SmNames = "auto",
     *,
     profiles: Mapping[str, Any] | None = None,
     precision: str = "auto",
@@ -80,7 +80,7 @@ def build(
     Args:
         bundle: A bundle or its directory.
         target: ``tensorrt`` (for the GPU of this machine) or ``rtx`` (for any SM it knows, without a GPU).
-        sm: ``auto``: this machine's GPU; or names such as ``sm86``, as a list or between commas.
+        sm: ``auto``: this machine's GPU; or names such as ``sm86`` (or ``86``), as a list or between commas.
         profiles: ``{name: {batch: {min, opt, max}, sequence: {min, opt, max}}}``; None: those of the
             recipe that the bundle was exported with, else, and where ``max_batch`` is given, the usual ones.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16``, ``bf16``, or a
@@ -101,7 +101,8 @@ def build(
     Raises:
         InputError, DependencyError, EngineBuildError, EngineProofError: see ``accel.builder.build.build_plan``.
         BundleError: A damaged bundle, or an outdated precision that cannot be lowered again here.
-        StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, or holds a bad engine.
+        StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, holds a bad engine, or may not
+            hold all that is asked for: its size limit removed the first engines for the last, which stay.
         KeyboardInterrupt: Ctrl-C; nothing half made is left.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -112,7 +113,34 @@ def build(
         hardware_compatibility=hardware_compatibility, show_progress=show_progress,
     )  # fmt: skip
     place = store if isinstance(store, EngineStore) else open_store(store)
-    return [build_one(request, flavour, place, show_progress, measure) for request in requests]
+    reports = [build_one(request, flavour, place, show_progress, measure) for request in requests]
+    _check_kept(place, reports)
+    return reports
+
+
+def removed_engines(store: EngineStore, digests: Collection[str]) -> set[str]:
+    """Those of the engines that the store's size limit has removed again. It removes the first for the last.
+
+    Raises:
+        EngineStoreError: The store cannot be read.
+    """
+    if store.max_bytes is None:
+        return set()
+    return set(digests) - {entry.digest for entry in store.entries()}
+
+
+def _check_kept(store: EngineStore, reports: Sequence[EngineReport]) -> None:
+    removed = removed_engines(store, [report.digest for report in reports])
+    if not removed:
+        return
+    names = ", ".join(f"{'+'.join(one.sm)} {one.variant}" for one in reports if one.digest in removed)
+    most, needed = (store.max_bytes or 0) / 1e6, sum(one.size for one in reports) / 1e6
+    what = (
+        f"{len(removed)} of {len(reports)} engines were removed from the store for later ones, which stay: {names}. "
+        f"It may hold {most:.1f} MB, and all take {needed:.1f} MB"
+    )
+    remedy = "Raise the limit (ACCEL_STORE_MAX_BYTES), or give another store (--store, store=)"
+    raise EngineStoreError(what, where=store.url, remedy=remedy)
 
 
 def build_missing(
@@ -180,34 +208,45 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     settings, bundle = request.settings, request.bundle
     folder = cache_folder() / "builds"
     timings, history = TimingCaches(folder), History(folder / "history.json")
-    like = _like(bundle, flavour)
+    like, details = _like(bundle, flavour), _details(request.variant, settings.sm, settings)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
     canonical, weights = canonical_graph(bundle), bundle.weights(request.variant, TARGET)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
     cache = timings.load(flavour, settings.sm)
     with ProgressBars(title, show_progress) as bars:
-        monitor = BuildMonitor(bars, history.seconds(like))
+        monitor = BuildMonitor(bars, history.seconds(like, details))
         built = build_plan(
             graph, bundle.manifest.arch, settings, canonical=canonical, weights=weights, timing_cache=cache,
             monitor=monitor,
         )  # fmt: skip
     with suppress(StorageError):  # they make the next build faster; this one is done
         timings.save(flavour, settings.sm, built.timing_cache)
-        history.record(like, built.facts.phases)
+        history.record(like, built.facts.phases, details)
     return built
 
 
-def past_seconds(bundle: Bundle, flavour: Flavour) -> float | None:
-    """What the latest build like this one took on this machine; None: there was none."""
+def past_seconds(bundle: Bundle, flavour: Flavour, variant: str, sm: str, asked: Any) -> float | None:
+    """What the latest build most like this one took on this machine; None: there was none of such a model.
+
+    Args:
+        asked: Has the optimization level and the capacity.
+    """
     from accel.builder.files import History
 
-    phases = History(cache_folder() / "builds" / "history.json").seconds(_like(bundle, flavour))
+    phases = History(cache_folder() / "builds" / "history.json").seconds(
+        _like(bundle, flavour), _details(variant, (sm,), asked)
+    )
     return sum(phases.values()) if phases else None
 
 
 def _like(bundle: Bundle, flavour: Flavour) -> str:
     arch = bundle.manifest.arch
-    return f"{flavour.target} {flavour.version} {arch.architecture} {len(arch.layers)}"
+    return f"{flavour.target} {flavour.version} {arch.architecture} {len(arch.layers)} x {arch.hidden_size}"
+
+
+def _details(variant: str, sms: Sequence[str], asked: Any) -> tuple[str, ...]:
+    """What else the time of a build depends on, the more telling first."""
+    return variant, f"level {asked.optimization_level}", "+".join(sms), f"capacity {asked.capacity}"
 
 
 def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
@@ -216,6 +255,7 @@ def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:
     return {
         **to_dict(built.facts),
         "model": request.bundle.manifest.source,
+        "bundle": request.bundle.path.name,
         "max_batch": request.max_batch,
         "hardware_compatibility": request.settings.hardware_compatibility,
         "sources": request.sources,
@@ -260,4 +300,4 @@ def _say_waiting(request: BuildRequest) -> Any:
     return say
 
 
-__all__ = ["EngineReport", "build", "build_one", "past_seconds"]
+__all__ = ["EngineReport", "build", "build_one", "past_seconds", "removed_engines"]

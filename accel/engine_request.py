@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accel.builder.profiles import Profile
 
 _log = logging.getLogger("accel")
+SmNames = str | int | Sequence[str | int]
 DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
 DEFAULT_PRECISION = "fp16"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -88,7 +89,7 @@ def load_builder(target: str) -> Flavour:
 def settle(
     bundle: Bundle,
     flavour: Flavour,
-    sm: str | Sequence[str] = "auto",
+    sm: SmNames = "auto",
     *,
     profiles: Mapping[str, Any] | None = None,
     precision: str = "auto",
@@ -113,16 +114,18 @@ def settle(
     positions = _resolve_capacity(arch, check_count("capacity", capacity))
     recorded = bundle.manifest.profiles if max_batch is None else {}
     chosen = _choose_profiles(profiles, recorded, arch, rows, positions)
+    if not isinstance(precision, str):
+        raise InputError(f"{precision!r} is no precision", where="precision", remedy="Give a name, such as 'fp16'")
     variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
     scheme = _check_variant(arch, variant)
     settings = BuildSettings(
         target=flavour.target, sm=sms, profiles=chosen, capacity=positions, dtype=DTYPES[scheme.gpu_base],
         optimization_level=optimization_level, refittable=refittable, hardware_compatibility=hardware_compatibility,
-        workspace=parse_size(workspace, "workspace") if isinstance(workspace, str) else workspace,
+        workspace=None if workspace is None else parse_size(workspace, "workspace"),
     )  # fmt: skip
     check_settings(settings, flavour)
     check_ranges(chosen, arch, positions)
-    _check_precision(settings, scheme)
+    _check_precision(settings, scheme, flavour)
     rows = _most_rows(arch, settings)
     _check_alignment(arch, settings, rows)
     return Settled(variant, settings, rows)
@@ -140,6 +143,9 @@ def _choose_profiles(
 
     if asked is None:
         return recorded_profiles(recorded) or default_profiles(arch, rows, capacity)
+    if not isinstance(asked, Mapping):
+        remedy = "Give the mapping that such a file holds, or the file to accel build --profiles"
+        raise InputError(f"Profiles are a mapping, not {asked!r}", where="profiles", remedy=remedy)
     if not asked:
         remedy = "Name at least one, or leave them out for the usual ones"
         raise InputError("There is no profile", where="profiles", remedy=remedy)
@@ -149,7 +155,7 @@ def _choose_profiles(
 def prepare(
     bundle: Bundle,
     flavour: Flavour,
-    sm: str | Sequence[str] = "auto",
+    sm: SmNames = "auto",
     *,
     show_progress: bool | None = None,
     **asked: Any,
@@ -173,13 +179,21 @@ def prepare(
     ]
 
 
-def split_sms(sm: str | Sequence[str]) -> tuple[str, ...]:
-    """Names of SMs from one text or several, each with one name or several between commas."""
-    texts = (sm,) if isinstance(sm, str) else sm
-    return tuple(name.strip().lower() for text in texts for name in text.split(","))
+def split_sms(sm: SmNames) -> tuple[str, ...]:
+    """Names of SMs from one text or several, each with one name or several between commas; ``86`` means ``sm86``.
+
+    Raises:
+        InputError: Neither texts nor whole numbers.
+    """
+    given = sm if isinstance(sm, (list, tuple)) else [sm]
+    wrong = [one for one in given if isinstance(one, bool) or not isinstance(one, (str, int))]
+    if wrong:
+        raise InputError(f"{wrong[0]!r} is not the name of an SM", where="sm", remedy="Write it like sm='sm86'")
+    names = [name.strip().lower() for one in given for name in str(one).split(",")]
+    return tuple(f"sm{name}" if name.isdecimal() else name for name in names)
 
 
-def _resolve_sms(flavour: Flavour, sm: str | Sequence[str]) -> tuple[str, ...]:
+def _resolve_sms(flavour: Flavour, sm: SmNames) -> tuple[str, ...]:
     names = split_sms(sm)
     if names != ("auto",):
         return names
@@ -204,12 +218,17 @@ def _check_variant(arch: ArchSpec, variant: str) -> Scheme:
     return scheme
 
 
-def _check_precision(settings: BuildSettings, scheme: Scheme) -> None:
-    """Types that a GPU lacks.
+def _check_precision(settings: BuildSettings, scheme: Scheme, flavour: Flavour) -> None:
+    """Types that a GPU lacks, or the library on it.
 
     Raises:
         InputError: One of the SMs does.
     """
+    first = flavour.float32_sm
+    lacking = ", ".join(sm for sm in settings.sm if int(sm[2:]) < first)
+    if scheme.gpu_base == "fp32" and lacking:
+        what = f"{flavour.title} multiplies no matrices in fp32 on {lacking}: sm{first} is the first"
+        raise InputError(what, where="precision", remedy="Take fp16 (--precision fp16), or leave this SM out")
     needs = [("bf16", BFLOAT16_SM, scheme.gpu_base == "bf16"), ("int4", INT4_SM, scheme.weight_bits == 4)]
     for name, first, needed in (*needs, ("fp8", FLOAT8_SM, scheme.base == "fp8")):
         old = [sm for sm in settings.sm if int(sm[2:]) < first]
@@ -292,4 +311,4 @@ def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | No
     return dict(input_shapes(profile, static))
 
 
-__all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "load_builder", "prepare", "settle", "split_sms"]
+__all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "SmNames", "load_builder", "prepare", "settle", "split_sms"]

@@ -45,7 +45,32 @@ def as_storage_error(error: OSError, folder: Path, place: str = OUTPUT) -> Stora
     if code not in _REASONS:
         return None
     what, remedy = _REASONS[code]
-    return StorageError(what, where=str(folder), remedy=f"{remedy.format(place=place)}; nothing was left behind")
+    said = StorageError(what, where=str(folder), remedy=f"{remedy.format(place=place)}; nothing was left behind")
+    said.errno = code
+    return said
+
+
+def check_writable(folder: Path, place: str = OUTPUT) -> None:
+    """Says before any work what the first write into a folder would say of its rights; writes nothing.
+
+    Args:
+        place: As in ``as_storage_error``.
+
+    Raises:
+        StorageError: The folder is on a read-only file system, or there is no permission to write.
+    """
+    effective = os.access in os.supports_effective_ids
+    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
+        read_only = os.statvfs(folder).f_flag & os.ST_RDONLY
+        code = errno.EROFS if read_only else errno.EACCES
+        error = as_storage_error(OSError(code, os.strerror(code)), folder, place)
+        assert error is not None
+        raise error
+
+
+def will_stay_unwritable(error: BaseException) -> bool:
+    """Whether writing would fail again at once: a read-only file system or missing rights, not a full disk."""
+    return isinstance(error, StorageError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def fsync_tree(folder: Path) -> None:
@@ -179,4 +204,11 @@ def _exchange(new: Path, old: Path) -> None:
     os.rename(aside, new)
 
 
-__all__ = ["TemporarySibling", "as_storage_error", "fsync_tree", "replace_file"]
+__all__ = [
+    "TemporarySibling",
+    "as_storage_error",
+    "check_writable",
+    "fsync_tree",
+    "replace_file",
+    "will_stay_unwritable",
+]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import accel
 from accel.errors import InputError
 from accel.manifest import Manifest, Quality
+from accel.progress import phases_on_stderr
 from accel.schema import to_dict
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 _PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text")
 
 
+@phases_on_stderr()
 def quantize(options: Namespace) -> int:
     """Adds variants to a bundle, for the targets asked for, or see ``default_targets``; checks all names first."""
     from accel.bundle import Bundle

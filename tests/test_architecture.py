@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 # A module may import what stands on its own line (within one unit) or above. The longest prefix counts.
 ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel_cpu", "accel.errors", "accel.machine"),
-    ("accel.spec", "accel.schema", "accel.scheme", "accel.sizes", "accel.quantized_tensor", "accel.kv_quantization"),
+    (
+        *("accel.spec", "accel.schema", "accel.scheme", "accel.sizes", "accel.progress"),
+        *("accel.quantized_tensor", "accel.kv_quantization"),
+    ),
     ("accel.storage", "accel.recipe", "accel.capabilities", "accel.passages"),
     (
         *("accel.manifest", "accel.bundle", "accel.bundle_extension"),

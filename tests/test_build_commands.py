@@ -102,7 +102,7 @@ def test_build_and_cache(bundle: Path, tmp_path: Path, capsys: Output) -> None:
     assert {(entry["model"], entry["max_batch"], entry["capacity"]) for entry in listed} == {(source, 2, 64)}
     assert listed[0]["profiles"]["decode"] == {"batch": [1, 2, 2], "sequence": [1, 1, 1]}
     assert run("cache", "ls", *place) == 0
-    assert f"  {source} rtx " in (text := capsys.readouterr().out) and ", 2 rows, capacity 64, decode 1-2 x 1" in text
+    assert "  bundle rtx " in (text := capsys.readouterr().out) and ", 2 rows, capacity 64, decode 1-2 x 1" in text
     assert listed[0]["key"]["workspace_bytes"] == 256 << 20
     assert run("cache", "verify", *place) == 0
     digests = [entry["digest"] for entry in listed]
@@ -178,6 +178,8 @@ def test_cache_ls(store: EngineStore, capsys: Output) -> None:
     assert lines[3].endswith(f"  smollm2 rtx 1.7.1.116 sm86+sm89 fp16, 8 rows, capacity 1024, {sizes}")
     report = answer(capsys, "cache", "ls", "--store", store.url)
     assert report["store"] == store.url and report["bytes"] == sum(entry.bytes for entry in store.entries())
+    store.put(key(capacity=2048), PLAN, {"model": "model", "bundle": "qwen"})
+    assert run("cache", "ls", "--store", store.url) == 0 and "  qwen rtx " in capsys.readouterr().out
     *listed, named = report["engines"]
     assert (named["model"], named["max_batch"], named["capacity"]) == ("smollm2", 8, 1024)
     assert named["profiles"] == {"prefill": {"batch": [1, 1, 4], "sequence": [1, 64, 128]}, "decode": {}}

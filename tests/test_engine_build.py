@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +19,14 @@ import accel
 from accel import engine_build
 from accel.build_commands import describe
 from accel.bundle import Bundle
-from accel.engine_build import build
+from accel.engine_build import build, past_seconds
 from accel.engine_request import prepare
 from accel.engines.tensorrt.adapter import load_flavour
 from accel.engines.tensorrt.lookup import open_store
 from accel.errors import (
     BundleError,
     DependencyError,
+    EngineStoreError,
     EngineUnavailableError,
     ExportError,
     InputError,
@@ -112,6 +114,33 @@ def test_a_hit_reads_no_onnx_and_hashes_nothing(bundle: Path, tmp_path: Path, mo
     began = time.perf_counter()
     (report,) = build(bundle, store=tmp_path / "store", **SMALL)
     assert not report.built and time.perf_counter() - began < 2
+
+
+def test_the_time_of_a_build_is_that_of_the_nearest(bundle: Path, own_cache: Path) -> None:
+    """By precision, level, SM and capacity."""
+    opened, flavour = Bundle.open(bundle), load_flavour("rtx")
+    build(bundle, store=own_cache / "store", measure=False, **SMALL)
+    path = own_cache / "builds" / "history.json"
+    (name,) = json.loads(path.read_text())
+    assert name.split("; ")[1:] == ["fp16", "level 3", "sm86", "capacity 64"]
+    path.write_text(json.dumps({name: {"a": 1.0}, name.replace("fp16", "fp32"): {"a": 5.0}}))
+    asked = SimpleNamespace(optimization_level=3, capacity=128)
+    assert [past_seconds(opened, flavour, variant, "sm89", asked) for variant in ("fp16", "fp32")] == [1.0, 5.0]
+
+
+def test_a_limit_that_removed_an_engine_of_the_same_command(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No engine is called built that a later one of the same call has pushed out."""
+    monkeypatch.setenv("ACCEL_STORE_MAX_BYTES", "1k")
+    asked = {**SMALL, "sm": "sm86,sm89"}
+    with pytest.raises(EngineStoreError, match=r"1 of 2 engines .* sm86 fp16. It may hold 0.0 MB") as caught:
+        build(bundle, store=tmp_path / "store", **asked)
+    assert "ACCEL_STORE_MAX_BYTES" in str(caught.value.remedy)
+    (entry,) = open_store(tmp_path / "store").entries()
+    assert entry.digest == key_of(bundle, sm="sm89")
+    (kept,) = build(bundle, store=tmp_path / "store", **{**SMALL, "sm": "sm89"})
+    assert not kept.built
 
 
 @pytest.mark.parametrize("sm", [["SM86", "sm120"], "sm86, sm120", ["sm86,sm120"]])

@@ -101,6 +101,15 @@ def test_an_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
         ({"sm": ["sm86", "sm86"]}, InputError, "stands twice"),
         ({"sm": "sm86,,sm89"}, InputError, "'' is not the name of an SM"),
         ({"sm": "sm75", "precision": "bf16"}, InputError, "sm75 does not compute in bf16: sm80 was the first.*fp16"),
+        ({"sm": "sm75", "precision": "fp32"}, InputError, "no matrices in fp32 on sm75: sm80 is the first.*fp16"),
+        ({"sm": 8.6}, InputError, "8.6 is not the name of an SM.*Write it like"),
+        ({"sm": None}, InputError, "None is not the name of an SM"),
+        ({"sm": [True]}, InputError, "True is not the name of an SM"),
+        ({"profiles": "p.yaml"}, InputError, "mapping, not 'p.yaml'.*--profiles"),
+        ({"precision": 16}, InputError, "16 is no precision.*'fp16'"),
+        ({"optimization_level": True}, InputError, "no optimization level True"),
+        ({"workspace": [1]}, InputError, "is no size"),
+        ({"hardware_compatibility": "some"}, InputError, "no hardware compatibility 'some'.*ampere"),
         ({"workspace": "2 gallons"}, InputError, "'2 gallons' is no size.*at workspace"),
         ({"workspace": "0"}, InputError, "workspace must be at least 1 byte"),
         ({"capacity": 0}, InputError, "capacity must be"),
@@ -123,11 +132,24 @@ def test_wrong_requests(
     assert EngineStore(tmp_path / "store").entries() == []
 
 
+@pytest.mark.parametrize("sm", [86, "86", ["86"], (86,), "sm86"])
+def test_an_sm_by_its_number(bundle: Path, sm: Any) -> None:
+    (request,) = prepare(Bundle.open(bundle), load_flavour("rtx"), sm, capacity=64)
+    assert request.key.sm == ("sm86",)
+
+
+@pytest.mark.parametrize("path", ["", None, 3])
+def test_a_path_that_is_none(path: Any) -> None:
+    with pytest.raises(InputError, match="is not the path of a bundle.*accel.export"):
+        build(path, **SMALL)
+
+
 def test_nothing_is_added_for_a_request_that_is_wrong(tiny_decoder_bundle: Path, tmp_path: Path) -> None:
     """All that needs no graph is checked before a precision is added."""
     folder = Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "bundle"))
     for changes in (
         {"capacity": 1024}, {"capacity": 63}, {"sm": "sm75", "precision": "bf16"}, {"precision": "fp8"},
+        {"sm": "sm75", "precision": "fp32"},
         {"profiles": {"a": {"batch": RANGE, "sequence": {"min": 1, "opt": 8, "max": 65}}}},
         {"profiles": {"a": {"batch": {"min": 2, "opt": 2, "max": 2}, "sequence": RANGE}}},
     ):  # fmt: skip

@@ -70,7 +70,8 @@ class BuildFacts:
         layers: Layers of the network by type, before the builder fuses them.
         fused_attention: Attention layers that TensorRT runs as one.
         seconds: Of the whole build; ``phases``: of its parts.
-        peak_rss_bytes: Largest resident memory of this process while it built; None: the system does not say.
+        peak_rss_bytes: Largest resident memory while it built, of a process that does nothing else (see
+            ``PeakMemory``); None: the system does not say.
         warnings: What the library warned of while building.
     """
 
@@ -179,9 +180,9 @@ def check_settings(settings: BuildSettings, flavour: Flavour) -> None:
     """
     flavour.check_sms(settings.sm, settings.hardware_compatibility)
     level, workspace = settings.optimization_level, settings.workspace
-    if level not in OPTIMIZATION_LEVELS:
+    if type(level) is not int or level not in OPTIMIZATION_LEVELS:
         remedy = "Give 0 (fast to build) to 5 (tries most)"
-        raise InputError(f"There is no optimization level {level}", where="optimization_level", remedy=remedy)
+        raise InputError(f"There is no optimization level {level!r}", where="optimization_level", remedy=remedy)
     if workspace is not None and workspace < 1:
         remedy = "Give bytes, e.g. 1 << 30, or leave it out"
         raise InputError(f"The workspace must be at least 1 byte, not {workspace}", where="workspace", remedy=remedy)

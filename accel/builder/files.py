@@ -12,6 +12,8 @@ from accel.engines.tensorrt.adapter import Flavour
 from accel.errors import StorageError
 from accel.storage import as_storage_error, replace_file
 
+SEPARATOR = "; "  # of a build's key and its details
+
 
 class TimingCaches:
     """Timings of kernels, a file for each flavour, version and SM. RTX times nothing: for it there is no file.
@@ -46,24 +48,32 @@ class TimingCaches:
 
 
 class History:
-    """Seconds that each phase of a build took, by a key such as target and layers. A damaged file counts as none."""
+    """Seconds that each phase of a build took, by a key such as target and layers. A damaged file counts as none.
+
+    Beside the key there are details, the more telling ones first: of builds with the key, that with the same details
+    counts, else the one whose details agree most, the latest of equals.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def seconds(self, key: str) -> dict[str, float]:
-        """Of the latest build with that key; empty: there was none."""
-        found = self._read().get(key, {})
+    def seconds(self, key: str, details: Sequence[str] = ()) -> dict[str, float]:
+        """Of the latest build most like this one; empty: there was none with that key."""
+        known = self._read()
+        alike = [(_agreement(name, details), place, name) for place, name in enumerate(known) if _key_of(name) == key]
+        found = known[max(alike)[2]] if alike else {}
         return {name: float(value) for name, value in found.items() if isinstance(value, (int, float))}
 
-    def record(self, key: str, seconds: Mapping[str, float]) -> None:
-        """Replaces what is known for a key.
+    def record(self, key: str, seconds: Mapping[str, float], details: Sequence[str] = ()) -> None:
+        """Replaces what is known for a key with these details.
 
         Raises:
             StorageError: The file cannot be written.
         """
         rounded = {name: round(value, 3) for name, value in seconds.items()}
-        write_atomically(self._path, json.dumps({**self._read(), key: rounded}, indent=1).encode())
+        name, known = SEPARATOR.join((key, *details)), self._read()
+        known.pop(name, None)  # the latest stands last
+        write_atomically(self._path, json.dumps({**known, name: rounded}, indent=1).encode())
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
@@ -71,6 +81,16 @@ class History:
         except (OSError, ValueError):
             return {}
         return {k: v for k, v in data.items() if isinstance(v, dict)} if isinstance(data, dict) else {}
+
+
+def _key_of(name: str) -> str:
+    return name.split(SEPARATOR, 1)[0]
+
+
+def _agreement(name: str, details: Sequence[str]) -> tuple[bool, ...]:
+    """Which details are the same."""
+    known = name.split(SEPARATOR)[1:]
+    return tuple(place < len(known) and known[place] == detail for place, detail in enumerate(details))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from accel.errors import EngineBuildError
+from accel.progress import PhaseLog
 
 
 @dataclass(frozen=True)
@@ -216,13 +217,15 @@ class BuildMonitor:
 class ProgressBars:
     """Reports a build as nested bars on stderr, with the time left where an earlier build tells it.
 
+    Its main phases are also logged, see ``PhaseLog``.
+
     Args:
         show: None: only when stderr is a terminal.
         title: Of the uppermost bar, e.g. the target and its SMs.
     """
 
     def __init__(self, title: str, show: bool | None = None) -> None:
-        self._title = title
+        self._title, self._lines, self._began = title, PhaseLog(), time.monotonic()
         self._show = sys.stderr.isatty() if show is None else show
         self._bars: Any = None
         self._tasks: dict[str, tuple[Any, int]] = {}  # task and depth
@@ -231,13 +234,16 @@ class ProgressBars:
     def __enter__(self) -> Self:
         if self._show:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            left = TextColumn("{task.fields[left]}")
+            done = TextColumn("{task.fields[done]}", justify="right")
+            columns = (TextColumn("{task.description}"), BarColumn(), done, TimeElapsedColumn())
+            room = Column(min_width=len("about 59 min 59 s left"), no_wrap=True)  # long names of phases give way
+            left = TextColumn("{task.fields[left]}", table_column=room)
             self._bars = Progress(*columns, left, console=Console(stderr=True, force_terminal=True), transient=True)
             self._bars.start()
-            self._top = self._bars.add_task(self._title, total=None, left="")
+            self._top = self._bars.add_task(self._title, total=None, left="", done="")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -246,24 +252,47 @@ class ProgressBars:
 
     def __call__(self, event: ProgressEvent) -> None:
         """Takes an event of a ``BuildMonitor``."""
+        share = self._share(event.seconds_left)
+        self._log(event, share)
         if self._bars is None:
             return
+        if share is not None:
+            self._bars.update(self._top, total=100, completed=share, done=f"{share} %")
         self._bars.update(self._top, left=_left(event.seconds_left))
         if event.kind == "start":
             depth = self._tasks[event.parent][1] + 1 if event.parent in self._tasks else 1
-            task = self._bars.add_task("  " * depth + event.phase, total=max(1, event.steps), left="")
+            name, steps = "  " * depth + event.phase, max(1, event.steps)
+            task = self._bars.add_task(name, total=steps, left="", done=f"0/{steps}")
             self._tasks[event.phase] = (task, depth)
         elif event.phase in self._tasks:
             task, _ = self._tasks[event.phase]
-            self._bars.update(task, completed=event.step)
+            self._bars.update(task, completed=event.step, done=f"{event.step}/{max(1, event.steps)}")
             if event.kind == "finish":
                 self._bars.remove_task(task)
                 del self._tasks[event.phase]
 
 
+    def _share(self, left: float | None) -> int | None:
+        """Hundredths of the build that are done, by the time left; not all of them before it ends."""
+        if left is None:
+            return None
+        spent = time.monotonic() - self._began
+        return min(99, int(100 * spent / max(spent + left, 1e-9)))
+
+    def _log(self, event: ProgressEvent, share: int | None) -> None:
+        left = _left(event.seconds_left)
+        if event.kind == "start" and event.parent is None:
+            self._lines.start(f"{self._title}: {event.phase}{f' ({left})' if left else ''}")
+        elif event.kind == "step":
+            within = f"{event.phase} {event.step}/{event.steps}"
+            self._lines.tell(within if share is None else f"{share} %, {left}")
+
+
 def _left(seconds: float | None) -> str:
     if seconds is None:
         return ""
+    if round(seconds) < 1:  # the earlier build took no longer; this one may
+        return "nearly done"
     minutes, rest = divmod(round(seconds), 60)
     return f"about {minutes} min {rest} s left" if minutes else f"about {rest} s left"
 

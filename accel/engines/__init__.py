@@ -114,7 +114,7 @@ def open_session(
     Args:
         bundle: An opened bundle.
         device: ``auto`` (CUDA engines are tried where a GPU can be seen; one that is hidden from this process is an
-            entry of the fallbacks), ``cpu`` or ``cuda``.
+            entry of the fallbacks, and without one those are that the bundle has graphs for), ``cpu`` or ``cuda``.
         engine: ``auto``: the fastest that ``accel bench`` measured for this bundle on this machine, else the first of
             the documented order; or the name of the one engine to use: it is never replaced by another.
         variant: ``auto``: what each engine runs unasked; ``fastest``: the fastest that was measured, which may be a
@@ -132,7 +132,8 @@ def open_session(
     options = options or SessionOptions()
     _check_threads(options.threads)
     hidden = hidden_gpu() if device == engine == "auto" else None
-    engines = _engines(device, engine, has_nvidia_device() and hidden is None)
+    sees_gpu = has_nvidia_device()
+    engines = _engines(device, engine, sees_gpu and hidden is None)
     if variant not in ("auto", FASTEST):
         bundle.variant(variant)
     candidates = order_engines(bundle, engines, variant, options, named=engine != "auto")
@@ -146,7 +147,18 @@ def open_session(
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
     known = () if hidden is None else (Fallback("cuda", hidden),)
-    return _open_first(Request(bundle, device, options, strict, candidates, engine != "auto"), known)
+    left_out = _left_out(bundle) if device == engine == "auto" and not sees_gpu and hidden is None else ()
+    request = Request(bundle, device, options, strict, candidates, engine != "auto")
+    opened = _open_first(request, known)
+    return replace(opened, fallbacks=(*left_out, *opened.fallbacks))
+
+
+def _left_out(bundle: Bundle) -> tuple[Fallback, ...]:
+    """The GPU's engines that the bundle has graphs for, where there is no GPU: no surprise, so nothing is logged."""
+    targets = {target for variant in bundle.manifest.variants.values() for target in variant.graphs}
+    reason = "the bundle has graphs for it, and there is no NVIDIA GPU here"
+    able = (engine for engine in ENGINES if engine.device == "cuda" and engine.target in targets)
+    return tuple(Fallback(engine.name, reason) for engine in able)
 
 
 def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: bool = False) -> OpenedSession:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from types import TracebackType
 from typing import Any, Self
 
-_log = logging.getLogger("accel")
+from accel.progress import PhaseLog
 
 
 class ExportProgress:
-    """Shows stages on a terminal, logs them always (level info).
+    """Shows stages on a terminal, logs them always, see ``PhaseLog``.
 
     Args:
         show: None: only when stderr is a terminal.
@@ -19,6 +18,7 @@ class ExportProgress:
 
     def __init__(self, show: bool | None = None) -> None:
         self._show = sys.stderr.isatty() if show is None else show
+        self._lines = PhaseLog()
         self._bar: Any = None
         self._task: Any = None
 
@@ -40,7 +40,7 @@ class ExportProgress:
 
     def stage(self, name: str, total: int | None = None) -> None:
         """Starts a stage; ``total`` is in bytes, None: unknown."""
-        _log.info("%s", name)
+        self._lines.start(name, total)
         if self._bar is not None:
             if self._task is not None:
                 self._bar.remove_task(self._task)
@@ -48,6 +48,7 @@ class ExportProgress:
 
     def advance(self, count: int) -> None:
         """Moves the stage's bar by ``count`` bytes."""
+        self._lines.advance(count)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=count)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from types import TracebackType
 from typing import Any, Self
 
-_log = logging.getLogger("accel")
+from accel.progress import PhaseLog
 
 
 class MeasureProgress:
-    """Shows tokens run on a terminal; logs what is measured (level info).
+    """Shows tokens run on a terminal; logs what is measured, see ``PhaseLog``.
 
     Args:
         show: None: only when stderr is a terminal.
@@ -19,6 +18,7 @@ class MeasureProgress:
 
     def __init__(self, show: bool | None = None) -> None:
         self._show = sys.stderr.isatty() if show is None else show
+        self._lines = PhaseLog()
         self._bar: Any = None
         self._task: Any = None
 
@@ -40,12 +40,13 @@ class MeasureProgress:
 
     def start(self, name: str, tokens: int) -> None:
         """What is measured now, and on how many tokens."""
-        _log.info("Measuring %s on %d tokens", name, tokens)
+        self._lines.start(f"Measuring {name} on {tokens} tokens", tokens)
         if self._bar is not None:
             self._task = self._bar.add_task(f"Measuring {name}", total=tokens)
 
     def advance(self, tokens: int) -> None:
         """Tokens that were run."""
+        self._lines.advance(tokens)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=tokens)
 

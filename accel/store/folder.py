@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from accel.errors import AccelError, EngineStoreError, InputError, StorageError
-from accel.storage import as_storage_error
+from accel.storage import as_storage_error, check_writable
 from accel.store.lock import LocalLock, Lock
 from accel.store.plan_file import PlanFile, new_file, unused
 
@@ -122,6 +122,16 @@ class LocalFolder:
     def path(self, name: str) -> Path:
         """Where the file of this name lies."""
         return self.root / name
+
+    def check_writable(self) -> None:
+        """Says what the first write would say of rights; writes nothing.
+
+        Raises:
+            StorageError: There are none, or the file system is read-only.
+        """
+        nearest = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if nearest.is_dir():
+            check_writable(nearest, self.place)
 
     def read(self, name: str) -> bytes:
         with self._reading():

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from accel.errors import InputError, RefusedEngineError
@@ -17,6 +18,7 @@ from accel.store.signing import Signature, Signer, Verifier
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 16 << 20
 FIELDS = {"schema_version", "key", "size", "sha256", "created", "versions", "facts", "signature"}
+CHECKSUM = "checksum"  # of all other fields; older manifests have none
 REMEDY = "Build the engine again (accel build, accel warmup), or remove the entry"
 
 
@@ -69,6 +71,7 @@ class EngineManifest:
     def encode(self) -> bytes:
         """The JSON file's bytes."""
         data = {"schema_version": SCHEMA_VERSION, **to_dict(self)}
+        data[CHECKSUM] = _checksum(data)
         return (json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
 
     def _message(self) -> bytes:
@@ -81,22 +84,31 @@ def decode(raw: bytes, where: str) -> EngineManifest:
     """Reads a manifest.
 
     Raises:
-        RefusedEngineError: Not JSON, another schema, a field that is missing, unknown or of the wrong type.
+        RefusedEngineError: Not JSON, altered since it was written, another schema, a field that is missing, unknown
+            or of the wrong type.
     """
     data = _parse(raw, where)
     version = data.get("schema_version")
     if version != SCHEMA_VERSION or type(version) is not int:
         what = f"The manifest has schema version {version!r}; this accel reads version {SCHEMA_VERSION}"
         raise RefusedEngineError(what, where=where, remedy=REMEDY)
+    checksum = data.pop(CHECKSUM, None)
     if set(data) != FIELDS:
         what = f"The manifest lacks or does not know: {', '.join(sorted(set(data) ^ FIELDS))}"
         raise RefusedEngineError(what, where=where, remedy=REMEDY)
+    if checksum is not None and checksum != _checksum(data):
+        raise RefusedEngineError("The manifest was altered: its checksum differs", where=where, remedy=REMEDY)
     plain = {name: data[name] for name in ("size", "sha256", "created", "versions", "signature")}
     read = from_dict(_Plain, plain, where, error=RefusedEngineError)
     if not isinstance(data["facts"], dict) or read.size < 1 or not is_sha256(read.sha256):
         raise RefusedEngineError("The manifest's facts, size or sha256 are malformed", where=where, remedy=REMEDY)
     key = read_key(data["key"], f"{where}: key", RefusedEngineError)
     return EngineManifest(key, read.size, read.sha256, read.created, read.versions, data["facts"], read.signature)
+
+
+def _checksum(data: dict[str, Any]) -> str:
+    """Finds what a disk or an editor changed; whoever means harm computes it anew, and only a signature helps."""
+    return sha256(canonical_json(data)).hexdigest()
 
 
 def check_facts(facts: dict[str, Any]) -> dict[str, Any]:

@@ -166,6 +166,17 @@ class EngineStore:
         with held(self._folder.lock(_stem(key)), None, timeout, self._where(key)):
             return self._publish(key, plan, facts or {})
 
+    def check_writable(self) -> None:
+        """Says before any work what ``put`` would say of rights and keys, as far as that is seen without writing.
+
+        Raises:
+            StorageError: A directory that must not be written to.
+            EngineStoreError: Engines must be signed, and there is no key to sign with.
+        """
+        self._check_can_sign()
+        if isinstance(self._folder, LocalFolder):
+            self._folder.check_writable()
+
     def get_or_build(
         self, key: EngineKey, build: Build, *, on_wait: OnWait | None = None, timeout: float | None = None
     ) -> StoredEngine:

@@ -25,6 +25,7 @@ from accel.errors import (
     RecipeError,
 )
 from accel.schema import from_dict
+from accel.storage import will_stay_unwritable
 from accel.warmup_jobs.jobs import Wanted
 
 # Asking again changes nothing. ExportError: the graph cannot be lowered, or its rounding costs too much.
@@ -50,9 +51,10 @@ def main() -> int:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Whether the next attempt would fail alike: wrong input, a missing package, a graph that TensorRT refuses."""
+    """Whether the next attempt would fail alike: wrong input, a missing package, a graph that TensorRT refuses, a
+    place that must not be written to."""
     refused = isinstance(error, EngineBuildError) and (error.where or "").startswith("node ")
-    return isinstance(error, _PERMANENT) or refused
+    return isinstance(error, _PERMANENT) or refused or will_stay_unwritable(error)
 
 
 def _end_with_parent() -> None:

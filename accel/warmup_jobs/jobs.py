@@ -15,6 +15,7 @@ from accel.recipe import read_yaml
 from accel.schema import from_dict
 from accel.sizes import parse_size
 
+LEVEL = 3  # of optimization, where nothing is said
 Profiles = dict[str, dict[str, dict[str, int]]]
 
 
@@ -33,12 +34,12 @@ class EngineSettings:
     """
 
     target: Target | tuple[Target, ...] = "tensorrt"
-    sm: str | tuple[str, ...] = "auto"
+    sm: str | int | tuple[str | int, ...] = "auto"
     precision: str | tuple[str, ...] = "auto"
     capacity: int | tuple[int, ...] | None = None
     max_batch: int | None = None
     profiles: Profiles | None = None
-    optimization_level: int = 3
+    optimization_level: int = LEVEL
     workspace: int | str | None = None
     refittable: bool = False
     hardware_compatibility: Compatibility = "none"
@@ -92,11 +93,22 @@ class Wanted:
     refittable: bool
     hardware_compatibility: Compatibility
 
+    def title(self, precision: str | None) -> str:
+        """For people. ``precision``: what ``auto`` came to; None: as asked for."""
+        name = f"{Path(self.bundle).name} {self.target} {self.sm} {precision or self.precision}"
+        return f"{name} {self.choices}".rstrip()
+
     @property
-    def title(self) -> str:
-        """For people."""
-        capacity = "" if self.capacity is None else f" capacity {self.capacity}"
-        return f"{Path(self.bundle).name} {self.target} {self.sm} {self.precision}{capacity}"
+    def choices(self) -> str:
+        """Whatever else tells one engine of a bundle from another, in words; what is the default is not said."""
+        workspace = None if self.workspace is None else f"{self.workspace / 1e6:.0f} MB"
+        given = {"capacity": self.capacity, "max_batch": self.max_batch, "workspace": workspace}
+        parts = [f"{name} {value}" for name, value in given.items() if value is not None]
+        parts += [_profile_text(name, ranges) for name, ranges in (self.profiles or {}).items()]
+        parts += [f"level {self.optimization_level}"] if self.optimization_level != LEVEL else []
+        parts += ["refittable"] if self.refittable else []
+        parts += [self.hardware_compatibility] if self.hardware_compatibility != "none" else []
+        return ", ".join(parts)
 
     def asked(self) -> dict[str, Any]:
         """The keyword arguments of ``accel.engine_request.settle``."""
@@ -156,6 +168,15 @@ def expand(file: JobFile, folder: Path) -> list[Wanted]:
             if wanted not in found:
                 found.append(wanted)
     return found
+
+
+def _profile_text(name: str, ranges: Mapping[str, Mapping[str, int]]) -> str:
+    """Such as ``prefill 1 x 1-256 (64)``: in brackets an ``opt`` below the most. Nothing of it is checked yet."""
+    sizes = []
+    for axis in ranges.values():
+        least, opt, most = (axis.get(key) for key in ("min", "opt", "max"))
+        sizes.append(str(most) if least == most else f"{least}-{most}" + ("" if opt == most else f" ({opt})"))
+    return f"{name} {' x '.join(sizes)}"
 
 
 def _with_defaults(data: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,11 @@ from accel.engine_request import DEFAULT_PRECISION, BuildRequest, load_builder, 
 from accel.engines.tensorrt.adapter import Flavour
 from accel.engines.tensorrt.lookup import TARGET, pick_precision
 from accel.engines.tensorrt.packages import current_sm
-from accel.errors import AccelError, InputError, RefusedEngineError
+from accel.errors import AccelError, InputError, RefusedEngineError, StorageError
 from accel.schema import suggest
+from accel.storage import check_writable
 from accel.store import EngineManifest, EngineStore
+from accel.variant_checks import quantize_command
 from accel.variants import LIMITS, is_current
 from accel.warmup_jobs.jobs import Wanted
 
@@ -55,6 +57,11 @@ class PlannedEngine:
     note: str | None = None
     alone: bool = False
 
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.wanted.title(self.variant)
+
 
 class Planner:
     """Plans engines, opening each bundle and listing each folder of the store once.
@@ -87,14 +94,18 @@ class Planner:
             variant = _resolve_variant(bundle, wanted.precision)
             common: dict[str, Any] = {
                 "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu,
-                "seconds": past_seconds(bundle, flavour), "note": note,
+                "seconds": past_seconds(bundle, flavour, variant, wanted.sm, wanted), "note": note,
             }  # fmt: skip
             if not is_current(bundle, variant):
+                self._store.check_writable()
                 settle(bundle, flavour, wanted.sm, **wanted.asked())
                 why = VARIANT_OUTDATED if has_variant(bundle, variant) else VARIANT_MISSING
+                _check_extensible(bundle, variant, why)
                 return PlannedEngine(wanted, "miss", why, missing=variant, **common)
             (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
             manifest, reason = self._look_up(request)
+            if manifest is None:
+                self._store.check_writable()
         except AccelError as error:
             return PlannedEngine(wanted, "failed", str(error))
         except Exception as error:  # one engine's trouble is not the others'
@@ -131,6 +142,20 @@ def has_variant(bundle: Bundle, variant: str) -> bool:
     """Whether the bundle has the TensorRT graph of a precision."""
     variants = bundle.manifest.variants
     return variant in variants and TARGET in variants[variant].graphs
+
+
+def _check_extensible(bundle: Bundle, variant: str, why: str) -> None:
+    """A precision is added to the bundle itself.
+
+    Raises:
+        StorageError: It cannot be written to; the remedy names the command that adds the precision elsewhere.
+    """
+    try:
+        check_writable(bundle.path)
+    except StorageError as error:
+        what = f"{why}, and {variant} cannot be added to the bundle: {error.what}"
+        remedy = f"Add it where the bundle can be written: {quantize_command(bundle, variant, TARGET)}"
+        raise StorageError(what, where=str(bundle.path), remedy=remedy) from error
 
 
 def variant_memory(bundle: str) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accel.errors import StorageError
 from accel.schema import to_dict
 
 Status = Literal["hit", "miss", "built", "failed", "stopped"]
@@ -26,10 +27,12 @@ class EngineLine:
         seconds: That building it took, start of the process included.
         attempts: Builds that were begun.
         retried: Why earlier attempts failed.
+        variant_attempts, variant_retried: The same of adding its precision to the bundle; 0: it was there.
         estimated_bytes, estimated_seconds: Memory and time that a build is expected to take; None: not known.
         latency_ms: Median time of a call by profile; None if it was not run.
         log: What the build printed.
         note: What of the job was not used for this engine.
+        choices: Capacity, rows, profiles and what else was asked for, in words.
     """
 
     bundle: str
@@ -45,16 +48,18 @@ class EngineLine:
     seconds: float | None = None
     attempts: int = 0
     retried: tuple[str, ...] = ()
+    variant_attempts: int = 0
+    variant_retried: tuple[str, ...] = ()
     estimated_bytes: int | None = None
     estimated_seconds: float | None = None
     latency_ms: dict[str, float] | None = None
     log: str | None = None
     note: str | None = None
+    choices: str = ""
 
     def text(self) -> str:
         """One line."""
-        name = " ".join((self.target, self.sm, self.precision))
-        capacity = "" if self.capacity is None else f" capacity {self.capacity}"
+        name = " ".join((Path(self.bundle).name, self.target, self.sm, self.precision, self.choices)).rstrip()
         parts = [self.reason]
         if self.status == "miss":
             seconds = None if self.estimated_seconds is None else f"some {max(1, round(self.estimated_seconds))} s"
@@ -62,11 +67,12 @@ class EngineLine:
         if self.status in ("hit", "built") and self.bytes is not None:
             parts.append(f"{self.bytes / 1e6:.1f} MB")
         parts += [f"{self.seconds:.1f} s" if self.seconds is not None else None]
+        parts += [f"{self.precision} added at attempt {self.variant_attempts}" if self.variant_attempts > 1 else None]
         parts += [f"attempt {self.attempts}" if self.attempts > 1 else None]
         parts += [f"{profile} {value:.2f} ms" for profile, value in (self.latency_ms or {}).items()]
         parts += [self.note]
         parts += [f"log: {self.log}" if self.status == "failed" and self.log else None]
-        return f"{self.status:8}{Path(self.bundle).name} {name}{capacity}: {', '.join(filter(None, parts))}"
+        return f"{self.status:8}{name}: {', '.join(filter(None, parts))}"
 
 
 @dataclass(frozen=True)
@@ -107,11 +113,14 @@ class WarmupReport:
         """Writes ``to_json`` to a file.
 
         Raises:
-            StorageError: It cannot be written.
+            SummaryError: It cannot be written.
         """
         from accel.builder.files import write_atomically
 
-        write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
+        try:
+            write_atomically(path, (json.dumps(self.to_json(), indent=1) + "\n").encode())
+        except StorageError as error:
+            raise SummaryError(self, path, error) from error
 
     def __str__(self) -> str:
         lines = [line.text() for line in self.engines]
@@ -124,4 +133,18 @@ class WarmupReport:
         return "\n".join(lines)
 
 
-__all__ = ["EngineLine", "Status", "WarmupReport"]
+class SummaryError(StorageError):
+    """The summary of a job cannot be written.
+
+    Attributes:
+        report: What it would have said: the plan, or what was done.
+    """
+
+    def __init__(self, report: WarmupReport, path: Path, cause: StorageError) -> None:
+        what = f"The job's summary cannot be written: {cause.what}"
+        remedy = "Give 'summary' in the jobs file another path, or leave it out"
+        super().__init__(what, where=f"summary: {path}", remedy=remedy)
+        self.report = report
+
+
+__all__ = ["EngineLine", "Status", "SummaryError", "WarmupReport"]

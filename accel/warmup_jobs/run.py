@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accel.engine_build import removed_engines
 from accel.engines.kv_cache import check_count
 from accel.engines.tensorrt.lookup import open_store
 from accel.engines.tensorrt.packages import current_sm
@@ -20,11 +21,11 @@ from accel.errors import InputError, RecipeError
 from accel.machine import available_cores, available_memory
 from accel.schema import to_dict
 from accel.sizes import parse_size
-from accel.storage import as_storage_error
 from accel.store import EngineStore
 from accel.warmup_jobs.jobs import JobFile, Wanted, expand, read_jobs
+from accel.warmup_jobs.logs import log_folder
 from accel.warmup_jobs.plan import PlannedEngine, Planner, variant_memory
-from accel.warmup_jobs.process import LOGS, Child
+from accel.warmup_jobs.process import Child
 from accel.warmup_jobs.report import EngineLine, Status, WarmupReport
 from accel.warmup_jobs.scheduler import Limits, Outcome, Task, run_tasks
 
@@ -65,7 +66,8 @@ def warmup(
         RecipeError: The job has an unknown key or a wrong value.
         InputError: It asks for nothing, or an argument is out of range.
         EngineStoreError, DependencyError: The store cannot be opened.
-        StorageError: The summary, or the logs' folder, cannot be written.
+        SummaryError: The summary cannot be written, found before anything is built; it has the report.
+        StorageError: The logs' folder cannot be written.
     """
     started = time.monotonic()
     file, folder = read_jobs(jobs)
@@ -80,7 +82,8 @@ def warmup(
         planned.write(folder / file.summary)
     if not dry_run:
         job.say(str(planned))
-        with _logs(file, folder, job), _stop_signals() as stopped:
+        chosen = None if file.logs is None else folder / file.logs
+        with log_folder(chosen, job.telling_logs) as job.logs, _stop_signals() as stopped:
             job.run(wanted, stopped)
     report = job.report(started, dry_run)
     if file.summary is not None:
@@ -93,6 +96,7 @@ class _Engine:
     """An engine of the job and what was done for it; ``latency`` is there once it ran."""
 
     planned: PlannedEngine
+    variant: Task | None = None
     build: Task | None = None
     log: Path | None = None
     latency: dict[str, float] | None = None
@@ -116,14 +120,15 @@ class _Job:
 
     def run(self, wanted: Sequence[Wanted], stopped: Callable[[], bool]) -> None:
         """Variants, then builds, then runs."""
-        failed = self._add_variants(stopped)
+        added = self._add_variants(stopped)
         planner = Planner(self.store, verify="://" not in self.store.url)
         self.engines = [_Engine(planned) for planned in planner.plan(wanted)]
         for engine in self.engines:
+            task = engine.variant = added.get((engine.planned.wanted.bundle, engine.planned.variant))
             if engine.planned.missing is not None:
-                task = failed.get((engine.planned.wanted.bundle, engine.planned.missing))
-                engine.stopped = task is None
-                if task is not None:
+                failed = task is not None and task.outcome is not None and task.outcome.error is not None
+                engine.stopped = not failed
+                if task is not None and failed:
                     engine.failure, engine.log = _why(task), task.log
         self._build(stopped)
         self.gpu = current_sm()
@@ -135,17 +140,17 @@ class _Job:
         if self.show:
             print(text, file=sys.stderr, flush=True)
 
-    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str], Task]:
-        """Adds each missing precision once; returns the tasks that failed."""
+    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str | None], Task]:
+        """Adds each missing precision once; returns the tasks that did it, or failed to."""
         missing = [(engine.planned.wanted.bundle, engine.planned.missing) for engine in self.engines]
-        tasks = {}
+        tasks: dict[tuple[str, str | None], Task] = {}
         for bundle, variant in dict.fromkeys(missing):
             if variant is not None:
                 request = {"do": "variant", "bundle": bundle, "variant": variant}
                 name = f"{Path(bundle).name} {variant}"
                 tasks[bundle, variant] = self._task(name, variant_memory(bundle), request)
         self._run_tasks(list(tasks.values()), stopped)
-        return {where: task for where, task in tasks.items() if task.outcome and task.outcome.error}
+        return tasks
 
     def _build(self, stopped: Callable[[], bool]) -> None:
         for engine in self.engines:
@@ -153,7 +158,7 @@ class _Job:
             if planned.state == "miss" and planned.missing is None:
                 request = {"do": "build", "wanted": to_dict(planned.wanted), "store": self.url,
                            "max_bytes": self.store.max_bytes}  # fmt: skip
-                engine.build = self._task(planned.wanted.title, planned.memory, request, planned.alone)
+                engine.build = self._task(planned.title, planned.memory, request, planned.alone)
                 engine.log = engine.build.log
         self._run_tasks([engine.build for engine in self.engines if engine.build], stopped)
         if stopped():
@@ -163,9 +168,10 @@ class _Job:
 
     def _note_removed(self, max_bytes: int) -> None:
         """A store whose limit is less than what the job needs drops the first engines for the last."""
-        stored = {entry.digest for entry in self.store.entries()}
-        for engine in self.engines:
-            if _status(engine) in ("hit", "built") and _digest(engine) not in stored:
+        there = [engine for engine in self.engines if _status(engine) in ("hit", "built")]
+        removed = removed_engines(self.store, [digest for engine in there if (digest := _digest(engine))])
+        for engine in there:
+            if _digest(engine) in removed:
                 limit = f"{max_bytes / 1e6:.0f} MB"
                 engine.failure = f"It was removed for later engines: the store may hold {limit}, the job needs more"
 
@@ -185,7 +191,7 @@ class _Job:
         for engine in self.engines:
             if engine.planned.wanted.sm == self.gpu and _status(engine) in ("hit", "built"):
                 request = {"do": "run", "wanted": to_dict(engine.planned.wanted), "store": self.url}
-                runs[engine] = self._task(f"{engine.planned.wanted.title} run", engine.planned.memory, request, True)
+                runs[engine] = self._task(f"{engine.planned.title} run", engine.planned.memory, request, True)
                 engine.log = runs[engine].log
         self._run_tasks(list(runs.values()), stopped)
         for engine, task in runs.items():
@@ -197,7 +203,8 @@ class _Job:
                 engine.latency = task.outcome.result["latency_ms"]
 
     def _task(self, name: str, memory: int, request: dict[str, Any], alone: bool = False) -> Task:
-        log = self.logs / f"{len(self.begun) + 1:03}-{name.replace(' ', '-')}.log"
+        file = re.sub(r"[^\w.+]+", "-", name)  # what a person reads has brackets and commas
+        log = self.logs / f"{len(self.begun) + 1:03}-{file[:150]}.log"
         self.begun.append(Task(name, memory, lambda: Child(request, log), alone, log))
         return self.begun[-1]
 
@@ -211,6 +218,12 @@ class _Job:
             self.say(f"[{ended}/{len(tasks)}] {task.name}: {task.seconds:.1f} s{failed}")
 
         run_tasks(tasks, self.limits, stopped, tell)
+
+    def telling_logs(self) -> set[Path]:
+        """Those that say why an engine is missing."""
+        if not any(_status(engine) == "failed" for engine in self.engines):
+            return set()
+        return {task.log for task in self.begun if task.reasons and task.log is not None}
 
     def report(self, started: float, dry_run: bool) -> WarmupReport:
         lines = tuple(_line(engine, dry_run) for engine in self.engines)
@@ -251,13 +264,16 @@ def _line(engine: _Engine, dry_run: bool) -> EngineLine:
         digest=_digest(engine),
         bytes=result.get("bytes", planned.bytes),
         seconds=round(task.seconds, 3) if result and task is not None else None,
-        attempts=len(task.reasons) + bool(result) if task is not None else 0,
-        retried=tuple(task.reasons if result else task.reasons[:-1]) if task is not None else (),
+        attempts=_attempts(task),
+        retried=_retried(task),
+        variant_attempts=_attempts(engine.variant),
+        variant_retried=_retried(engine.variant),
         estimated_bytes=planned.memory if missed else None,
         estimated_seconds=planned.seconds if missed else None,
         latency_ms=engine.latency,
         log=str(engine.log) if engine.log is not None and engine.log.exists() else None,
         note=planned.note,
+        choices=wanted.choices,
     )  # fmt: skip
 
 
@@ -265,6 +281,22 @@ def _digest(engine: _Engine) -> str | None:
     """The engine's name in the store, once it is known."""
     outcome = engine.build.outcome if engine.build is not None else None
     return (outcome.result or {}).get("digest", engine.planned.digest) if outcome else engine.planned.digest
+
+
+def _attempts(task: Task | None) -> int:
+    """Attempts that ended."""
+    return 0 if task is None else len(task.reasons) + _is_done(task)
+
+
+def _retried(task: Task | None) -> tuple[str, ...]:
+    """Why the attempts before the last one failed."""
+    if task is None:
+        return ()
+    return tuple(task.reasons if _is_done(task) else task.reasons[:-1])
+
+
+def _is_done(task: Task) -> bool:
+    return task.outcome is not None and task.outcome.result is not None
 
 
 def _why(task: Task) -> str:
@@ -297,35 +329,6 @@ def _store_url(store: str | Path | None, file: JobFile, folder: Path) -> str | N
         what = "A store in memory is seen by one process alone, and engines are built in others"
         raise InputError(what, where="store", remedy="Give a directory or another URL")
     return url
-
-
-@contextmanager
-def _logs(file: JobFile, folder: Path, job: _Job) -> Iterator[None]:
-    """Gives the job its folder for logs; a temporary one stays if there is something to be read in it."""
-    chosen = None if file.logs is None else folder / file.logs
-    try:
-        if chosen is not None:
-            chosen.mkdir(parents=True, exist_ok=True)
-        job.logs = chosen or Path(tempfile.mkdtemp(prefix="accel-warmup-"))
-    except OSError as error:
-        raise as_storage_error(error, chosen or Path(tempfile.gettempdir()), LOGS) or error from error
-    try:
-        yield
-    finally:
-        if chosen is None:
-            _clear(job)
-
-
-def _clear(job: _Job) -> None:
-    """Leaves those logs of a temporary folder that say why an engine is missing; none: no folder either."""
-    failed = [task for task in job.begun if task.reasons]
-    telling = {task.log for task in failed} if any(_status(engine) == "failed" for engine in job.engines) else set()
-    with suppress(OSError):
-        for path in job.logs.iterdir():
-            if path not in telling or not path.stat().st_size:
-                path.unlink(missing_ok=True)
-        if not any(job.logs.iterdir()):
-            job.logs.rmdir()
 
 
 @contextmanager

@@ -40,6 +40,21 @@ def test_history_keeps_the_latest_of_each_key(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["history.json"]
 
 
+def test_the_nearest_of_what_is_known(tmp_path: Path) -> None:
+    """The first detail that differs decides; of equals the latest."""
+    history = History(tmp_path / "history.json")
+    history.record("rtx 6", {"a": 1.0}, ("fp16", "level 3", "sm86"))
+    history.record("rtx 6", {"a": 2.0}, ("fp16", "level 3", "sm89"))
+    history.record("rtx 6", {"a": 3.0}, ("fp32", "level 3", "sm86"))
+    assert history.seconds("rtx 6", ("fp16", "level 3", "sm86")) == {"a": 1.0}
+    assert history.seconds("rtx 6", ("fp16", "level 3", "sm120")) == {"a": 2.0}
+    assert history.seconds("rtx 6", ("fp32", "level 5", "sm89")) == {"a": 3.0}
+    assert history.seconds("rtx 6", ("w8a8", "level 3", "sm86")) == {"a": 3.0}
+    assert history.seconds("rtx", ("fp16", "level 3", "sm86")) == {}
+    history.record("rtx 6", {"a": 4.0}, ("fp16", "level 3", "sm86"))
+    assert history.seconds("rtx 6", ("fp16", "level 3", "sm120")) == {"a": 4.0}
+
+
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"key": 3}', b"\xff"])
 def test_a_damaged_history_is_none(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "history.json"

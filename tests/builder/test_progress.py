@@ -128,17 +128,20 @@ def test_cancel_from_another_thread_and_builds_in_one(graph: Path) -> None:
 def test_bars_nest_and_say_the_time_left(graph: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressBars("rtx sm86", show=True) as bars:
         shown: list[str] = []
+        shares: list[str] = []
 
         def watch(event: ProgressEvent) -> None:
             bars(event)
             if (event.kind, event.phase) == ("start", "Optimizing graph"):
                 shown.extend(task.description for task in bars._bars.tasks)
                 shown.append(bars._bars.tasks[0].fields["left"])
+                shares.append(bars._bars.tasks[0].fields["done"])
 
         build(graph, BuildMonitor(watch, {"Building engine from subgraph": 125.0}))
     depth = {text.strip(): len(text) - len(text.lstrip()) for text in shown[:-1]}
     assert depth["rtx sm86"] < depth["Building engine"] < depth["Optimizing graph"]
     assert re.fullmatch(r"about 2 min \d s left", shown[-1])
+    assert re.fullmatch(r"\d %", shares[0])
     captured = capsys.readouterr()
     assert "rtx sm86" in captured.err and not captured.out
 
@@ -149,3 +152,15 @@ def test_no_bars_where_there_is_no_terminal(graph: Path, capsys: pytest.CaptureF
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
     assert progress._left(None) == "" and progress._left(59.6) == "about 1 min 0 s left"
+    assert progress._left(0.0) == progress._left(0.4) == "nearly done"  # no seconds that never pass
+
+
+def test_phases_are_logged(graph: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main ones as they begin, and a line now and then about how far they are."""
+    monkeypatch.setattr("accel.progress.PAUSE_SECONDS", 0.0)
+    with caplog.at_level("INFO", "accel.progress"), ProgressBars("rtx sm86") as bars:
+        build(graph, BuildMonitor(bars))
+        build(graph, BuildMonitor(bars, {"Building engine from subgraph": 100.0}))
+    assert "rtx sm86: Reading the graph" in caplog.messages and "rtx sm86: Building engine" in caplog.messages
+    assert any(re.fullmatch(r"rtx sm86: Building engine: .* \d+/\d+", text) for text in caplog.messages)
+    assert any(re.search(r"left\): \d+ %, about \d min \d+ s left", text) for text in caplog.messages)

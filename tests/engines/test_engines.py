@@ -130,6 +130,26 @@ def test_a_hidden_gpu_is_said(
     opened.session.close()
 
 
+def test_engines_of_an_absent_gpu_are_said(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those that the bundle has graphs for: a precision was added for them. Nothing is logged: it is no surprise."""
+    monkeypatch.setattr(engines, "has_nvidia_device", lambda: False)
+    monkeypatch.setattr(engines, "hidden_gpu", lambda: None)
+    manifest = bundle.manifest
+    graphs = manifest.variants["fp32"].graphs
+    fp16 = dataclasses.replace(manifest.variants["fp32"], graphs={"tensorrt": graphs["ort-cpu"]})
+    added = dataclasses.replace(manifest, variants={**manifest.variants, "fp16": fp16})
+    with caplog.at_level(logging.INFO):
+        opened = open_session(Bundle(bundle.path, added), options=OPTIONS)
+    opened.session.close()
+    assert [fallback.engine for fallback in opened.fallbacks] == ["tensorrt", "rtx"] and not caplog.text
+    assert all("no NVIDIA GPU here" in fallback.reason for fallback in opened.fallbacks)
+    opened = open_session(Bundle(bundle.path, added), device="cpu", options=OPTIONS)
+    assert opened.fallbacks == ()
+    opened.session.close()
+
+
 def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="unknown engine 'ort-cup'.*'ort-cpu'"):
         open_session(bundle, engine="ort-cup")

@@ -104,7 +104,14 @@ def test_find_lists_one_folder(place: Place) -> None:
 
 
 def edit(**changes: Any) -> Callable[[bytes], bytes]:
-    return lambda content: json.dumps({**json.loads(content), **changes}).encode()
+    """Changes fields as somebody would who means to, or an older accel, whose manifests have no checksum."""
+
+    def change(content: bytes) -> bytes:
+        data = {**json.loads(content), **changes}
+        del data["checksum"]
+        return json.dumps(data).encode()
+
+    return change
 
 
 def edit_key(**changes: Any) -> Callable[[bytes], bytes]:
@@ -120,6 +127,8 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "empty manifest": (".json", lambda content: b"", "not valid JSON"),
     "deep manifest": (".json", lambda content: b"[" * 100_000, "not valid JSON"),
     "endless number": (".json", lambda c: c.replace(b'"layers": 2', b'"layers": 1e999'), "not valid JSON"),
+    "altered facts": (".json", lambda c: c.replace(b'"layers": 2', b'"layers": 3'), "altered: its checksum differs"),
+    "altered time": (".json", lambda c: c.replace(b'"created": ', b'"created": 1'), "altered: its checksum differs"),
     "doubled key": (".json", lambda c: c.replace(b"{", b'{"size": 1,', 1), "stands twice"),
     "no mapping": (".json", lambda content: b"[]", "no mapping"),
     "newer schema": (".json", edit(schema_version=2, more=1), "schema version 2"),
@@ -203,6 +212,15 @@ def test_an_object_cut_in_transit_is_not_served(bucket: Place, monkeypatch: pyte
     monkeypatch.setattr(remote.RemoteFolder, "_download", real)
     engine = fresh(bucket).open().get(key())
     assert engine is not None and engine.plan() == PLAN
+
+
+def test_a_manifest_without_a_checksum_is_read(local: Place) -> None:
+    """As an older accel wrote it."""
+    fill(local)
+    Files(local).alter(".json", edit())
+    engine = local.open().get(key())
+    assert engine is not None and engine.plan() == PLAN
+    assert [entry.problem for entry in local.open().verify()] == [None]
 
 
 def test_signed_engines(place: Place) -> None:

@@ -21,7 +21,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_a_file_becomes_single_engines(tmp_path: Path) -> None:
     text = """
-    defaults: {target: rtx, sm: [SM86, sm89], max_batch: 4}
+    defaults: {target: rtx, sm: [SM86, 89], max_batch: 4}
     jobs:
       - {bundle: llama, capacity: [64, 128], workspace: 1GiB}
       - {bundle: [bert, mpnet], sm: sm120, max_batch: 2}
@@ -48,7 +48,7 @@ def test_a_file_becomes_single_engines(tmp_path: Path) -> None:
         ({"jobs": [JOB, {**JOB, "capasity": 8}]}, r"jobs\[1\]", "'capacity'"),
         ({"jobs": [JOB], "defaults": {"targt": "rtx"}}, "defaults", "'target'"),
         ({"jobs": [{**JOB, "target": "rtxx"}]}, r"jobs\[0\]: target", "Correct"),
-        ({"jobs": [{**JOB, "sm": [86]}]}, r"jobs\[0\]: sm", "Correct"),
+        ({"jobs": [{**JOB, "sm": [8.6]}]}, r"jobs\[0\]: sm", "Correct"),
         ({"jobs": [{"sm": "sm86"}]}, r": jobs\[0\]", "a string"),
         ({"jobs": ["llama"]}, r"jobs\[0\]", "Correct"),
         ({"jobs": "llama"}, ": jobs", "Correct"),

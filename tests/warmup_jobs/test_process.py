@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from accel.errors import (
     ParityError,
     StorageError,
 )
+from accel.storage import as_storage_error
 from accel.warmup_jobs.child import is_permanent
 from accel.warmup_jobs.process import Child
 from accel.warmup_jobs.scheduler import Outcome
@@ -74,5 +76,9 @@ def test_which_errors_stay() -> None:
     for_good = [InputError("x"), DependencyError("x"), EngineProofError("x"), BundleError("x"), ParityError("x")]
     assert all(map(is_permanent, for_good))
     assert is_permanent(EngineBuildError("cannot take the operator Foo", where="node a, layer 3"))
+    read_only = as_storage_error(OSError(errno.EROFS, "read-only"), Path("/"))
+    assert read_only is not None and is_permanent(read_only)
+    full = as_storage_error(OSError(errno.ENOSPC, "full"), Path("/"))
+    assert full is not None and not is_permanent(full)
     passing = [EngineBuildError("could not build", where="graph.onnx"), StorageError("full"), EngineStoreError("away")]
     assert not any(map(is_permanent, [*passing, MemoryError()]))

@@ -10,7 +10,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 from weakref import WeakSet
 
 from accel.engines.tensorrt.packages import TITLES, current_sm, import_package, release_of
@@ -65,6 +65,7 @@ class Flavour(ABC):
     cache_kind: ClassVar[Literal["timing", "runtime"]]  # what makes the second build or the second start fast
     needs_gpu: ClassVar[bool]  # to build
     captures_graphs: ClassVar[bool]  # whether the library can capture CUDA graphs by itself
+    float32_sm: ClassVar[int]  # the first whose matrices it multiplies in fp32
 
     def __init__(self, trt: Any, version: str) -> None:
         self.trt, self.version = trt, version
@@ -94,6 +95,10 @@ class Flavour(ABC):
             if not re.fullmatch(r"sm\d{2,3}", sm):
                 remedy = f"Write it like sm86; {self.title} knows {', '.join(known) or 'none here'}"
                 raise InputError(f"{sm!r} is not the name of an SM", where="sm", remedy=remedy)
+        if compatibility not in get_args(Compatibility):
+            remedy = f"Choose from {', '.join(get_args(Compatibility))}"
+            what = f"There is no hardware compatibility {compatibility!r}"
+            raise InputError(what, where="hardware_compatibility", remedy=remedy)
         if len(set(sms)) < len(sms):
             raise InputError(f"An SM stands twice in {', '.join(sms)}", where="sm", remedy="Name each once")
         self._check_known(sms, known, compatibility)
@@ -265,6 +270,7 @@ class TensorRT(Flavour):
     title = TITLES["tensorrt"]
     cache_kind = "timing"
     needs_gpu = True
+    float32_sm = 0  # none that it refuses is known
     captures_graphs = False  # its IRuntimeConfig has the allocation strategy alone (pyCore.cpp, 10.15 to 11.1)
 
     def known_sms(self) -> tuple[str, ...]:
@@ -321,6 +327,7 @@ class TensorRTRTX(Flavour):
     cache_kind = "runtime"
     needs_gpu = False
     captures_graphs = True
+    float32_sm = 80  # "Cannot compile operation 'Gemm_13' for Turing (SM75): FP32 GEMM is not supported" [1.7.1]
 
     def known_sms(self) -> tuple[str, ...]:
         names = self.trt.ComputeCapability.__members__
