@@ -186,12 +186,13 @@ def left(temporary: Path) -> list[str]:
     return [name for name in os.listdir(temporary) if name != ".ses"]
 
 
-def test_ctrl_c(folder: Path, made: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c(folder: Path, made: Path, number: int, code: int) -> None:
     before = listing(folder / "store")
     with building(folder) as process:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == code, errors
     assert "Interrupted" in errors and "Traceback" not in errors
     assert left(folder / "tmp") == []
     check_as_it_was(folder, before, made / "bundle")

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal, Self
 
 from accel.errors import EngineBuildError
@@ -63,7 +64,9 @@ class BuildMonitor:
         self._report, self._history = report, dict(history or {})
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.RLock()
-        self._stopped = self._interrupted = False
+        self._stopped = False
+        self._signal: int | None = None  # that stopped the build
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}  # that the signals had before
         self._error: BaseException | None = None
         self._signals: socket.socket | None = None
 
@@ -128,16 +131,21 @@ class BuildMonitor:
         self._hear_signals()
         if self._error is not None:
             raise self._error
-        if self._interrupted:
+        if self._signal is not None:
+            self._handlers[self._signal](self._signal, None)  # raises, as it would have done outside the library
             raise KeyboardInterrupt
         if self._stopped:
             raise EngineBuildError("The build was cancelled", remedy="Start it again; nothing was left behind")
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Meanwhile Ctrl-C stops the build in place of raising inside the library. Main thread only, else nothing."""
-        mine = threading.current_thread() is threading.main_thread()
-        if not mine or signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None):
+        """Meanwhile Ctrl-C, and SIGTERM where it is handled, stop the build in place of raising inside the library.
+
+        Main thread only, else nothing.
+        """
+        found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._handlers = {number: handler for number, handler in found.items() if callable(handler)}
+        if threading.current_thread() is not threading.main_thread() or not self._handlers:
             yield
             return
         # The handler runs only when the main thread executes Python; the socket is written at once, and can be read
@@ -146,14 +154,16 @@ class BuildMonitor:
         reader.setblocking(False)
         writer.setblocking(False)
         self._signals = reader
-        handler = signal.signal(signal.SIGINT, lambda *_: self._interrupt())
+        for number in self._handlers:
+            signal.signal(number, lambda number, _: self._interrupt(number))
         descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
             self._hear_signals()
             signal.set_wakeup_fd(descriptor)
-            signal.signal(signal.SIGINT, handler)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
             self._signals = None
             reader.close()
             writer.close()
@@ -203,15 +213,16 @@ class BuildMonitor:
             parent, steps = (entry.parent, entry.steps) if entry is not None else (None, 0)
             self._report(ProgressEvent(kind, phase, parent, done, steps, self.seconds_left()))
 
-    def _interrupt(self) -> None:
-        self._interrupted = True
+    def _interrupt(self, number: int) -> None:
+        self._signal = number
         self.cancel()
 
     def _hear_signals(self) -> None:
         if self._signals is not None:
             with suppress(BlockingIOError):
-                if signal.SIGINT in self._signals.recv(64):
-                    self._interrupt()
+                for number in self._signals.recv(64):
+                    if number in self._handlers:
+                        self._interrupt(number)
 
 
 class ProgressBars:

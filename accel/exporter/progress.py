@@ -24,11 +24,15 @@ class ExportProgress:
 
     def __enter__(self) -> Self:
         if self._show:
+            from rich import progress
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True)
+            columns = (
+                progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.BarColumn(),
+                progress.TaskProgressColumn(show_speed=False), progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(),
+            )  # fmt: skip
+            self._bar = progress.Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True)
             self._bar.start()
         return self
 
@@ -39,7 +43,7 @@ class ExportProgress:
             self._bar.stop()
 
     def stage(self, name: str, total: int | None = None) -> None:
-        """Starts a stage; ``total`` is in bytes, None: unknown."""
+        """Starts a stage; ``total`` is in bytes, tokens or nodes, None: unknown."""
         self._lines.start(name, total)
         if self._bar is not None:
             if self._task is not None:
@@ -47,7 +51,7 @@ class ExportProgress:
             self._task = self._bar.add_task(name, total=total)
 
     def advance(self, count: int) -> None:
-        """Moves the stage's bar by ``count`` bytes."""
+        """Moves the stage's bar by ``count`` of them."""
         self._lines.advance(count)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, advance=count)
