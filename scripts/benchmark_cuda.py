@@ -6,6 +6,7 @@ tokens and 128 new ones. Needs `.[cuda,export]`; peers take part where they are 
 
 python scripts/benchmark_cuda.py --work /tmp/bench --json benchmarks/cuda_h200.json
 python scripts/benchmark_cuda.py --work /tmp/bench --json benchmarks/cuda_h200.json --only encoder   # the rest stays
+python scripts/benchmark_cuda.py --json benchmarks/cuda_h200.json --plot benchmarks/cuda_h200.png     # no GPU needed
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accel  # noqa: E402
 from accel.bench.cases import Case  # noqa: E402
 from accel.bench.machine import today  # noqa: E402
+from accel.bench.plot import Panel, draw_panels  # noqa: E402
 from accel.bench.roofline import measure_roofline  # noqa: E402
 from accel.bundle import Bundle  # noqa: E402
 from accel.capabilities import version_of  # noqa: E402
@@ -244,6 +246,32 @@ def generate_genai(og: Any, folder: Path, batch: int, graph: bool) -> Row:
     return {"first_token_ms": first[2:], "per_token_ms": per_token[2:]}
 
 
+def plot(found: Row, path: Path) -> None:
+    """Every row beside its peers, medians."""
+    rows = found["decoder"] + found.get("genai", []) + found["transformers"]
+    panels = []
+    for batch in BATCHES:
+        for name, metric in (("token", "per_token_ms"), ("first token", "first_token_ms")):
+            own = [row for row in rows if row.get("batch") == batch and metric in row]
+            panels.append(Panel(f"{name}, batch {batch}, ms", [bar(row, row[metric]) for row in own]))
+    for batch, width in SHAPES:
+        own, peers = (
+            [row for row in found[part] if (row["batch"], row.get("tokens")) == (batch, width)]
+            for part in ("encoder", "transformers")
+        )
+        bars = [("accel cuda, on the GPU", row["graph_ms"], True) for row in own]
+        bars += [("accel cuda, NumPy to NumPy", median(row["call_ms"]), True) for row in own]
+        bars += [bar(row, row["ms"]) for row in peers]
+        panels.append(Panel(f"BERT-base fp16 {batch}x{width}, ms", bars))
+    draw_panels(panels, f"{found['gpu']}, {found['date']}; Llama-3.2-1B's shape; medians, lower is better", path)
+
+
+def bar(row: Row, values: list[float]) -> tuple[str, float, bool]:
+    ours = "peer" not in row
+    label = f"accel {row['engine']} {row['variant']}" if ours else row["peer"].removeprefix("BERT, ")
+    return label, median(values), ours
+
+
 def times(run: Callable[[], object], count: int) -> list[float]:
     """Milliseconds of each of ``count`` calls after four untimed ones."""
     found = []
@@ -265,13 +293,19 @@ def say(row: Row) -> Row:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="bundles and checkpoints; made where missing")
+    parser.add_argument("--work", type=Path, help="bundles and checkpoints; made where missing")
     parser.add_argument("--json", type=Path, help="write the figures here; parts that are not measured stay")
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts (default: all); none: prepare")
+    parser.add_argument("--plot", type=Path, help="draw what --json holds, and measure nothing")
     options = parser.parse_args(arguments)
     (names, driver), kept = gpu_models(), {}
     if options.json and options.json.exists():
         kept = json.loads(options.json.read_text())
+    if options.plot:
+        plot(kept, options.plot)
+        return 0
+    if options.work is None:
+        parser.error("--work says where bundles and checkpoints go")
     versions = {name: version for name in DISTRIBUTIONS if (version := version_of(name))}
     kept |= {"gpu": names[0] if names else "", "driver": driver, "versions": versions, "date": today()}
     kept["model"] = f"Llama-3.2-1B and BERT-base shapes, random weights; prompt {PROMPT}, {NEW} new tokens"
