@@ -248,8 +248,7 @@ class OrtCudaDecoderSession:
             kept.fill(feeds)
             return kept
         memory = self._memory
-        values = {"logits": memory.logits, "token": memory.token, "token_logit": memory.token_logit}
-        outputs = {name: int(value.data_ptr()) for name, value in values.items()}
+        outputs = {"logits": memory.logits, "token": memory.token, "token_logit": memory.token_logit}
         made = StepBinding(self._provider, self._session, memory.caches, run.first, feeds, outputs, self.vocab_size)
         if width == 1:
             self._kept[run.first, rows] = made

@@ -55,12 +55,12 @@ class StepBinding:
         caches: All rows.
         first: The first row that it covers.
         feeds: A run of that shape.
-        outputs: Addresses of ``logits``, ``token`` and ``token_logit``, for as many rows of logits as the run asks for.
+        outputs: Where ``logits``, ``token`` and ``token_logit`` go: at least as many rows as the run asks for.
         vocabulary: Columns of the logits.
     """
 
     def __init__(
-        self, provider: Provider, session: Any, caches: Caches, first: int, feeds: Feeds, outputs: dict[str, int],
+        self, provider: Provider, session: Any, caches: Caches, first: int, feeds: Feeds, outputs: Mapping[str, Any],
         vocabulary: int,
     ) -> None:  # fmt: skip
         self._session, self.io = session, session.io_binding()
@@ -72,9 +72,11 @@ class StepBinding:
             self._inputs[name] = provider.host(array) if name in HOST else provider.upload(array)
             self.io.bind_ortvalue_input(name, self._inputs[name])
         place = provider.device, provider.index
-        self.io.bind_output("logits", *place, ONNX_TYPES["float32"], [asked, vocabulary], outputs["logits"])
-        self.io.bind_output("token", *place, np.int64, [asked], outputs["token"])
-        self.io.bind_output("token_logit", *place, ONNX_TYPES["float32"], [asked], outputs["token_logit"])
+        kinds = {"logits": ONNX_TYPES["float32"], "token": np.int64, "token_logit": ONNX_TYPES["float32"]}
+        for name, kind in kinds.items():
+            shape = [asked, vocabulary] if name == "logits" else [asked]
+            self.io.bind_output(name, *place, kind, shape, int(outputs[name].data_ptr()))
+        self._asked, self._outputs = asked, outputs
         caches.bind(self.io, provider, first, rows)
 
     def fill(self, feeds: Feeds) -> None:
@@ -97,8 +99,9 @@ class StepBinding:
 
     def best(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """int64 [R], the best tokens, and float32 [R], their logits; copied to the host."""
-        outputs = self.io.get_outputs()
-        return outputs[1].numpy(), outputs[2].numpy()
+        # Not from the binding, which makes objects of all outputs, the caches among them, at every step.
+        tokens, logits = (self._outputs[name].numpy()[: self._asked] for name in ("token", "token_logit"))
+        return tokens, logits
 
 
 __all__ = ["Caches", "StepBinding"]
