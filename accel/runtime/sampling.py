@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.errors import EngineError, InputError
+from accel.runtime.candidates import draw, nucleus, relative_logs, top_k_ids
 
 # Parameters that act only when do_sample is on, and the values with which they do nothing.
 _SAMPLING_ONLY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -126,6 +127,7 @@ class Sampler:
         """
         self.params, self.vocab_size = params, vocab_size
         if params.do_sample:  # else it costs a first token 30 us for nothing
+            self._all = np.arange(vocab_size)
             self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
         self._reads_history = params.repetition_penalty != 1.0
         self._plain = not params.do_sample and not self._reads_history
@@ -161,9 +163,7 @@ class Sampler:
         if not self.params.do_sample:
             return _best(scores)
         ids, weights = self._candidates(scores)
-        cumulative = np.cumsum(weights)
-        drawn = np.searchsorted(cumulative, self._rng.random() * cumulative[-1], side="right")
-        return int(ids[min(int(drawn), len(ids) - 1)])  # rounding may push the draw onto the very end
+        return int(ids[draw(weights, self._rng.random())])
 
     def probabilities(
         self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()
@@ -174,15 +174,17 @@ class Sampler:
             result[self.pick(logits, history, banned)] = 1.0
             return result
         ids, weights = self._candidates(self._process(logits, history, banned))
-        result[ids] = weights / weights.sum()
+        result[ids] = weights / weights.sum(dtype=np.float64)
         return result
 
     def _process(
         self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int]
     ) -> NDArray[np.float32]:
-        """Repetition penalty, then bans: the processors that act on greedy decoding too. Returns a copy."""
-        scores = np.array(logits, dtype=np.float32)
+        """Repetition penalty, then bans: what acts on greedy decoding too. The logits stay as they are."""
         penalty = np.float32(self.params.repetition_penalty)
+        if penalty == 1.0 and not len(banned):
+            return logits
+        scores = np.array(logits, dtype=np.float32)
         if penalty != 1.0 and len(history):
             seen = np.asarray(history, dtype=np.int64)
             old = scores[seen]
@@ -191,20 +193,21 @@ class Sampler:
             scores[np.asarray(banned, dtype=np.int64)] = -np.inf
         return scores
 
-    def _candidates(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    def _candidates(self, scores: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Tokens left after temperature, top_k, top_p and min_p, ascending, with weights relative to the best one's."""
         params = self.params
-        best = scores[_best(scores)]
-        if 0 < params.top_k < self.vocab_size:
-            ids = np.flatnonzero(scores >= np.partition(scores, -params.top_k)[-params.top_k])
-        else:
-            ids = np.arange(self.vocab_size)
-        weights = np.exp((scores[ids].astype(np.float64) - float(best)) / float(params.temperature))
+        best = float(scores[_best(scores)])
+        ids = top_k_ids(scores, int(params.top_k)) if 0 < params.top_k < self.vocab_size else self._all
+        if ids is not self._all:
+            scores = scores[ids]
+        logs = relative_logs(scores, best, float(params.temperature))
+        weights = np.exp(logs)
         if params.top_p < 1.0:
-            ids, weights = _keep_nucleus(ids, weights, float(params.top_p))
-        if params.min_p > 0.0:
-            kept = weights >= params.min_p * weights.max()
+            kept = nucleus(logs, weights, float(params.top_p))
             ids, weights = ids[kept], weights[kept]
+        if params.min_p > 0.0:
+            heavy = weights >= np.float32(params.min_p)
+            ids, weights = ids[heavy], weights[heavy]
         return ids, weights
 
 
@@ -227,24 +230,6 @@ def check_best(index: int, logit: float) -> int:
             remedy="The model's numbers overflowed or every token is banned; check the weights and the precision",
         )
     return index
-
-
-def _keep_nucleus(
-    ids: NDArray[np.int64], weights: NDArray[np.float64], top_p: float
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Drops the least probable tokens whose summed probability stays within ``1 - top_p``; keeps at least one."""
-    probabilities = weights / weights.sum()
-    # No token at or below (1 - top_p) / n can survive, as all of them together stay within
-    # 1 - top_p; dropping them first leaves few to sort.
-    likely = probabilities > (1.0 - top_p) / len(ids)
-    likely[probabilities.argmax()] = True
-    tail = probabilities[~likely].sum()
-    ids, weights, probabilities = ids[likely], weights[likely], probabilities[likely]
-    order = np.argsort(probabilities, kind="stable")
-    kept = tail + np.cumsum(probabilities[order]) > 1.0 - top_p
-    kept[-1] = True
-    chosen = np.sort(order[kept])
-    return ids[chosen], weights[chosen]
 
 
 def log_softmax(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
