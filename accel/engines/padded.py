@@ -94,9 +94,13 @@ class StepPadder:
         self, inputs: StepInputs, lengths: NDArray[np.int64], starts: NDArray[np.int64]
     ) -> Iterator[list[int]]:
         """Rows of several tokens that share a run, in order."""
+        several = np.flatnonzero(lengths > 1).tolist()
+        if not self._side_by_side or len(several) < 2:  # as nearly always
+            yield from ([row] for row in several)
+            return
         asked = np.histogram(inputs.logits_positions, [*starts, len(inputs.input_ids)])[0]
         group: list[int] = []
-        for row in np.flatnonzero(lengths > 1).tolist():
+        for row in several:
             wider = [*group, row]
             if group and not self._may_share(wider, lengths, inputs.past_lengths, asked):
                 yield group
