@@ -22,7 +22,7 @@ from accel.errors import AccelError, EngineStoreError, EngineUnavailableError, S
 from accel.store import EngineStore, StoredEngine, cache_folder
 
 if TYPE_CHECKING:
-    from accel.builder.build import BuiltPlan
+    from accel.builder.build import BuildSettings, BuiltPlan
 
 _log = logging.getLogger("accel")
 
@@ -208,7 +208,7 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     settings, bundle = request.settings, request.bundle
     folder = cache_folder() / "builds"
     timings, history = TimingCaches(folder), History(folder / "history.json")
-    like, details = _like(bundle, flavour), _details(request.variant, settings.sm, settings)
+    like, details = _like(bundle, flavour), _details(request.variant, settings)
     graph = bundle.file(bundle.graph(request.variant, TARGET).file)
     canonical, weights = canonical_graph(bundle), bundle.weights(request.variant, TARGET)
     title = f"{bundle.path.name} {request.variant} {'+'.join(settings.sm)}"
@@ -225,17 +225,12 @@ def _build(request: BuildRequest, flavour: Flavour, show_progress: bool | None) 
     return built
 
 
-def past_seconds(bundle: Bundle, flavour: Flavour, variant: str, sm: str, asked: Any) -> float | None:
-    """What the latest build most like this one took on this machine; None: there was none of such a model.
-
-    Args:
-        asked: Has the optimization level and the capacity.
-    """
+def past_seconds(bundle: Bundle, flavour: Flavour, variant: str, settings: BuildSettings) -> float | None:
+    """What the latest build most like this one took on this machine; None: there was none of such a model."""
     from accel.builder.files import History
 
-    phases = History(cache_folder() / "builds" / "history.json").seconds(
-        _like(bundle, flavour), _details(variant, (sm,), asked)
-    )
+    history = History(cache_folder() / "builds" / "history.json")
+    phases = history.seconds(_like(bundle, flavour), _details(variant, settings))
     return sum(phases.values()) if phases else None
 
 
@@ -244,9 +239,9 @@ def _like(bundle: Bundle, flavour: Flavour) -> str:
     return f"{flavour.target} {flavour.version} {arch.architecture} {len(arch.layers)} x {arch.hidden_size}"
 
 
-def _details(variant: str, sms: Sequence[str], asked: Any) -> tuple[str, ...]:
+def _details(variant: str, settings: BuildSettings) -> tuple[str, ...]:
     """What else the time of a build depends on, the more telling first."""
-    return variant, f"level {asked.optimization_level}", "+".join(sms), f"capacity {asked.capacity}"
+    return variant, f"level {settings.optimization_level}", "+".join(settings.sm), f"capacity {settings.capacity}"
 
 
 def _facts(request: BuildRequest, built: BuiltPlan) -> dict[str, Any]:

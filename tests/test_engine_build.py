@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from accel import engine_build
 from accel.build_commands import describe
 from accel.bundle import Bundle
 from accel.engine_build import build, past_seconds
-from accel.engine_request import prepare
+from accel.engine_request import prepare, settle
 from accel.engines.tensorrt.adapter import load_flavour
 from accel.engines.tensorrt.lookup import open_store
 from accel.errors import (
@@ -124,8 +123,13 @@ def test_the_time_of_a_build_is_that_of_the_nearest(bundle: Path, own_cache: Pat
     (name,) = json.loads(path.read_text())
     assert name.split("; ")[1:] == ["fp16", "level 3", "sm86", "capacity 64"]
     path.write_text(json.dumps({name: {"a": 1.0}, name.replace("fp16", "fp32"): {"a": 5.0}}))
-    asked = SimpleNamespace(optimization_level=3, capacity=128)
-    assert [past_seconds(opened, flavour, variant, "sm89", asked) for variant in ("fp16", "fp32")] == [1.0, 5.0]
+    settings = settle(opened, flavour, "sm89", capacity=32).settings
+    assert [past_seconds(opened, flavour, variant, settings) for variant in ("fp16", "fp32")] == [1.0, 5.0]
+    usual = f"capacity {settle(opened, flavour, 'sm86', max_batch=1).settings.capacity}"
+    path.write_text(json.dumps({name.replace("capacity 64", usual): {"a": 2.0}, name: {"a": 9.0}}))
+    job = {"bundle": str(bundle), "target": "rtx", "sm": "sm86", "precision": "fp16", "max_batch": 1}
+    (line,) = accel.warmup({"jobs": [job]}, store=own_cache / "other", dry_run=True).engines
+    assert line.estimated_seconds == 2.0, "where no capacity is asked for, that of the build counts"
 
 
 def test_a_limit_that_removed_an_engine_of_the_same_command(

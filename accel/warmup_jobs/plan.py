@@ -93,17 +93,18 @@ class Planner:
                 wanted, note = replace(wanted, capacity=None), "an encoder has no cache: capacity is not used"
             variant = _resolve_variant(bundle, wanted.precision)
             common: dict[str, Any] = {
-                "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu,
-                "seconds": past_seconds(bundle, flavour, variant, wanted.sm, wanted), "note": note,
+                "variant": variant, "memory": _build_memory(bundle, variant), "alone": flavour.needs_gpu, "note": note,
             }  # fmt: skip
             if not is_current(bundle, variant):
                 self._store.check_writable()
-                settle(bundle, flavour, wanted.sm, **wanted.asked())
+                settled = settle(bundle, flavour, wanted.sm, **wanted.asked())
                 why = VARIANT_OUTDATED if has_variant(bundle, variant) else VARIANT_MISSING
                 _check_extensible(bundle, variant, why)
-                return PlannedEngine(wanted, "miss", why, missing=variant, **common)
+                seconds = past_seconds(bundle, flavour, variant, settled.settings)
+                return PlannedEngine(wanted, "miss", why, missing=variant, seconds=seconds, **common)
             (request,) = prepare(bundle, flavour, wanted.sm, **wanted.asked(), show_progress=False)
             manifest, reason = self._look_up(request)
+            seconds = past_seconds(bundle, flavour, variant, request.settings)
             if manifest is None:
                 self._store.check_writable()
         except AccelError as error:
@@ -112,7 +113,7 @@ class Planner:
             return PlannedEngine(wanted, "failed", f"{type(error).__name__}: {error}")
         size = None if manifest is None else manifest.size
         state: Literal["hit", "miss"] = "miss" if manifest is None else "hit"
-        return PlannedEngine(wanted, state, reason, digest=request.key.digest, bytes=size, **common)
+        return PlannedEngine(wanted, state, reason, digest=request.key.digest, bytes=size, seconds=seconds, **common)
 
     def _open(self, path: str) -> Bundle:
         if path not in self._bundles:
