@@ -129,9 +129,10 @@ class LocalFolder:
         Raises:
             StorageError: There are none, or the file system is read-only.
         """
-        nearest = next(path for path in (self.root, *self.root.parents) if path.exists())
-        if nearest.is_dir():
-            check_writable(nearest, self.place)
+        with self.writing():  # to look for it may be forbidden too
+            nearest = next(path for path in (self.root, *self.root.parents) if path.exists())
+            if nearest.is_dir():
+                check_writable(nearest, self.place)
 
     def read(self, name: str) -> bytes:
         with self._reading():

@@ -76,11 +76,8 @@ def test_no_room_for_the_copy_of_a_remote_plan(bucket: Place, tmp_path: Path) ->
 
 
 @contextmanager
-def without_rights(folder: Path) -> Iterator[None]:
-    """Makes a tree read-only; for root, whom modes do not bind, by being somebody else meanwhile."""
-    paths = [folder, *folder.rglob("*")]
-    for path in paths:
-        path.chmod(0o555 if path.is_dir() else 0o444)
+def as_somebody_else() -> Iterator[None]:
+    """Root, whom modes do not bind, is another user meanwhile."""
     if os.geteuid() == 0:
         os.seteuid(65534)
     try:
@@ -88,6 +85,18 @@ def without_rights(folder: Path) -> Iterator[None]:
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
+
+
+@contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """Makes a tree read-only; for root by being somebody else meanwhile."""
+    paths = [folder, *folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        with as_somebody_else():
+            yield
+    finally:
         for path in paths:
             if path.exists():
                 path.chmod(0o755 if path.is_dir() else 0o644)
@@ -147,3 +156,13 @@ def test_a_read_only_object_store_serves_hits(memory: Place, tmp_path: Path, mon
         reader.put(key(), PLAN)
     with pytest.raises(StorageError, match="no permission to write"):
         reader.prune(0)
+
+
+def test_a_place_that_may_not_be_looked_into(open_to_all: Path) -> None:
+    """Said in words too, before any work."""
+    (open_to_all / "closed" / "store").mkdir(parents=True)
+    store = EngineStore(open_to_all / "closed" / "store" / "engines")
+    (open_to_all / "closed").chmod(0o600)
+    with as_somebody_else(), pytest.raises(StorageError, match="no permission"):
+        store.check_writable()
+    (open_to_all / "closed").chmod(0o700)
