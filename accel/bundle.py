@@ -109,13 +109,15 @@ class Bundle:
         """
         try:
             return self.manifest.variants[name]
-        except KeyError:
+        except (KeyError, TypeError):  # TypeError: a list, say
             have = f"It has: {', '.join(self.manifest.variants) or 'none'}"
             remedy = f"{have}. {self._how_to_get(name)}"
             raise BundleError(f"The bundle has no variant {name!r}", where=str(self.path), remedy=remedy) from None
 
     def _how_to_get(self, name: str) -> str:
         """How to come by a variant that is not there: added, or called by its right name."""
+        if not isinstance(name, str):
+            return "Give one of these names"
         try:
             scheme = parse_scheme(name)
         except InputError:

@@ -44,9 +44,11 @@ def test_round_trip(tmp_path: Path) -> None:
         ("w8g128", "It has: fp32. accel quantize {path} --variant w8g128 adds it"),
         ("w8g182", "It has: fp32. Did you mean 'w8g128'?"),
         ("fp23", "It has: fp32. Did you mean 'fp32'?"),
+        (None, "It has: fp32. Give one of these names"),
+        (["fp32"], "It has: fp32. Give one of these names"),
     ],
 )
-def test_a_variant_that_is_not_there(bundle: Path, name: str, said: str) -> None:
+def test_a_variant_that_is_not_there(bundle: Path, name: Any, said: str) -> None:
     opened = Bundle.open(bundle)
     with pytest.raises(BundleError) as caught:
         opened.variant(name)
