@@ -97,6 +97,17 @@ def test_sums_in_parts(session: Any, quantized: tuple[Bundle, str], monkeypatch:
     assert max(splits) > 1
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "norms"), [(8, 8, 2), (1 << 15, 8, 1), (8, 1 << 15, 1)])
+def test_rows_that_are_too_long_for_a_norm_are_timed_without(
+    monkeypatch: pytest.MonkeyPatch, inputs: int, outputs: int, norms: int
+) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(products, "norm", lambda x, *_, **__: found.append(x.shape[1]))
+    made = products.Products(torch.float16, tensor_memory=False)
+    made._between_norms(torch.empty(2, inputs), lambda: torch.empty(2, outputs))
+    assert found == [8] * norms
+
+
 def test_the_parity_is_recorded(quantized: tuple[Bundle, str]) -> None:
     bundle, variant = quantized
     parity = bundle.manifest.parity[f"{variant}/cuda"]
