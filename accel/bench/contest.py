@@ -210,6 +210,8 @@ class Arena:
         measured: Rounds = {name: {} for name in workers}
         order, started = random.Random(0), time.monotonic()
         for done in range(self.rounds):
+            if not workers:  # all failed
+                break
             for case in self.cases:
                 for name in order.sample(sorted(workers), len(workers)):
                     try:
@@ -221,7 +223,8 @@ class Arena:
                         continue
                     for metric, value in times.items():
                         measured[name].setdefault(metric, []).append(value)
-            self._say_round(measured, done + 1, time.monotonic() - started)
+            if measured:
+                self._say_round(measured, done + 1, time.monotonic() - started)
         return measured
 
     def _say_round(self, measured: Rounds, done: int, seconds: float) -> None:

@@ -114,6 +114,14 @@ def test_every_step_is_told(hold: Hold) -> None:
     assert lines[4:] == [f"round {n} of 3: {costs}{left if n < 3 else ''}" for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("failure", ["open", "late"])
+def test_no_round_is_told_of_nobody(hold: Hold, failure: str) -> None:
+    lines: list[str] = []
+    hold({"a fp32": 10.0}, failing={"a fp32": failure, TORCH: failure}, say=lines.append)
+    failed = {line.partition(":")[0] for line in lines if ": failed: " in line}
+    assert failed == {"a fp32", "eager PyTorch"} and not [line for line in lines if line.startswith("round")]
+
+
 @pytest.mark.parametrize("failure", ["open", "measure", "late"])
 def test_one_that_fails_is_left_out(hold: Hold, failure: str) -> None:
     outcome = hold({"a fp32": 10.0, "b fp32": 8.0}, failing={"b fp32": failure})
