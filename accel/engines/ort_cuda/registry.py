@@ -24,9 +24,18 @@ def probe(bundle: Bundle, variant: str) -> str | None:
         return str(error)
     if not has_nvidia_device():
         return hidden_gpu() or "there is no NVIDIA GPU or driver here"
-    if pick_precision(bundle, variant) is None:
-        return _no_graph(bundle, variant)
-    return None
+    name = pick_precision(bundle, variant)
+    return _no_graph(bundle, variant) if name is None else _outdated(bundle, name)
+
+
+def _outdated(bundle: Bundle, name: str) -> str | None:
+    """Why a decoder's graph that an older accel made does not run: the next engine may."""
+    if bundle.manifest.arch.kind != "decoder":
+        return None
+    if {"token", "token_logit"} <= {output.name for output in bundle.graph(name, NAME).outputs}:
+        return None
+    command = f"accel quantize {bundle.path} --variant {name} --target {NAME}"
+    return f"an older accel made its graph: {command} makes it anew"
 
 
 def pick_precision(bundle: Bundle, variant: str) -> str | None:

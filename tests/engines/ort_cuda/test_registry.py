@@ -19,7 +19,7 @@ from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession
 from accel.engines.ort_cuda.provider import OutOfMemoryError
 from accel.engines.session import SessionOptions
 from accel.errors import CapacityError, EngineUnavailableError
-from accel.variants import add_variant
+from accel.variants import add_variant, is_current
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu
 
 GIB = 1 << 30
@@ -78,6 +78,21 @@ def test_reasons(decoder: Bundle, encoder: Bundle, monkeypatch: pytest.MonkeyPat
     command = f"accel quantize {encoder.path} --variant fp16 --target ort-cuda adds one"
     assert command in (registry.probe(encoder, "fp16") or "")
     assert "takes fp16 and bf16, not fp32" in (registry.probe(decoder, "fp32") or "")
+
+
+def test_a_graph_of_an_older_accel_is_passed_over(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next engine runs; what is said makes it anew."""
+    monkeypatch.setattr(registry, "import_onnxruntime_gpu", lambda: onnxruntime)
+    monkeypatch.setattr(registry, "has_nvidia_device", lambda: True)
+    fp16 = decoder.manifest.variants["fp16"]
+    graph = fp16.graphs["ort-cuda"]
+    older = dataclasses.replace(graph, outputs=tuple(o for o in graph.outputs if o.name != "token_logit"), lowering=1)
+    known = dataclasses.replace(fp16, graphs={**fp16.graphs, "ort-cuda": older})
+    variants = {**decoder.manifest.variants, "fp16": known}
+    bundle = Bundle(decoder.path, dataclasses.replace(decoder.manifest, variants=variants))
+    command = f"accel quantize {decoder.path} --variant fp16 --target ort-cuda"
+    assert registry.probe(bundle, "auto") == f"an older accel made its graph: {command} makes it anew"
+    assert not is_current(bundle, "fp16", "ort-cuda") and registry.probe(bundle, "bf16") is None
 
 
 def test_it_is_passed_over_here_with_its_reason(decoder: Bundle) -> None:
