@@ -14,6 +14,7 @@ import pytest
 from accel.errors import DependencyError, EngineStoreError, InputError, RefusedEngineError, StorageError
 from accel.store import EngineStore, HmacKey, remote
 from accel.store.folder import LocalFolder, Plan
+from accel.store.manifest import FIELDS, decode
 from tests.store.samples import Files, Place, flip, key
 from tests.store.test_signing import ed25519_pair
 
@@ -212,6 +213,15 @@ def test_an_object_cut_in_transit_is_not_served(bucket: Place, monkeypatch: pyte
     monkeypatch.setattr(remote.RemoteFolder, "_download", real)
     engine = fresh(bucket).open().get(key())
     assert engine is not None and engine.plan() == PLAN
+
+
+def test_however_deep_a_manifest_is_it_is_refused() -> None:
+    """At some depth it can just be read, and not be written again for its checksum."""
+    rest = dict.fromkeys(FIELDS - {"schema_version", "facts"})
+    for depth in range(sys.getrecursionlimit() - 250, sys.getrecursionlimit() + 10):
+        head = json.dumps({"schema_version": 1, "checksum": "x", **rest})
+        with pytest.raises(RefusedEngineError):
+            decode(f'{head[:-1]}, "facts": {"[" * depth}{"]" * depth}}}'.encode(), "here")
 
 
 def test_a_manifest_without_a_checksum_is_read(local: Place) -> None:
