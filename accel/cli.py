@@ -1,7 +1,7 @@
 """The command ``accel``: argparse over the package's functions.
 
 Exit codes: 0 done, 1 an error that is explained, 2 wrong usage, 130 interrupted, 143 ended by SIGTERM, which is treated
-as Ctrl-C is: nothing half made is left behind.
+as Ctrl-C is: nothing half made is left behind. A warm-up that builds ends with its report and 130 after either.
 ACCEL_DEBUG=1 shows the traceback of an error.
 """
 

@@ -103,7 +103,8 @@ def build(
         BundleError: A damaged bundle, or an outdated precision that cannot be lowered again here.
         StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, holds a bad engine, or may not
             hold all that is asked for: its size limit removed the first engines for the last, which stay.
-        KeyboardInterrupt: Ctrl-C; nothing half made is left.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM where this program handles it and its handler raises nothing; nothing
+            half made is left.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     flavour = load_builder(target)
