@@ -4,12 +4,14 @@ import dataclasses
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from accel.errors import FusionError
 from accel.graph.evaluation.sessions import MaskedEncoder
 from accel.graph.evaluation.torch_graph import TorchGraph
 from accel.graph.lowering.ort_cuda import lower
+from accel.graph.lowering.ort_cuda.lower import _add_token as add_token
 from accel.spec import ArchSpec, AttentionSpec
 from tests.graph.lowering.tensorrt.test_lower import types
 from tests.graph.small import make, ops
@@ -83,6 +85,19 @@ def test_islands(dtype: ir.DataType) -> None:
     assert types(model, "MultiHeadAttention") == {(dtype,) * 4}
     assert [value.dtype for value in model.graph.outputs] == [wide]
     assert "layers.0.qkv.bias" not in model.graph.initializers
+
+
+def test_the_best_token_and_its_logit() -> None:
+    """The first of equals; no logit where one of the row is no number, wherever it stands."""
+    model = make("main (float[R,4] x) => (float[R,4] logits) { logits = Identity (x) }")
+    assert add_token(model) == 1
+    assert [value.name for value in model.graph.outputs] == ["logits", "token", "token_logit"]
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    inf, nan = np.inf, np.nan
+    rows = [[1, 7, 7, -2], [-inf, -3, -inf, -4], [5, 1, nan, 2], [1, inf, 0, 0], [inf, -inf, 0, 0], [-inf] * 4]
+    _, token, logit = session.run(None, {"x": np.array(rows, np.float32)})
+    assert token.dtype == np.int64 and token[:2].tolist() == [1, 1] and token[3] == 1
+    np.testing.assert_array_equal(logit, np.array([7, -3, nan, inf, nan, -inf], np.float32))
 
 
 def test_reports_and_names() -> None:
