@@ -99,7 +99,10 @@ def _require_real(
     name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False, remedy: str | None = None
 ) -> None:
     real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_))
-    number = float(value) if real else math.nan  # type: ignore[arg-type]
+    try:
+        number = float(value) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:  # an integer that no float holds
+        number = math.inf
     if not math.isfinite(number) or not low <= number <= high or (open_low and number == low):
         upper = f"at most {high:g}" if math.isfinite(high) else "finite"
         expected = f"a number {'above' if open_low else 'of at least'} {low:g} and {upper}"

@@ -132,7 +132,7 @@ def test_seed_repeats_and_streams_differ() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *[("temperature", v) for v in (0, -1.0, float("nan"), float("inf"), "1", True, None)],
+        *[("temperature", v) for v in (0, -1.0, float("nan"), float("inf"), 10**400, "1", True, None)],
         *[("top_k", v) for v in (-1, 1.5, float("nan"), True, "5")],
         *[("top_p", v) for v in (-0.1, 1.1, float("nan"), float("inf"), "0.9", False)],
         *[("min_p", v) for v in (-0.1, 1.1, float("nan"), "0.1")],
@@ -150,6 +150,12 @@ def test_bad_parameter_is_named(name: str, value: object) -> None:
 
 def test_numpy_scalars_are_accepted() -> None:
     SamplingParams(do_sample=True, temperature=np.float32(0.5), top_k=np.int64(3), seed=np.uint8(1))  # type: ignore[arg-type]
+
+
+def test_what_acts_on_draws_alone_is_off_by_default() -> None:
+    """So that greedy parameters without any of it are not refused."""
+    params = SamplingParams()
+    assert {name: getattr(params, name) for name in sampling._SAMPLING_ONLY} == sampling._SAMPLING_ONLY
 
 
 def test_option_without_effect_is_refused() -> None:
