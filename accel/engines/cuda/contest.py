@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from accel.store import cache_folder
 _log = logging.getLogger("accel")
 _RUNS, _REPLAYS = 8, 3
 _NEVER = 1e9  # microseconds of what cannot run
+_NO_ROOM = math.inf  # of what had no memory left to run in: this process remembers it, the file does not
 Way = Callable[[], object]
 
 
@@ -34,6 +36,7 @@ class Contest:
         self._path = (folder or cache_folder() / "kernels") / f"{_slug(f'{device.title} {device.version}')}.json"
         self._lock = threading.RLock()  # a way may hold a contest of its own
         self._known: dict[str, dict[str, float]] | None = None  # key -> way -> microseconds
+        self._unkept: dict[str, dict[str, float]] = {}  # likewise
 
     def pick(self, key: str, ways: Mapping[str, Way]) -> str:
         """The fastest way's name.
@@ -48,13 +51,16 @@ class Contest:
         if len(ways) == 1 or not self._device.is_gpu:
             return first
         with self._lock:
-            times = self._times().get(key, {})
+            times = self._unkept.get(key) or self._times().get(key, {})
             if not ways.keys() <= times.keys():
                 if torch.cuda.is_current_stream_capturing():
                     return first
                 evict = self._device.eviction()
                 times = {name: _microseconds(way, evict) for name, way in ways.items()}
-                self._keep(key, times)
+                if _NO_ROOM in times.values():
+                    self._unkept[key] = times
+                else:
+                    self._keep(key, times)
         return min(ways, key=lambda name: times[name])
 
     def _times(self) -> dict[str, dict[str, float]]:
@@ -76,7 +82,10 @@ class Contest:
 
 
 def _microseconds(way: Way, before: Way) -> float:
-    """Time of one run, and of what is done before each, in a recording of several; ``_NEVER`` where it cannot run."""
+    """Time of one run, and of what is done before each, in a recording of several.
+
+    ``_NEVER`` where it cannot run, ``_NO_ROOM`` where other things have the memory now.
+    """
     try:
         for _ in range(2):
             way()  # compiles, and lets ways within it be measured
@@ -95,6 +104,8 @@ def _microseconds(way: Way, before: Way) -> float:
             stop.synchronize()
             best = min(best, 1e3 * start.elapsed_time(stop) / _RUNS)
         return best
+    except torch.cuda.OutOfMemoryError:
+        return _NO_ROOM
     except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
         _log.debug("a way cannot run here: %s", error)
         return _NEVER

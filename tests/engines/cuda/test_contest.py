@@ -87,6 +87,25 @@ def test_a_damaged_file_is_measured_again(measured: list[str], tmp_path: Path) -
     assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "second" and len(measured) == 4
 
 
+def test_what_had_no_room_is_measured_by_the_next_process(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program may have had the memory; this process does not try again and again."""
+    monkeypatch.setitem(TIMES, "third", contest._NO_ROOM)
+    here = Contest(gpu(), tmp_path)
+    assert here.pick("a shape", ways("third", "second")) == here.pick("a shape", ways("third", "second")) == "second"
+    assert measured == ["third", "second"] and not list(tmp_path.iterdir())
+    monkeypatch.setitem(TIMES, "third", 1.0)
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("third", "second")) == "third"
+
+
+def test_a_way_that_finds_no_room() -> None:
+    def fail() -> None:
+        raise torch.cuda.OutOfMemoryError
+
+    assert contest._microseconds(fail, lambda: None) == contest._NO_ROOM
+
+
 def test_a_way_that_fails_loses() -> None:
     def fail() -> None:
         raise RuntimeError("out of resource: shared memory")
