@@ -247,8 +247,8 @@ def generate_genai(og: Any, folder: Path, batch: int, graph: bool) -> Row:
 
 
 def plot(found: Row, path: Path) -> None:
-    """Every row beside its peers, medians."""
-    rows = found["decoder"] + found.get("genai", []) + found["transformers"]
+    """Every row beside its peers, medians; of what was measured."""
+    rows = [row for part in ("decoder", "genai", "transformers") for row in found.get(part, [])]
     panels = []
     for batch in BATCHES:
         for name, metric in (("token", "per_token_ms"), ("first token", "first_token_ms")):
@@ -256,13 +256,14 @@ def plot(found: Row, path: Path) -> None:
             panels.append(Panel(f"{name}, batch {batch}, ms", [bar(row, row[metric]) for row in own]))
     for batch, width in SHAPES:
         own, peers = (
-            [row for row in found[part] if (row["batch"], row.get("tokens")) == (batch, width)]
+            [row for row in found.get(part, []) if (row["batch"], row.get("tokens")) == (batch, width)]
             for part in ("encoder", "transformers")
         )
         bars = [("accel cuda, on the GPU", row["graph_ms"], True) for row in own]
         bars += [("accel cuda, NumPy to NumPy", median(row["call_ms"]), True) for row in own]
         bars += [bar(row, row["ms"]) for row in peers]
         panels.append(Panel(f"BERT-base fp16 {batch}x{width}, ms", bars))
+    panels = [panel for panel in panels if panel.bars]
     draw_panels(panels, f"{found['gpu']}, {found['date']}; Llama-3.2-1B's shape; medians, lower is better", path)
 
 
@@ -302,6 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.json and options.json.exists():
         kept = json.loads(options.json.read_text())
     if options.plot:
+        if not any(kept.get(part) for part in PARTS):
+            parser.error("--plot draws what the file of --json holds, and there is nothing")
         plot(kept, options.plot)
         return 0
     if options.work is None:
