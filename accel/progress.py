@@ -51,15 +51,17 @@ def phases_on_stderr() -> Iterator[None]:
     if sys.stderr.isatty() or (LOGGER.isEnabledFor(logging.INFO) and LOGGER.hasHandlers()):
         yield
         return
-    handler, level = logging.StreamHandler(sys.stderr), LOGGER.level
+    handler, before = logging.StreamHandler(sys.stderr), (LOGGER.level, LOGGER.propagate)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # a library that gives the root logger a handler meanwhile would say each line again
     try:
         yield
     finally:
         LOGGER.removeHandler(handler)
-        LOGGER.setLevel(level)
+        LOGGER.setLevel(before[0])
+        LOGGER.propagate = before[1]
 
 
 __all__ = ["LOGGER", "PhaseLog", "phases_on_stderr"]

@@ -37,6 +37,15 @@ def test_commands_send_phases_to_stderr(capsys: pytest.CaptureFixture[str]) -> N
     assert not LOGGER.handlers and LOGGER.level == logging.NOTSET
 
 
+def test_each_line_is_said_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a library configures logging while a command runs."""
+    monkeypatch.setattr(logging.root, "handlers", [])
+    with phases_on_stderr():
+        logging.basicConfig()
+        PhaseLog().start("Lowering")
+    assert capsys.readouterr().err.count("Lowering") == 1 and LOGGER.propagate
+
+
 def test_bars_need_no_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with phases_on_stderr():
