@@ -69,7 +69,8 @@ class Sweep:
 
         self._graph = model.graph
         self._stops, self._advance = set(stops), advance
-        self._nodes = [node for node in model.graph if node in self._needed()]
+        needed = self._needed()
+        self._nodes = [node for node in model.graph if node in needed]
         self._tensor = to_torch
         self._weights: dict[ir.Value, Any] = {}
         names = {value: value.name or "" for value in model.graph.inputs}
