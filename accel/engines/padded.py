@@ -98,42 +98,33 @@ class StepPadder:
         if not self._side_by_side or len(several) < 2:  # as nearly always
             yield from ([row] for row in several)
             return
-        asked = np.histogram(inputs.logits_positions, [*starts, len(inputs.input_ids)])[0]
+        asked = np.histogram(inputs.logits_positions, [*starts, len(inputs.input_ids)])[0].tolist()
+        own, past = lengths.tolist(), inputs.past_lengths.tolist()
         group: list[int] = []
+        width = tokens = logits = 0
         for row in several:
-            wider = [*group, row]
-            if group and not self._may_share(wider, lengths, inputs.past_lengths, asked):
+            width, tokens, logits = max(width, own[row]), tokens + own[row], logits + asked[row]
+            size = width * (len(group) + 1)
+            fits = size <= self._side_by_side and logits <= self._max_logits and size - tokens <= _MOST_PADDING * size
+            if group and not (fits and row == group[-1] + 1 and past[row] == past[group[-1]] == 0):
                 yield group
-                wider = [row]
-            group = wider
-        if group:
-            yield group
-
-    def _may_share(
-        self, rows: list[int], lengths: NDArray[np.int64], past: NDArray[np.int32], asked: NDArray[np.int64]
-    ) -> bool:
-        own, size = lengths[rows], int(lengths[rows].max()) * len(rows)
-        neighbours = rows[-1] == rows[-2] + 1
-        fits = size <= self._side_by_side and asked[rows].sum() <= self._max_logits
-        return neighbours and fits and not past[rows].any() and size - own.sum() <= _MOST_PADDING * size
+                group, width, tokens, logits = [], own[row], own[row], asked[row]
+            group.append(row)
+        yield group
 
     def _prompts(
         self, inputs: StepInputs, rows: list[int], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> PaddedStep:
         """Neighbours' first prompts, padded behind their ends."""
-        width = int(lengths[rows].max())
-        ids, positions = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), np.int64)
-        places, wanted = [], []
-        for place, row in enumerate(rows):
-            start, count = int(starts[row]), int(lengths[row])
-            ids[place, :count] = inputs.input_ids[start : start + count]
-            positions[place, :count] = inputs.position_ids[start : start + count]
-            positions[place, count:] = positions[place, count - 1]
-            chosen = np.flatnonzero((inputs.logits_positions >= start) & (inputs.logits_positions < start + count))
-            places.append(inputs.logits_positions[chosen] - start + place * width)
-            wanted.append(chosen)
-        self._taken[rows] = lengths[rows]
-        at, whose = np.concatenate(places), np.concatenate(wanted)
+        own = lengths[rows]
+        start, stop = int(starts[rows[0]]), int(starts[rows[-1]] + own[-1])  # their tokens follow one another
+        real = np.arange(own.max()) < own[:, None]
+        ids, positions = np.zeros(real.shape, np.int64), np.zeros(real.shape, np.int64)
+        ids[real], positions[real] = inputs.input_ids[start:stop], inputs.position_ids[start:stop]
+        positions = np.where(real, positions, inputs.position_ids[starts[rows] + own - 1][:, None])
+        whose = np.flatnonzero((inputs.logits_positions >= start) & (inputs.logits_positions < stop))
+        at = np.flatnonzero(real)[inputs.logits_positions[whose] - start]
+        self._taken[rows] = own
         if not at.size:
             at, whose = np.zeros(1, np.int64), np.full(1, -1, np.int64)
         return PaddedStep(rows[0], ids, positions, np.zeros(len(rows), np.int64), at, whose)
