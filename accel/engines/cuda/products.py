@@ -298,8 +298,9 @@ class Products:
 
     def _between_norms(self, x: torch.Tensor, way: Way) -> None:
         """As in a model: a norm stands before, and another one adds up what comes in parts, if rows fit into one."""
-        if x.shape[1] <= _LONG_ROW:
-            norm(x, x[0], torch.empty_like(x), eps=1.0)
+        rows = x.contiguous()  # cuBLAS takes others too, a norm does not
+        if rows.shape[1] <= _LONG_ROW:
+            norm(rows, rows[0], torch.empty_like(rows), eps=1.0)
         result = way()
         added = result.parts if isinstance(result, Parts) else as_tensor(result)
         stream = torch.empty(added.shape[-2:], dtype=self.dtype, device=x.device)
