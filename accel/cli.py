@@ -21,6 +21,8 @@ import accel
 from accel import build_commands, commands, engine_commands, variant_commands
 from accel.errors import AccelError
 
+AGAIN_SECONDS = 2.0  # after SIGTERM, between two looks whether the command ends
+
 
 class _Terminated(KeyboardInterrupt):
     """SIGTERM: whatever cleans up after Ctrl-C does so after it."""
@@ -49,20 +51,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Meanwhile SIGTERM raises, unless somebody else handles or ignores it. Main thread only, else nothing."""
+    """Meanwhile SIGTERM raises, unless somebody else handles or ignores it. Main thread only, else nothing.
+
+    It comes once, and some code swallows what is raised in it (a bare ``except`` around an import, a finalizer): it is
+    raised again and again until the command unwinds.
+    """
     mine = threading.current_thread() is threading.main_thread()
     if not mine or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
 
     def end(*_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS, AGAIN_SECONDS)
         raise _Terminated
 
+    def end_again(*_: object) -> None:
+        if not _unwinds(sys.exc_info()[1]):
+            raise _Terminated
+
     signal.signal(signal.SIGTERM, end)
+    alarm = signal.signal(signal.SIGALRM, end_again)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, alarm)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _unwinds(error: BaseException | None) -> bool:
+    """Whether what is handled right now, by a ``finally`` for instance, goes back to SIGTERM."""
+    while error is not None and not isinstance(error, _Terminated):
+        error = error.__context__
+    return error is not None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +136,49 @@ def test_sigterm_is_treated_as_an_interrupt(
     assert capsys.readouterr().err == "\nInterrupted.\n"
     assert sorted(folder.iterdir()) == before
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare ``except`` of a library may be what runs when it comes."""
+
+    def go_on(options: object) -> int:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(20)
+        return 0
+
+    monkeypatch.setattr(cli, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(commands, "doctor", go_on)
+    assert run("doctor") == 143
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_sigterm_has_cleaned_up_is_not_interrupted(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """However long it takes, and also where something fails on the way."""
+    done: list[str] = []
+
+    @contextlib.contextmanager
+    def folder() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            try:
+                time.sleep(0.2)
+                if fails:
+                    raise OSError("busy")
+            except OSError:
+                time.sleep(0.2)
+            done.append("removed")
+
+    def work(options: object) -> int:
+        with folder():
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(cli, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(commands, "doctor", work)
+    assert run("doctor") == 143 and done == ["removed"]
 
 
 def test_interrupt_inside_generated_code_exits_with_130(tmp_path: Path) -> None:
