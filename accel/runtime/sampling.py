@@ -6,6 +6,7 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,7 @@ class Sampler:
         """
         self.params, self.vocab_size = params, vocab_size
         if params.do_sample:  # else it costs a first token 30 us for nothing
-            self._all = np.arange(vocab_size)
+            self._all = _all_ids(vocab_size)
             self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
         self._reads_history = params.repetition_penalty != 1.0
         self._plain = not params.do_sample and not self._reads_history
@@ -212,6 +213,14 @@ class Sampler:
             heavy = weights >= np.float32(params.min_p)
             ids, weights = ids[heavy], weights[heavy]
         return ids, weights
+
+
+@lru_cache(maxsize=4)
+def _all_ids(vocab_size: int) -> NDArray[np.int64]:
+    """Every token; sequences share it."""
+    ids = np.arange(vocab_size)
+    ids.flags.writeable = False
+    return ids
 
 
 def _best(scores: NDArray[np.float32]) -> int:

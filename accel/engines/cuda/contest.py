@@ -20,6 +20,7 @@ _log = logging.getLogger("accel")
 _RUNS, _REPLAYS = 8, 3
 _NEVER = 1e9  # microseconds of what cannot run
 _NO_ROOM = math.inf  # of what had no memory left to run in: this process remembers it, the file does not
+_SCHEMA = 2  # of the file; raised when times are taken in another way
 Way = Callable[[], object]
 
 
@@ -57,6 +58,8 @@ class Contest:
                     return first
                 evict = self._device.eviction()
                 times = {name: _microseconds(way, evict) for name, way in ways.items()}
+                if min(times.values()) >= _NEVER:
+                    _log.warning("no way to compute %s could be timed here; the first one is taken", key)
                 if _NO_ROOM in times.values():
                     self._unkept[key] = times
                 else:
@@ -66,15 +69,17 @@ class Contest:
     def _times(self) -> dict[str, dict[str, float]]:
         if self._known is None:
             try:
-                self._known = json.loads(self._path.read_text())["microseconds"]
-            except (OSError, ValueError, KeyError, TypeError):
+                found = json.loads(self._path.read_text())
+                self._known = found["microseconds"] if found.get("schema") == _SCHEMA else {}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 self._known = {}  # none yet, or a file that nobody can read: measured again
         return self._known
 
     def _keep(self, key: str, times: dict[str, float]) -> None:
         known = self._times()
         known[key] = times
-        data = json.dumps({"accelrt": __version__, "device": self._device.title, "microseconds": known}, indent=1)
+        head = {"schema": _SCHEMA, "accelrt": __version__, "device": self._device.title}
+        data = json.dumps(head | {"microseconds": known}, indent=1)
         try:
             replace_file(self._path, data.encode())
         except OSError as error:

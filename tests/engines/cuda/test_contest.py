@@ -87,6 +87,22 @@ def test_a_damaged_file_is_measured_again(measured: list[str], tmp_path: Path) -
     assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "second" and len(measured) == 4
 
 
+def test_times_that_were_taken_in_another_way_do_not_count(measured: list[str], tmp_path: Path) -> None:
+    Contest(gpu(), tmp_path).pick("a shape", ways("first", "second"))
+    path = next(tmp_path.iterdir())
+    path.write_text(path.read_text().replace(f'"schema": {contest._SCHEMA}', '"schema": 1'))
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "second" and len(measured) == 4
+
+
+def test_where_every_way_failed_it_is_said(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("first", "second"):
+        monkeypatch.setitem(TIMES, name, contest._NEVER)
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "first"
+    assert "no way to compute a shape could be timed" in caplog.text
+
+
 def test_what_had_no_room_is_measured_by_the_next_process(
     measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
