@@ -9,8 +9,12 @@ Nothing heavy is imported before it is used.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime looks at it when it is imported; else it notes device, Python and each model's name for telemetry.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "add_variant", "build", "export", "load", "report", "warmup"]

@@ -132,14 +132,13 @@ def removed_engines(store: EngineStore, digests: Collection[str]) -> set[str]:
 
 def _check_kept(store: EngineStore, reports: Sequence[EngineReport]) -> None:
     removed = removed_engines(store, [report.digest for report in reports])
-    if not removed:
+    most, needed = store.max_bytes, sum(one.size for one in reports)
+    if most is None or (not removed and needed <= most):
         return
     names = ", ".join(f"{'+'.join(one.sm)} {one.variant}" for one in reports if one.digest in removed)
-    most, needed = (store.max_bytes or 0) / 1e6, sum(one.size for one in reports) / 1e6
-    what = (
-        f"{len(removed)} of {len(reports)} engines were removed from the store for later ones, which stay: {names}. "
-        f"It may hold {most:.1f} MB, and all take {needed:.1f} MB"
-    )
+    gone = f"{len(removed)} of {len(reports)} engines were removed from the store for later ones, which stay: {names}"
+    said = gone if removed else "The store holds more than it may, as the newest engine always stays"
+    what = f"{said}. It may hold {most / 1e6:.1f} MB, and all take {needed / 1e6:.1f} MB"
     remedy = "Raise the limit (ACCEL_STORE_MAX_BYTES), or give another store (--store, store=)"
     raise EngineStoreError(what, where=store.url, remedy=remedy)
 

@@ -44,7 +44,8 @@ def load(
             allow; for TensorRT what the engine was built with.
         max_batch: Sequences that run at a time, decoders only. None: 8, or what the engine was built with.
         threads: Worker threads. None: all cores that this process may use.
-        strict: Raise instead of falling back to a later engine, now and when the engine breaks later on.
+        strict: Raise instead of falling back to a later engine, now and when the engine breaks later on. Where there is
+            no GPU, its engines are left out, which is no falling back.
         store: Where built engines, and what was measured, are kept: a directory or URL. None: ``ACCEL_STORE``, else
             this user's cache.
         build: ``never``: a TensorRT engine must be in the store. ``allow``: with ``engine="tensorrt"`` or ``"rtx"`` one

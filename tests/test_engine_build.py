@@ -143,6 +143,9 @@ def test_a_limit_that_removed_an_engine_of_the_same_command(
     assert "ACCEL_STORE_MAX_BYTES" in str(caught.value.remedy)
     (entry,) = open_store(tmp_path / "store").entries()
     assert entry.digest == key_of(bundle, sm="sm89")
+    with pytest.raises(EngineStoreError, match=r"holds more than it may.* It may hold 0.0 MB"):
+        build(bundle, store=tmp_path / "store", **{**SMALL, "sm": "sm89"})
+    monkeypatch.setenv("ACCEL_STORE_MAX_BYTES", "1G")
     (kept,) = build(bundle, store=tmp_path / "store", **{**SMALL, "sm": "sm89"})
     assert not kept.built
 
@@ -271,7 +274,8 @@ def test_the_environment_limits_the_store(bundle: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("ACCEL_STORE_MAX_BYTES", "1k")
     assert open_store().max_bytes == 1000 and open_store(tmp_path, max_bytes=7).max_bytes == 7
     for sm in ("sm86", "sm89"):
-        build(bundle, store=tmp_path / "store", **{**SMALL, "sm": sm})
+        with pytest.raises(EngineStoreError, match="holds more than it may"):
+            build(bundle, store=tmp_path / "store", **{**SMALL, "sm": sm})
     (entry,) = open_store(tmp_path / "store").entries()
     assert entry.manifest is not None and entry.manifest.key.sm == ("sm89",)
     for wrong in ("20 gallons", "-1", "nan"):

@@ -91,13 +91,17 @@ def keep_worst(work: Work, budget: Budget, before: ir.Model) -> None:
         before: The model in float32.
 
     Raises:
-        InputError: The scheme alone exceeds the size; the quality needs more than the size allows; or there is nothing
-            to measure Q on.
+        InputError: The scheme alone exceeds the size; the quality needs more than the size allows; nothing would be
+            rounded; or there is nothing to measure Q on.
     """
     ordered = candidates(work)
     room = _room(work, budget, before)
     finer = {item.layer: _finer(work, item) for item in ordered}
     chosen = _chosen(work, ordered, finer, budget, room, before)
+    by_size = budget.max_error is None and budget.max_q_drop is None
+    if by_size and sum(item.bits == FLOAT_BITS for item in chosen) == len(work.quantized) > 0:
+        what = "the size leaves every layer in float32: nothing would be rounded"
+        raise InputError(what, where="budget", remedy="Give a lower limit, or none")
     for item in chosen:
         name = item.layer.name
         work.choices[name].bits = item.bits

@@ -116,6 +116,8 @@ def test_budgets_that_cannot_be_kept(bundle_of: Get) -> None:
     with pytest.raises(InputError, match=r"this quality takes .* and 10 are left.*a larger loss"):
         budget = Budget(max_bytes=plain.bytes_after + 10, max_error=0.01)
         quantize_graph(model, arch, SCHEME, head_bits=4, budget=budget)
+    with pytest.raises(InputError, match=r"every layer in float32: nothing would be rounded .*lower limit"):
+        quantize_graph(model, arch, parse_scheme("w8g32"), budget=Budget(max_bytes=1 << 40))
     with pytest.raises(InputError, match="there is no Q to measure.*Give calibration text"):
         quantize_graph(model, arch, SCHEME, budget=Budget(max_q_drop=0.1))
     with pytest.raises(InputError, match="max_bytes is -5"):
