@@ -165,8 +165,8 @@ class Addition:
             return known if self._others() else new, old.quality
         if not self._others():
             return new, None
-        what = "%s for %s has other integers (%s) than its graphs for other targets (%s), whose record stays"
-        _log.warning(what, self.variant, self.target.title, new.algorithm, known.algorithm)
+        what = "%s for %s has other integers than its graphs for other targets, whose record and figures stay: %s"
+        _log.warning(what, self.variant, self.target.title, _difference(known, new))
         return known, old.quality
 
     def outdated(self) -> tuple[str, ...]:
@@ -356,6 +356,20 @@ def _choice(record: Quantization) -> tuple[object, ...]:
     """What decides the integers: two records of one choice differ by errors of the arithmetic alone."""
     layers = [(layer.name, layer.bits, layer.group) for layer in record.layers]
     return record.algorithm, record.calibration_sha256, layers
+
+
+def _difference(known: Quantization, new: Quantization) -> str:
+    """What decided differently, in words."""
+    told = []
+    if new.algorithm != known.algorithm:
+        told.append(f"{new.algorithm} in place of {known.algorithm}")
+    if new.calibration_sha256 != known.calibration_sha256:
+        told.append("other calibration text")
+    widths = [{layer.name: (layer.bits, layer.group) for layer in record.layers} for record in (known, new)]
+    changed = sum(widths[0].get(name) != widths[1].get(name) for name in widths[0].keys() | widths[1].keys())
+    if changed:
+        told.append(f"{changed} layers in another precision (--keep, --max-bytes, --head-bits)")
+    return ", ".join(told)
 
 
 @contextmanager
