@@ -227,6 +227,12 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--keep", action="append", metavar="PATTERN=BITS", help="layers in 8, 4 or 32 (float) bits")
     group.add_argument("--head-bits", type=int, metavar="N", help="of the LM head; default: by the variant")
     group.add_argument("--max-bytes", metavar="SIZE", help="keep the most sensitive layers finer, up to this size")
+    group.add_argument(
+        "--max-layer-error", type=float, metavar="X", help="keep layers finer whose outputs lose more, relative"
+    )
+    group.add_argument(
+        "--q-budget", type=float, metavar="X", help="decoders: keep layers finer until Q falls by less"
+    )
     group = parser.add_argument_group("quality")
     group.add_argument("--no-quality", action="store_true", help="do not measure what the variant costs")
     group.add_argument("--text", metavar="FILE", help="text to measure on; default: built in")

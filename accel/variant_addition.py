@@ -46,7 +46,8 @@ class Quantizing:
         gate: What it may lose; needs ``measure``.
         text: To measure on; None: the built-in texts.
         keep, head_bits: See ``accel.compress.quantize.quantize_graph``.
-        max_bytes: A budget of bytes, see ``accel.compress.sensitivity``; None: there is none.
+        max_bytes, max_layer_error, q_budget: Budgets of bytes, of a layer's error and of Q, see
+            ``accel.compress.sensitivity``; None: there is none.
     """
 
     algorithm: str = "auto"
@@ -57,6 +58,13 @@ class Quantizing:
     keep: Mapping[str, int] | None = None
     head_bits: int | None = None
     max_bytes: int | None = None
+    max_layer_error: float | None = None
+    q_budget: float | None = None
+
+    @property
+    def budgets(self) -> dict[str, float | None]:
+        """By their names here."""
+        return {name: getattr(self, name) for name in ("max_bytes", "max_layer_error", "q_budget")}
 
     def check(self, kind: Kind, scheme: Scheme, target: Target) -> None:
         """Refuses what would be ignored: limits that nothing is measured for, choices that the scheme does not have.
@@ -65,6 +73,9 @@ class Quantizing:
             InputError: Names the option, and what it is for.
         """
         self.gate.check(kind)
+        if self.q_budget is not None and kind != "decoder":
+            what = "q_budget is of log probabilities, which an encoder does not have"
+            raise InputError(what, where="q_budget", remedy="Give max_layer_error or max_bytes")
         measured = {"max_q_drop": self.gate.max_q_drop, "min_cosine": self.gate.min_cosine, "text": self.text}
         asked = [name for name, value in measured.items() if value is not None]
         for where in asked if not (self.measure and is_measured(scheme, target)) else ():
@@ -75,7 +86,7 @@ class Quantizing:
         chosen = {"algorithm": algorithm, "keep": self.keep or None, "head_bits": self.head_bits}
         if scheme.base != "fp8" and scheme.kv_bits is None:
             chosen["calibration"] = self.calibration
-        for where, value in {**chosen, "max_bytes": self.max_bytes}.items():
+        for where, value in {**chosen, **self.budgets}.items():
             if value is not None and not scheme.quantized:
                 what = f"{scheme.name} has no integer weights to choose, and takes no {where}"
                 raise InputError(what, where=where, remedy="Leave it out, or take a variant with integer weights")
@@ -233,10 +244,11 @@ class Addition:
         from accel.compress.sensitivity import Budget
 
         calibration, chosen = self._calibration(), self.quantizing
+        limited = any(value is not None for value in chosen.budgets.values())
+        budget = Budget(chosen.max_bytes, None, chosen.max_layer_error, chosen.q_budget) if limited else None
         canonical, report = quantize_graph(
             canonical, self.bundle.manifest.arch, self.scheme, chosen.algorithm, calibration,
-            keep=chosen.keep, head_bits=chosen.head_bits, progress=self.progress,
-            budget=None if chosen.max_bytes is None else Budget(max_bytes=chosen.max_bytes),
+            keep=chosen.keep, head_bits=chosen.head_bits, progress=self.progress, budget=budget,
         )  # fmt: skip
         sha256 = None if calibration is None else calibration.sha256
         self.quantization = _record(report, sha256)
@@ -263,7 +275,8 @@ class Addition:
         from accel.compress.texts import resolve_calibration
 
         asked, arch = self.quantizing.calibration, self.bundle.manifest.arch
-        if asked is None and self.quantizing.algorithm == "rtn" and self.scheme.activations != "static":
+        needed = self.quantizing.algorithm != "rtn" or self.quantizing.q_budget is not None
+        if asked is None and not needed and self.scheme.activations != "static":
             return None
         tokenizer = self._tokenizer()
         if asked is None and tokenizer is None:

@@ -16,7 +16,7 @@ from accel.schema import to_dict
 if TYPE_CHECKING:
     from accel.bundle import Bundle
 
-_PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "text")
+_PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "max_layer_error", "q_budget", "text")
 
 
 @phases_on_stderr()

@@ -30,6 +30,8 @@ def add_variant(
     keep: Mapping[str, int] | None = None,
     head_bits: int | None = None,
     max_bytes: int | str | None = None,
+    max_layer_error: float | None = None,
+    q_budget: float | None = None,
     measure: bool = True,
     text: str | Path | Sequence[str] | None = None,
     max_q_drop: float | None = None,
@@ -58,6 +60,9 @@ def add_variant(
         keep: Names or patterns of weights -> 8, 4 or 32 (float) bits.
         head_bits: Of the LM head and a table tied to it; None: chosen by the scheme.
         max_bytes: The most sensitive layers are kept finer as long as the weights stay within; None: none is.
+        max_layer_error: Layers whose outputs lose more (relative, Frobenius norm) are kept finer.
+        q_budget: Decoders: as few layers are kept finer as let Q, the mean log probability per token of the
+            calibration text, fall by this at most; within ``max_bytes``, if that is given too.
         measure: Measure what a variant that runs here costs, and record it.
         text: To measure on: a UTF-8 file, or passages. None: the built-in texts.
         max_q_drop: Decoders: the most that the mean log probability per token may fall.
@@ -79,8 +84,9 @@ def add_variant(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     quantizing = read_choices(
-        algorithm, calibration, keep, head_bits, max_bytes, measure, text, Gate(max_q_drop, min_cosine)
-    )
+        algorithm, calibration, keep, head_bits, max_bytes, max_layer_error, q_budget, measure, text,
+        Gate(max_q_drop, min_cosine),
+    )  # fmt: skip
     scheme, chosen = check_addition(opened, variant, target, quantizing)
     if not is_current(opened, scheme.name, chosen.name):
         with _outdated_in_words(opened, scheme.name, chosen.name):
@@ -103,6 +109,8 @@ def read_choices(
     keep: Mapping[str, int] | None,
     head_bits: int | None,
     max_bytes: int | str | None,
+    max_layer_error: float | None,
+    q_budget: float | None,
     measure: bool,
     text: str | Path | Sequence[str] | None,
     gate: Gate,
@@ -114,7 +122,8 @@ def read_choices(
     """
     most = None if max_bytes is None else parse_size(max_bytes, "max_bytes", least=1)
     evaluation = None if text is None else resolve_text(text)
-    return Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, most)
+    budgets = most, max_layer_error, q_budget
+    return Quantizing(algorithm, calibration, measure, gate, evaluation, keep, head_bits, *budgets)
 
 
 def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing: Quantizing) -> tuple[Scheme, Target]:

@@ -41,6 +41,8 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("fp16", None, {"calibration": ["text"]}, "fp16 .*takes no calibration"),
     ("kv8", None, {"head_bits": 8}, "^kv8 .*takes no head_bits"),
     ("fp8", None, {"max_bytes": "1M"}, "fp8 .*takes no max_bytes"),
+    ("fp16", None, {"max_layer_error": 0.1}, "fp16 .*takes no max_layer_error"),
+    ("kv8", None, {"q_budget": 0.1}, "kv8 .*takes no q_budget"),
     ("fp16+kv8", None, {}, "no target runs this decoder as fp16\\+kv8 .*TensorRT: its cache layer takes no integers"),
 ]
 
@@ -53,6 +55,30 @@ def test_what_would_be_ignored_is_refused(
     with pytest.raises(InputError, match=said):
         add_variant(decoder, variant, target=target, **options)
     assert content(decoder) == before
+
+
+def test_budgets_of_quality_keep_layers_finer(decoder: Path) -> None:
+    """What is above a layer's error is raised; for Q as few layers as that takes."""
+    plain = {"algorithm": "rtn", "head_bits": 4, "measure": False, "check": False}
+    errors = [layer.error for layer in record(add_variant(decoder, "w4g32", **plain), "w4g32")]
+    limit = sorted(errors)[len(errors) // 2]
+    by_layer = record(add_variant(decoder, "w4g64", max_layer_error=limit, **plain), "w4g64")
+    assert max(layer.error for layer in by_layer) <= limit and 8 in {layer.bits for layer in by_layer}
+    tight, loose = "w4g128", "w4g128+kv8"
+    raised = [layer.bits for layer in record(add_variant(decoder, tight, q_budget=1e-6, **plain), tight)]
+    left = [layer.bits for layer in record(add_variant(decoder, loose, q_budget=50.0, **plain), loose)]
+    assert raised.count(4) < left.count(4)
+
+
+def test_a_budget_of_q_is_for_decoders(minilm_bundle: Path) -> None:
+    with pytest.raises(InputError, match="an encoder does not have .*max_layer_error"):
+        add_variant(minilm_bundle, "w4g32", q_budget=0.1)
+
+
+def record(bundle: Bundle, variant: str) -> Any:
+    quantization = bundle.variant(variant).quantization
+    assert quantization is not None
+    return quantization.layers
 
 
 def test_the_command_checks_all_before_the_first(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
