@@ -57,7 +57,9 @@ def describe(report: EngineReport, proof: bool = False) -> list[str]:
         lines.append(f"  memory on the GPU: {size:.0f} MB of caches, inputs and outputs, beside the engine itself")
     if report.built:
         lines.append(f"  layers: {', '.join(f'{count} {kind}' for kind, count in layers.items())}")
-    if report.built and facts.get("peak_rss_bytes"):
+    if report.built and not facts.get("peak_rss_bytes"):
+        lines.append("  memory while building: not known (this process did other work before)")
+    elif report.built:
         ratio = facts["peak_rss_bytes"] / max(1, facts["weight_bytes"])
         lines.append(f"  memory while building: {facts['peak_rss_bytes'] / 1e6:.0f} MB, {ratio:.1f} x the weights")
     times = [f"{profile} {value:.2f} ms" for profile, value in (report.latency_ms or {}).items()]

@@ -58,8 +58,8 @@ def _heap_trimmer() -> Callable[[int], int] | None:
 class PeakMemory:
     """Largest resident memory from here on that a process which does nothing but build would show, as Linux counts it.
 
-    What this one holds at the start beyond ``FRESH_BYTES`` is not the build's (PyTorch and the pages of a variant that
-    was just added to the bundle: 450 MB) and is left out.
+    What this one holds at the start beyond ``FRESH_BYTES`` is not the build's and is left out. Where that is as much
+    again (PyTorch and a variant that was just added to the bundle), the build lives in what it lets go: nobody knows.
     """
 
     def __init__(self) -> None:
@@ -73,8 +73,8 @@ class PeakMemory:
         self._others = max(0, self._marked() - FRESH_BYTES) if self._known else 0
 
     def read(self) -> int | None:
-        """Bytes; None where the system does not say."""
-        return self._marked() - self._others if self._known else None
+        """Bytes; None where the system does not say, or too much else was there."""
+        return self._marked() - self._others if self._known and self._others <= FRESH_BYTES else None
 
     def _marked(self) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
