@@ -6,6 +6,7 @@ from tests.kernels.comparing import Maker, assert_close
 
 torch = pytest.importorskip("torch")
 from accel_kernels.activation import TOLERANCES, activation, reference  # noqa: E402
+from accel_kernels.block_gemm import BlockTile, block_gemm  # noqa: E402
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU  # noqa: E402
 
 KINDS = [SILU, GELU_ERF, GELU_TANH]
@@ -32,3 +33,15 @@ def test_far_from_zero_it_is_zero_or_the_input(device: object, kind: int) -> Non
     expected = x.clamp(min=0.0)
     activation(x, x, kind=kind, gated=False)  # in place
     assert_close(x, expected, 1e-6)
+
+
+def test_a_product_rounded_to_float16_has_the_gelu_that_float16_tells(device: object) -> None:
+    """The epilogue's polynomial, over what a float16 product can hold."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-6e4, -100.0, 100.0, 6e4])])
+    x = x.to(device, torch.float16)[:, None].repeat(1, 16)
+    weight, out = torch.eye(16, device=device, dtype=torch.float16), torch.empty_like(x)
+    block_gemm(x, weight, out, activation=GELU_ERF, tile=BlockTile(64, 16, 16))
+    expected = torch.nn.functional.gelu(x.double())
+    # half a unit in float16's last place, the polynomial's 3e-5, and 1e-6 of a float32 that ought to be 0 or 1
+    allowed = expected.abs() * 2**-11 + 3e-5 + x.double().abs() * 1e-6
+    assert ((out.double() - expected).abs() <= allowed).all()

@@ -121,11 +121,11 @@ class _Place:
     def __init__(self, rows: int, width: int, inputs: list[str], device: Device, executor: Executor) -> None:
         self._rows, self._width, self._names, self._executor = rows, width, inputs, executor
         count = rows * width
-        self._sizes = [count] * len(inputs) + [rows, rows]
+        self._sizes = [count] * len(inputs) + [rows]  # the last: each row's start, then each one's stop, as int32
         self._host = device.pinned(sum(self._sizes))
         self._parts = [part.numpy() for part in self._host.split(self._sizes)]
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
-        self._ends = torch.zeros(2 * rows, dtype=torch.int32, device=device.torch)
+        self._ends = self._inputs[-rows:].view(torch.int32)
         self._replay = Replay(device, self._run)
         self._results: dict[str, torch.Tensor] = {}
 
@@ -137,7 +137,7 @@ class _Place:
                 padded[:rows, :width] = feeds[name]
             elif name == "attention_mask":
                 padded[:rows, :width] = 1
-        starts, stops = self._parts[-2:]
+        starts, stops = self._parts[-1].view(np.int32).reshape(2, self._rows)
         starts[:] = np.arange(self._rows) * self._width
         stops[:] = starts
         stops[:rows] += lengths
@@ -161,10 +161,8 @@ class _Place:
         return place.copy_(part, non_blocking=True).numpy()
 
     def _run(self) -> None:
-        *tensors, starts, stops = self._inputs.split(self._sizes)
+        *tensors, _ = self._inputs.split(self._sizes)
         feeds = {name: tensor.view(self._rows, self._width) for name, tensor in zip(self._names, tensors, strict=True)}
-        self._ends[: self._rows].copy_(starts)
-        self._ends[self._rows :].copy_(stops)
         step = StepTensors(
             self._ends[: self._rows], self._ends[: self._rows], self._ends[self._rows :], longest=self._width
         )

@@ -22,6 +22,7 @@ BLOCK_TILES = (
     BlockTile(64, 64, 64, 4, 4),
     BlockTile(64, 64, 128, 4, 3),
     BlockTile(64, 64, 128, 4, 3, tail=32),
+    BlockTile(128, 64, 64, 4, 4, tail=32),
     BlockTile(128, 64, 64, 8, 4, tail=32),
     BlockTile(128, 128, 64, 8, 3),
 )
