@@ -1,8 +1,8 @@
 """ONNX functions that the ops' own bodies share, in ONNX's textual syntax.
 
 Bodies compute in float32 and define an op's values; how a result is rounded is its reader's Cast. An argument that a
-launcher lets out is its neutral element here: zeros for a bias or a residual, ones for a norm's weight, 0 for a
-window or a softcap, a stripe as long as the matrix.
+launcher lets out is its neutral element here: zeros for a bias or a residual, ones for a norm's weight or a cache's
+scales, 0 for a window or a softcap, a stripe as long as the matrix.
 """
 
 from __future__ import annotations
@@ -207,6 +207,51 @@ Rotate (x, cos, sin) => (y)
 """
 )
 
+# x [T, KV, D] and scales [KV, D] -> what a cache holds of keys and values, float32. rounding 0: a cache of floats,
+# whose scales are ones; 1: int8; 2: float8_e4m3fn
+STORED = (
+    HEADER
+    + """
+Stored <rounding: int = 0> (x, scales) => (y)
+{
+    kind = Constant <value_int: int = @rounding> ()
+    int8 = Constant <value_int = 1> ()
+    float8 = Constant <value_int = 2> ()
+    float_x = Cast <to = 1> (x)
+    float_scales = Cast <to = 1> (scales)
+    ratio = Div (float_x, float_scales)
+    lowest = Constant <value_float = -128.0> ()
+    highest = Constant <value_float = 127.0> ()
+    nearest = Round (ratio)
+    whole = Clip (nearest, lowest, highest)
+    least = Constant <value_float = -448.0> ()
+    most = Constant <value_float = 448.0> ()
+    inside = Clip (ratio, least, most)
+    short = Cast <to = 17> (inside)
+    eight_bits = Cast <to = 1> (short)
+    is_int8 = Equal (kind, int8)
+    is_float8 = Equal (kind, float8)
+    other = Where (is_float8, eight_bits, ratio)
+    y = Where (is_int8, whole, other)
+}
+"""
+)
+
+# cache [B, KV, C, D] and scales [KV, D] -> the keys or values that it stands for, float32
+MEANING = (
+    HEADER
+    + """
+Meaning (cache, scales) => (y)
+{
+    axis = Constant <value_ints = [1]> ()
+    numbers = Cast <to = 1> (cache)
+    float_scales = Cast <to = 1> (scales)
+    factor = Unsqueeze (float_scales, axis)
+    y = Mul (numbers, factor)
+}
+"""
+)
+
 # query [B, KV, M, D], keys and values [B, KV, S, D], seen bool and bias as the scores [B, KV, M, S] or broadcast to
 # them. A query that sees nothing gets zeros. softcap 0: none.
 ATTEND = (
@@ -269,6 +314,6 @@ Bias (bias, index, slot) => (y)
 """
 )
 
-SHARED = (ACTIVATE, GATE, LINEAR, UNPACK, NORMALIZE, HEADS, ROTATE, BIAS, ATTEND)
+SHARED = (ACTIVATE, GATE, LINEAR, UNPACK, NORMALIZE, HEADS, ROTATE, STORED, MEANING, BIAS, ATTEND)
 
 __all__ = ["DOMAIN", "HEADER", "OPSET", "SHARED"]

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from accel_kernels.device import capability
+from accel_kernels.narrow_cache import EIGHT_BITS, FLOAT8_SM
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INDICES = (torch.int32, torch.int64)
 
@@ -53,11 +56,30 @@ class Expect:
         if not strided and not tensor.is_contiguous():
             raise ValueError(f"{self._op}: {name} is not contiguous")
 
-    def cache(self, key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
-        """Keys and values [B, KV, C, D] of one type, D even."""
-        self.tensor("key_cache", key_cache, -1, -1, -1, -1)
+    def cache(
+        self,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        key_scales: torch.Tensor | None = None,
+        value_scales: torch.Tensor | None = None,
+    ) -> bool:
+        """Keys and values [B, KV, C, D] of one type, D even; of 8 bits with scales [KV, D], which floats have none of.
+
+        Returns:
+            Whether they are in 8 bits.
+        """
+        self.tensor("key_cache", key_cache, -1, -1, -1, -1, dtypes=(*FLOATS, *EIGHT_BITS))
         self.tensor("value_cache", value_cache, *key_cache.shape, dtypes=(key_cache.dtype,))
         self.that(key_cache.shape[3] % 2 == 0, f"heads of {key_cache.shape[3]} elements; their halves differ")
+        narrow = key_cache.dtype in EIGHT_BITS
+        for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
+            what = f"a cache of {key_cache.dtype} has {name if narrow else f'no {name}'}"
+            self.that((scales is not None) == narrow, what)
+            self.tensor(name, scales, key_cache.shape[1], key_cache.shape[3], dtypes=(torch.float32,))
+        if key_cache.dtype == torch.float8_e4m3fn and key_cache.device.type == "cuda":
+            found = capability(key_cache.device)
+            self.that(found >= FLOAT8_SM, f"caches of {key_cache.dtype} need sm89, this is sm{found[0]}{found[1]}")
+        return narrow
 
     def heads(self, heads: int, kv_heads: int) -> None:
         """Query heads in groups of one size."""

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from accel_kernels.bodies import HEADER
-from accel_kernels.checks import Expect
+from accel_kernels.checks import FLOATS, Expect
 from accel_kernels.device import launch_options, next_power_of_2
+from accel_kernels.narrow_cache import in_cache, rounded
 from accel_kernels.plain import rotated
 from accel_kernels.tiles import let_successor_start, rotate, wait_for_predecessor
 
@@ -16,7 +17,8 @@ from accel_kernels.tiles import let_successor_start, rotate, wait_for_predecesso
 BODY = (
     HEADER
     + """
-RotaryAppend <heads> (qkv, key_cache, value_cache, rows, slots, cos, sin) => (new_qkv, new_keys, new_values)
+RotaryAppend <heads, rounding: int = 0> (qkv, key_cache, value_cache, rows, slots, cos, sin, key_scales, value_scales)
+    => (new_qkv, new_keys, new_values)
 {
     axis1 = Constant <value_ints = [1]> ()
     pair = Constant <value_ints = [1, 2]> ()
@@ -44,8 +46,10 @@ RotaryAppend <heads> (qkv, key_cache, value_cache, rows, slots, cos, sin) => (ne
     row_column = Unsqueeze (kept_rows, axis1)
     slot_column = Unsqueeze (kept_slots, axis1)
     cells = Concat <axis = 1> (row_column, slot_column)
-    typed_keys = CastLike (kept_keys, key_cache)
-    typed_values = CastLike (kept_values, value_cache)
+    stored_keys = accel.kernels.Stored <rounding: int = @rounding> (kept_keys, key_scales)
+    stored_values = accel.kernels.Stored <rounding: int = @rounding> (kept_values, value_scales)
+    typed_keys = CastLike (stored_keys, key_cache)
+    typed_values = CastLike (stored_values, value_cache)
     keys_by_slot = Transpose <perm = [0, 2, 1, 3]> (key_cache)
     values_by_slot = Transpose <perm = [0, 2, 1, 3]> (value_cache)
     keys_written = ScatterND (keys_by_slot, cells, typed_keys)
@@ -68,6 +72,8 @@ def reference(
     heads: int,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What ``rotary_append`` leaves in qkv and in the caches: float64."""
     tokens, (_, kv_heads, _, dim) = len(qkv), key_cache.shape
@@ -77,8 +83,8 @@ def reference(
     row, slot = rows[real].long(), slots[real].long()
     lines = (None, None) if cos is None or sin is None else (cos[slot], sin[slot])
     turned = rotated(result[real, : heads + kv_heads], *lines)
-    keys[row, :, slot] = turned[:, heads:]
-    values[row, :, slot] = result[real, heads + kv_heads :]
+    keys[row, :, slot] = rounded(turned[:, heads:], key_scales, key_cache.dtype)
+    values[row, :, slot] = rounded(result[real, heads + kv_heads :], value_scales, value_cache.dtype)
     result[real, :heads] = turned[:, :heads]
     return result.reshape(tokens, -1), keys, values
 
@@ -98,10 +104,18 @@ def _rotate_queries(line, cos, sin, d, HEADS: tl.constexpr, PADDED: tl.constexpr
 
 
 @triton.jit
+def _stored(x, scales, h, d, mask, cache, HALF_DIM: tl.constexpr):
+    """One half of all heads as the cache holds it."""
+    scale = tl.load(scales + h[:, None] * (2 * HALF_DIM) + d[None], mask=mask, other=1.0)
+    return in_cache(x.to(tl.float32), scale, cache, True)
+
+
+@triton.jit
 def rotary_append_kernel(
-    qkv, key_cache, value_cache, rows, slots, cos_table, sin_table, CAPACITY,
+    qkv, key_cache, value_cache, rows, slots, cos_table, sin_table, key_scales, value_scales, CAPACITY,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, PADDED: tl.constexpr, KV_PADDED: tl.constexpr,
-    HALF: tl.constexpr, HALF_DIM: tl.constexpr, ROTARY: tl.constexpr, DEPENDENT: tl.constexpr,
+    HALF: tl.constexpr, HALF_DIM: tl.constexpr, ROTARY: tl.constexpr, NARROW: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program per token: its queries in place, its keys and values to (row, head, slot)."""
     token = tl.program_id(0)
@@ -126,8 +140,17 @@ def rotary_append_kernel(
         sin = tl.load(sin_table + slot * HALF_DIM + d, mask=d < HALF_DIM, other=0.0).to(tl.float32)[None]
         _rotate_queries(line, cos, sin, d, HEADS, PADDED, HALF_DIM)
         f1, f2 = rotate(k1.to(tl.float32), k2.to(tl.float32), cos, sin)
-        k1 = f1.to(qkv.dtype.element_ty)
-        k2 = f2.to(qkv.dtype.element_ty)
+        if NARROW:  # rounded once
+            k1 = f1
+            k2 = f2
+        else:
+            k1 = f1.to(qkv.dtype.element_ty)
+            k2 = f2.to(qkv.dtype.element_ty)
+    if NARROW:
+        k1 = _stored(k1, key_scales, h, d, mask, key_cache, HALF_DIM)
+        k2 = _stored(k2, key_scales + HALF_DIM, h, d, mask, key_cache, HALF_DIM)
+        v1 = _stored(v1, value_scales, h, d, mask, value_cache, HALF_DIM)
+        v2 = _stored(v2, value_scales + HALF_DIM, h, d, mask, value_cache, HALF_DIM)
     cell = ((row * KV_HEADS + h)[:, None] * CAPACITY + slot) * DIM + d[None]
     tl.store(key_cache + cell, k1, mask=mask)
     tl.store(key_cache + cell + HALF_DIM, k2, mask=mask)
@@ -145,6 +168,8 @@ def rotary_append(
     heads: int,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     warps: int = 4,
     dependent: bool | None = None,
 ) -> None:
@@ -153,28 +178,30 @@ def rotary_append(
     Every tensor on one device, contiguous.
 
     Args:
-        qkv: [T, (H + 2 KV) * D] in the caches' type; its queries are rotated in place.
-        key_cache, value_cache: [B, KV, C, D]; the tokens' slots are written.
+        qkv: [T, (H + 2 KV) * D], in the caches' type where that is a float's; its queries are rotated in place.
+        key_cache, value_cache: [B, KV, C, D], floats, int8 or float8_e4m3fn; the tokens' slots are written.
         rows: int32 [T], the cache row of each token; negative: padding.
         slots: int32 [T], its position there, below C and the tables' length; nothing checks that on the device.
         cos, sin: [positions, D / 2] of half-rotation; None: queries and keys are as they should be.
+        key_scales, value_scales: float32 [KV, D] of caches in 8 bits, whose numbers are multiples of these: keys after
+            their rotation and values, to the nearest (halves to the even one), cut off at the type's ends.
         dependent: Start before the predecessor ends; None: where the device can.
 
     Raises:
         TypeError, ValueError: A tensor has another type, shape or place.
     """
     expect = Expect("rotary_append", qkv.device)
-    expect.cache(key_cache, value_cache)
+    narrow = expect.cache(key_cache, value_cache, key_scales, value_scales)
     _, kv_heads, capacity, dim = key_cache.shape
-    expect.tensor("qkv", qkv, -1, (heads + 2 * kv_heads) * dim, dtypes=(key_cache.dtype,))
+    expect.tensor("qkv", qkv, -1, (heads + 2 * kv_heads) * dim, dtypes=FLOATS if narrow else (key_cache.dtype,))
     expect.tensor("rows", rows, len(qkv), dtypes=(torch.int32,))
     expect.tensor("slots", slots, len(qkv), dtypes=(torch.int32,))
     expect.tables(cos, sin, dim)
     rotary_append_kernel[(len(qkv),)](
-        qkv, key_cache, value_cache, rows, slots, cos, sin, capacity,
+        qkv, key_cache, value_cache, rows, slots, cos, sin, key_scales, value_scales, capacity,
         HEADS=heads, KV_HEADS=kv_heads, PADDED=next_power_of_2(heads), KV_PADDED=next_power_of_2(kv_heads),
         HALF=next_power_of_2(dim // 2), HALF_DIM=dim // 2, ROTARY=cos is not None,
-        **launch_options(qkv.device, dependent, warps),
+        NARROW=narrow, **launch_options(qkv.device, dependent, warps),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import triton.language as tl
 from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
 from accel_kernels.device import fitting_stages, launch_options, next_power_of_2
+from accel_kernels.narrow_cache import EIGHT_BITS, meaning, operand_beside
 from accel_kernels.plain import attended
 from accel_kernels.tiles import cap_scores, let_successor_start, operand, wait_for_predecessor
 
@@ -21,7 +22,7 @@ BODY = (
     HEADER
     + """
 VarlenAttention <heads, scale, softcap: float = 0.0, window: int = 0, causal: int = 0, packed: int = 0>
-    (query, keys, values, starts, stops, past_lengths, bias) => (out)
+    (query, keys, values, starts, stops, past_lengths, bias, key_scales, value_scales) => (out)
 {
     axis0 = Constant <value_ints = [0]> ()
     axis1 = Constant <value_ints = [1]> ()
@@ -88,8 +89,10 @@ VarlenAttention <heads, scale, softcap: float = 0.0, window: int = 0, causal: in
     dim = Shape <start = 3, end = 4> (keys)
     by_group = Concat <axis = 0> (keep, kv_heads, last, dim)
     queries = Reshape (query, by_group)
-    own_keys = Gather (keys, key_row)
-    own_values = Gather (values, key_row)
+    meant_keys = accel.kernels.Meaning (keys, key_scales)
+    meant_values = accel.kernels.Meaning (values, value_scales)
+    own_keys = Gather (meant_keys, key_row)
+    own_values = Gather (meant_values, key_row)
     own_bias = accel.kernels.Bias (bias, index, slot)
     bias_shape = Concat <axis = 0> (keep, kv_heads, last, size_axis)
     grouped_bias = Reshape (own_bias, bias_shape)
@@ -109,6 +112,7 @@ def reference(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, starts: torch.Tensor, stops: torch.Tensor,
     *, heads: int, kv_heads: int, dim: int, scale: float, past_lengths: torch.Tensor | None = None,
     causal: bool = False, softcap: float | None = None, window: int | None = None, bias: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None, value_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """What ``varlen_attention`` computes of the same arguments; zeros for tokens of no row: float64 [T, H * D]."""
     out = torch.zeros(len(query), heads * dim, dtype=torch.float64, device=query.device)
@@ -118,7 +122,8 @@ def reference(
         if past_lengths is None:
             k, v = (tensor[start:stop, : kv_heads * dim].reshape(length, kv_heads, dim) for tensor in (keys, values))
         else:
-            k, v = (tensor[row, :, :total].transpose(0, 1) for tensor in (keys, values))
+            pairs = (keys, key_scales), (values, value_scales)
+            k, v = (meaning(cache[row, :, :total], scales).transpose(0, 1) for cache, scales in pairs)
         distance = torch.arange(past, total)[:, None] - torch.arange(total)
         seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
@@ -132,10 +137,11 @@ def reference(
 
 @triton.jit
 def _visible(
-    block, past, total, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
+    block, past, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """The range of slots that a block of queries sees anything of."""
+    """The range of slots that a block of queries sees anything of, and where each sees all, but for a window."""
+    total = past + length
     low = 0
     high = total
     if CAUSAL:
@@ -144,7 +150,13 @@ def _visible(
         low = tl.maximum(past + block * BLOCK_M - window, 0) // BLOCK_N * BLOCK_N
         if not CAUSAL:
             high = tl.minimum(total, past + (block + 1) * BLOCK_M + window)
-    return low, high
+    free = total // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        free = tl.minimum(free, (past + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
+    if block * BLOCK_M >= length:  # padding alone
+        free = 0
+        high = 0
+    return low, free, high
 
 
 @triton.jit
@@ -177,7 +189,7 @@ def _turn(
     else:
         k = tl.load(keys + cell)
         v = tl.load(values + cell)
-    scores = tl.dot(operand(q), operand(tl.trans(k)))
+    scores = tl.dot(operand(q), operand_beside(tl.trans(k), q))
     if HAS_SOFTCAP or HAS_BIAS:
         scores = cap_scores(scores * scale, softcap, HAS_SOFTCAP)
         if HAS_BIAS:
@@ -195,7 +207,7 @@ def _turn(
     share = tl.exp2(scores - safe[:, None])
     fade = tl.exp2(peak - safe)
     weight = weight * fade + tl.sum(share, 1)
-    acc = acc * fade[:, None] + tl.dot(operand(share.to(v.dtype)), operand(v))
+    acc = acc * fade[:, None] + tl.dot(operand(share.to(q.dtype)), operand_beside(v, q))
     return higher, weight, acc
 
 
@@ -229,13 +241,16 @@ def _attend(
 
 @triton.jit
 def varlen_attention_kernel(
-    query, keys, values, out, starts, stops, past_lengths, bias,
+    query, keys, values, out, starts, stops, past_lengths, bias, key_scales, value_scales,
     query_stride, key_stride, key_head, key_row, out_stride, scale, softcap, window, room, bias_stride,
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, CACHED: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NARROW: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Row b's queries are tokens starts[b] .. stops[b]; with CACHED its keys lie at keys + b * key_row."""
+    """Row b's queries are tokens starts[b] .. stops[b]; with CACHED its keys lie at keys + b * key_row.
+
+    NARROW: queries take the keys' scales over, sums the values', so that tiles of the cache are converted and no more.
+    """
     block = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
@@ -254,19 +269,18 @@ def varlen_attention_kernel(
     token = (first + m).to(tl.int64)
     real = (m < length)[:, None] & (d < DIM)[None]
     q = tl.load(query + token[:, None] * query_stride + head * DIM + d[None], mask=real, other=0.0)
+    if NARROW:
+        factors = tl.load(key_scales + head // GROUP * DIM + d, mask=d < DIM, other=0.0)
+        largest = tl.max(factors, 0)
+        q = (q.to(tl.float32) * (factors / largest)[None]).to(q.dtype)  # no larger than before: float16 holds it
+        scale *= largest
     base = (head // GROUP).to(tl.int64) * key_head
     if CACHED:
         base += row.to(tl.int64) * key_row
     else:
         base += first.to(tl.int64) * key_stride
     own = past + m  # positions
-    low, high = _visible(block, past, total, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
-    free = total // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        free = tl.minimum(free, (past + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
-    if block * BLOCK_M >= length:  # padding alone
-        free = 0
-        high = 0
+    low, free, high = _visible(block, past, length, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
     bias_rows = m
     if HAS_BIAS:
         bias_rows = bias + head.to(tl.int64) * bias_stride * bias_stride + m * bias_stride
@@ -274,6 +288,8 @@ def varlen_attention_kernel(
         q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, free, high, d, scale, softcap,
         window, DIM, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS,
     )  # fmt: skip
+    if NARROW:
+        result *= tl.load(value_scales + head // GROUP * DIM + d, mask=d < DIM, other=0.0)[None]
     result = tl.where((m < length)[:, None], result, 0.0)
     kept = (m < tl.maximum(length, room))[:, None] & (d < DIM)[None]
     tl.store(out + token[:, None] * out_stride + head * DIM + d[None], result.to(out.dtype.element_ty), mask=kept)
@@ -297,6 +313,8 @@ def varlen_attention(
     softcap: float | None = None,
     window: int | None = None,
     bias: torch.Tensor | None = None,
+    key_scales: torch.Tensor | None = None,
+    value_scales: torch.Tensor | None = None,
     room: int = 0,
     block_m: int = 64,
     block_n: int = 64,
@@ -309,7 +327,7 @@ def varlen_attention(
     Args:
         query: [T, >= H * D], the queries first in each row; the row stride is the tensor's.
         keys, values: [B, KV, C, D] caches with ``past_lengths``; else packed [T, >= KV * D] views of one row stride.
-            In the queries' type.
+            In the queries' type; caches also in int8 or float8_e4m3fn, with scales.
         out: [T, H * D], written where a row has tokens.
         starts, stops: int32 [B], each row's first token and the one behind its last.
         longest: At least the most tokens of a row.
@@ -318,6 +336,7 @@ def varlen_attention(
         softcap: Scores are softcap * tanh(score / softcap).
         window: causal: how many keys a query sees, itself included; else the largest distance.
         bias: [H, L, L], added to the scores; L >= longest; without a cache only.
+        key_scales, value_scales: float32 [KV, D] of caches in 8 bits, see ``rotary_append``.
         room: Tokens that each row has room for: what stands behind its last one becomes zero.
         stages: Fewer where shared memory is short.
         dependent: Start before the predecessor ends; None: where the device can.
@@ -326,16 +345,21 @@ def varlen_attention(
         TypeError, ValueError: A tensor has another type, shape or place; a size is out of range.
     """
     cached = past_lengths is not None
-    _check(query, keys, values, out, starts, stops, heads, kv_heads, dim, longest, past_lengths, softcap, window, bias)
+    narrow = _check(
+        query, keys, values, out, starts, stops, heads, kv_heads, dim, longest, past_lengths, softcap, window, bias,
+        key_scales, value_scales,
+    )  # fmt: skip
     wide = max(16, next_power_of_2(dim))
-    stages = fitting_stages(query.device, stages, 2 * block_n * wide * keys.element_size(), block_m * wide * 4)
+    ahead = block_m * wide * 4 + (2 * block_n * wide * query.element_size() if narrow else 0)  # one turn, converted
+    stages = fitting_stages(query.device, stages, 2 * block_n * wide * keys.element_size(), ahead)
     varlen_attention_kernel[(triton.cdiv(longest, block_m), heads, len(starts))](
-        query, keys, values, out, starts, stops, past_lengths, bias, query.stride(0), dim if cached else keys.stride(0),
+        query, keys, values, out, starts, stops, past_lengths, bias, key_scales, value_scales,
+        query.stride(0), dim if cached else keys.stride(0),
         keys.stride(1) if cached else dim, keys.stride(0) if cached else 0, out.stride(0), scale,
         softcap or 0.0, window or 0, room, 0 if bias is None else bias.shape[-1],
         GROUP=heads // kv_heads, DIM=dim, WIDTH=wide, BLOCK_M=block_m, BLOCK_N=block_n, CAUSAL=causal, CACHED=cached,
         HAS_SOFTCAP=softcap is not None, HAS_WINDOW=window is not None, HAS_BIAS=bias is not None,
-        **launch_options(query.device, dependent, warps, stages),
+        NARROW=narrow, **launch_options(query.device, dependent, warps, stages),
     )  # fmt: skip
     return out
 
@@ -343,8 +367,11 @@ def varlen_attention(
 def _check(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, out: torch.Tensor, starts: torch.Tensor,
     stops: torch.Tensor, heads: int, kv_heads: int, dim: int, longest: int, past_lengths: torch.Tensor | None,
-    softcap: float | None, window: int | None, bias: torch.Tensor | None,
-) -> None:  # fmt: skip
+    softcap: float | None, window: int | None, bias: torch.Tensor | None, key_scales: torch.Tensor | None,
+    value_scales: torch.Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether keys and values are a cache in 8 bits."""
+    narrow = False
     expect = Expect("varlen_attention", query.device)
     expect.heads(heads, kv_heads)
     expect.tensor("query", query, -1, -1, strided=True)
@@ -352,12 +379,13 @@ def _check(
     if past_lengths is None:
         expect.tensor("keys", keys, len(query), -1, dtypes=(query.dtype,), strided=True)
         expect.tensor("values", values, len(query), -1, dtypes=(query.dtype,), strided=True)
-        narrow = min(keys.shape[1], values.shape[1])
-        expect.that(narrow >= kv_heads * dim, f"keys have {narrow} columns for {kv_heads} heads of {dim}")
+        columns = min(keys.shape[1], values.shape[1])
+        expect.that(columns >= kv_heads * dim, f"keys have {columns} columns for {kv_heads} heads of {dim}")
         expect.that(keys.stride(0) == values.stride(0), "keys and values have two row strides")
+        expect.that(key_scales is None and value_scales is None, "packed keys and values have no scales")
     else:
-        expect.cache(keys, values)
-        expect.tensor("keys", keys, -1, kv_heads, -1, dim, dtypes=(query.dtype,))
+        narrow = expect.cache(keys, values, key_scales, value_scales)
+        expect.tensor("keys", keys, -1, kv_heads, -1, dim, dtypes=EIGHT_BITS if narrow else (query.dtype,))
         expect.that(len(keys) >= len(starts) and bias is None, "a cache has a row for each, and there is no bias")
     expect.tensor("out", out, len(query), heads * dim, strided=True)
     for name, tensor in (("starts", starts), ("stops", stops), ("past_lengths", past_lengths)):
@@ -365,6 +393,7 @@ def _check(
     expect.tensor("bias", bias, heads, -1, -1)
     expect.that(bias is None or bias.shape[1] == bias.shape[2] >= longest, "the bias is smaller than the longest row")
     expect.positive(softcap=softcap, window=window, longest=longest, dim=dim)
+    return narrow
 
 
 __all__ = ["BODY", "TOLERANCES", "reference", "varlen_attention"]

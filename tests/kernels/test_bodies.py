@@ -126,26 +126,53 @@ def test_activation(maker: Maker, kind: int, gated: bool) -> None:
     assert_close(out, BY_NAME["activation"].reference(x, **attributes), 1e-5)
 
 
-def test_rotary_append(maker: Maker) -> None:
+# How caches round: the attribute, the type that does, and the type that holds it for ONNX Runtime, whose kernels that
+# move tensors know no 8-bit floats.
+ROUNDINGS = {
+    "floats": (0, torch.float32, torch.float32),
+    "int8": (1, torch.int8, torch.int8),
+    "float8": (2, torch.float8_e4m3fn, torch.float32),
+}
+rounding_kinds = pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=list(ROUNDINGS))
+
+
+def draw_cache(maker: Maker, rounding: tuple[int, Any, Any], rows: int, kv_heads: int, dim: int) -> tuple[Any, Any]:
+    """(keys and values [rows, kv_heads, 9, dim] in the type that rounds, their scales)."""
+    kind, dtype, _ = rounding
+    caches = [(maker.normal(rows, kv_heads, 9, dim, scale=60 if kind else 1)).to(dtype) for _ in range(2)]
+    return caches, [maker.normal(kv_heads, dim).abs() * 0.02 + 0.005 if kind else None for _ in range(2)]
+
+
+def neutral(scales: list[Any], kv_heads: int, dim: int) -> list[Any]:
+    return [torch.ones(kv_heads, dim) if part is None else part for part in scales]
+
+
+@rounding_kinds
+def test_rotary_append(maker: Maker, rounding: tuple[int, Any, Any]) -> None:
     heads, kv_heads, dim = 4, 2, 8
     qkv, (cos, sin) = maker.normal(4, (heads + 2 * kv_heads) * dim), maker.angles(9, dim // 2)
-    keys, values = maker.normal(2, kv_heads, 9, dim), maker.normal(2, kv_heads, 9, dim)
+    (keys, values), scales = draw_cache(maker, rounding, 2, kv_heads, dim)
     rows, slots = maker.ints(1, 0, -1, 1), maker.ints(3, 8, 0, 4)  # one token is padding
-    op = BY_NAME["rotary_append"]
-    outputs = evaluate(op, [qkv, keys, values, rows, slots, cos, sin], {"heads": heads}, 3)
-    for out, wanted in zip(outputs, op.reference(qkv, keys, values, rows, slots, heads=heads, cos=cos, sin=sin)):
+    op, given = BY_NAME["rotary_append"], [part.to(rounding[2]) for part in (keys, values)]
+    inputs = [qkv, *given, rows, slots, cos, sin, *neutral(scales, kv_heads, dim)]
+    outputs = evaluate(op, inputs, {"heads": heads, "rounding": rounding[0]}, 3)
+    options = {"heads": heads, "cos": cos, "sin": sin, "key_scales": scales[0], "value_scales": scales[1]}
+    for out, wanted in zip(outputs, op.reference(qkv, keys, values, rows, slots, **options)):
         assert_close(out, wanted, 1e-6)
 
 
+@rounding_kinds
 @pytest.mark.parametrize("options", [{}, {"softcap": 0.7, "window": 3}], ids=["plain", "capped"])
-def test_decode_attention(maker: Maker, options: dict[str, Any]) -> None:
+def test_decode_attention(maker: Maker, options: dict[str, Any], rounding: tuple[int, Any, Any]) -> None:
     heads, kv_heads, dim = 6, 2, 8
     qkv, (cos, sin) = maker.normal(2, 3, (heads + 2 * kv_heads) * dim), maker.angles(9, dim // 2)
-    keys, values = maker.normal(3, kv_heads, 9, dim), maker.normal(3, kv_heads, 9, dim)
+    (keys, values), scales = draw_cache(maker, rounding, 3, kv_heads, dim)
     past, options = maker.ints(0, -1, 8), {"heads": heads, "scale": 0.5, **options}
-    op = BY_NAME["decode_attention"]
-    outputs = evaluate(op, [qkv, keys, values, past, cos, sin], options, 3)
-    for out, wanted in zip(outputs, op.reference(qkv, keys, values, past, cos=cos, sin=sin, **options)):
+    op, given = BY_NAME["decode_attention"], [part.to(rounding[2]) for part in (keys, values)]
+    inputs = [qkv, *given, past, cos, sin, *neutral(scales, kv_heads, dim)]
+    outputs = evaluate(op, inputs, {**options, "rounding": rounding[0]}, 3)
+    options |= {"cos": cos, "sin": sin, "key_scales": scales[0], "value_scales": scales[1]}
+    for out, wanted in zip(outputs, op.reference(qkv, keys, values, past, **options)):
         assert_close(out, wanted, 1e-5)
 
 
@@ -178,8 +205,23 @@ def test_varlen_attention(maker: Maker, packed: bool, options: dict[str, Any]) -
         given = [keys, values]
         expected = op.reference(query, keys, values, starts, stops, past_lengths=past, **sizes, **options)
     attributes = {"heads": heads, "scale": 0.5, "packed": packed, **options}
-    (out,) = evaluate(op, [query, *given, starts, stops, past, bias], attributes)
+    ones = [torch.ones(kv_heads, dim) for _ in range(2)]
+    (out,) = evaluate(op, [query, *given, starts, stops, past, bias, *ones], attributes)
     assert_close(out, expected, 1e-5)
+
+
+@rounding_kinds
+def test_varlen_attention_over_a_cache_in(maker: Maker, rounding: tuple[int, Any, Any]) -> None:
+    heads, kv_heads, dim = 4, 2, 8
+    rows = maker.ints(0, 3, 4), maker.ints(3, 3, 7), maker.ints(2, 5, 0)
+    query, op = maker.normal(8, heads * dim), BY_NAME["varlen_attention"]
+    caches, scales = draw_cache(maker, rounding, 3, kv_heads, dim)
+    given = [part.to(rounding[2]) for part in caches]
+    inputs = [query, *given, *rows, torch.zeros(4, 1, 1), *neutral(scales, kv_heads, dim)]
+    (out,) = evaluate(op, inputs, {"heads": heads, "scale": 0.5, "causal": True})
+    sizes: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "scale": 0.5, "causal": True}
+    options = {"past_lengths": rows[2], "key_scales": scales[0], "value_scales": scales[1]}
+    assert_close(out, op.reference(query, *caches, *rows[:2], **sizes, **options), 1e-5)
 
 
 def test_argmax(maker: Maker) -> None:

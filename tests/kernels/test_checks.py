@@ -85,7 +85,17 @@ def gap(tensor: Any) -> Any:
 
 
 CACHES = ("key_cache", "value_cache")
+SCALES = ("key_scales", "value_scales")
+SCALED = dict.fromkeys(SCALES, torch.ones(2, 16))
+INT8 = torch.zeros(2, 2, 9, 16, dtype=torch.int8)
 PACKED = {"past_lengths": None, "keys": half(5, 32), "values": half(5, 32)}
+
+
+def narrow(**others: Any) -> Change:
+    """Caches in int8 with their scales, but for what is given."""
+    return lambda arguments: {**arguments, **dict.fromkeys(CACHES, INT8), **SCALED, **others}
+
+
 CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (gemv, to("x", half(31)), ValueError, r"weight has shape \[8, 32\], not \[8, 31\]"),
     (gemv, to("x", half(2, 16)), ValueError, r"x has shape \[2, 16\]"),
@@ -167,6 +177,24 @@ CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (varlen_attention, lambda a: {**a, **PACKED, "values": half(5, 40)[:, :32]}, ValueError, "two row strides"),
     (varlen_attention, lambda a: {**a, **PACKED, "kv_heads": 4}, ValueError, "keys have 32 columns for 4 heads of 16"),
     (varlen_attention, lambda a: {**a, **PACKED, "bias": half(4, 2, 2)}, ValueError, "smaller than the longest row"),
+    (rotary_append, lambda a: {**a, **dict.fromkeys(CACHES, INT8)}, ValueError, "torch.int8 has key_scales"),
+    (rotary_append, lambda a: {**a, **SCALED}, ValueError, "a cache of torch.float16 has no key_scales"),
+    (decode_attention, lambda a: {**a, **dict.fromkeys(CACHES, INT8)}, ValueError, "torch.int8 has key_scales"),
+    (decode_attention, lambda a: {**a, **SCALED}, ValueError, "a cache of torch.float16 has no key_scales"),
+    (
+        varlen_attention, lambda a: {**a, **dict.fromkeys(("keys", "values"), INT8)}, ValueError,
+        "torch.int8 has key_scales",
+    ),
+    (varlen_attention, lambda a: {**a, **SCALED}, ValueError, "a cache of torch.float16 has no key_scales"),
+    (rotary_append, narrow(value_scales=None), ValueError, "torch.int8 has value_scales"),
+    (rotary_append, narrow(key_scales=half(2, 16)), TypeError, "key_scales is torch.float16, not torch.float32"),
+    (rotary_append, narrow(value_scales=torch.ones(1)), ValueError, r"value_scales has shape \[1\], not \[2, 16\]"),
+    (rotary_append, narrow(value_cache=half(2, 2, 9, 16)), TypeError, "value_cache is torch.float16, not torch.int8"),
+    (rotary_append, narrow(qkv=torch.zeros(3, 128).long()), TypeError, "qkv is torch.int64"),
+    (decode_attention, narrow(key_cache=INT8.to(torch.uint8)), TypeError, "key_cache is torch.uint8"),
+    (decode_attention, narrow(out=torch.zeros(2, 64, dtype=torch.int8)), TypeError, "out is torch.int8"),
+    (varlen_attention, lambda a: {**a, **PACKED, **SCALED}, ValueError, "packed keys and values have no scales"),
+    (varlen_attention, lambda a: {**a, **PACKED, "keys": half(5, 32).to(torch.int8)}, TypeError, "keys is torch.int8"),
 ]  # fmt: skip
 
 
@@ -184,6 +212,17 @@ def test_what_the_cases_start_from_is_taken(launch: Callable[..., Any], device: 
     if device.type != "cpu":
         pytest.skip("the tensors of these tests are on the CPU")
     launch(**given(launch))
+
+
+def test_a_gpu_that_does_not_convert_8_bit_floats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel_kernels.checks.capability", lambda _: (8, 6))
+    monkeypatch.setattr(Expect, "tensor", lambda *_, **__: None)
+
+    class Cache:  # of a device that is not here
+        shape, dtype, device = (2, 2, 9, 16), torch.float8_e4m3fn, torch.device("cuda", 0)
+
+    with pytest.raises(ValueError, match="op: caches of torch.float8_e4m3fn need sm89, this is sm86"):
+        Expect("op", Cache.device).cache(Cache(), Cache(), torch.ones(2, 16), torch.ones(2, 16))  # type: ignore
 
 
 def test_what_a_tensor_may_look_like() -> None:
