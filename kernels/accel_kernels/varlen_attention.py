@@ -13,9 +13,10 @@ import triton.language as tl
 from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
 from accel_kernels.device import fitting_stages, launch_options, next_power_of_2
-from accel_kernels.narrow_cache import EIGHT_BITS, meaning, operand_beside
+from accel_kernels.narrow_cache import EIGHT_BITS, meaning
 from accel_kernels.plain import attended
-from accel_kernels.tiles import cap_scores, let_successor_start, operand, wait_for_predecessor
+from accel_kernels.tiles import let_successor_start, wait_for_predecessor
+from accel_kernels.varlen_tiles import attend, visible
 
 # query [T, H * D]; keys and values [B, KV, C, D], or, packed, [1, KV, T, D]. Tokens of no row get zeros.
 BODY = (
@@ -105,7 +106,6 @@ VarlenAttention <heads, scale, softcap: float = 0.0, window: int = 0, causal: in
 )
 # Scores and shares are products of the tensor cores: float32 is rounded to TF32 there.
 TOLERANCES = {torch.float32: 4e-3, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def reference(
@@ -133,110 +133,6 @@ def reference(
         result = attended(queries, k, v, scale, softcap, seen.to(query.device), added)
         out[start:stop] = result.reshape(length, heads * dim)
     return out
-
-
-@triton.jit
-def _visible(
-    block, past, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-):  # fmt: skip
-    """The range of slots that a block of queries sees anything of, and where each sees all, but for a window."""
-    total = past + length
-    low = 0
-    high = total
-    if CAUSAL:
-        high = tl.minimum(total, past + (block + 1) * BLOCK_M)
-    if HAS_WINDOW:
-        low = tl.maximum(past + block * BLOCK_M - window, 0) // BLOCK_N * BLOCK_N
-        if not CAUSAL:
-            high = tl.minimum(total, past + (block + 1) * BLOCK_M + window)
-    free = total // BLOCK_N * BLOCK_N
-    if CAUSAL:
-        free = tl.minimum(free, (past + block * BLOCK_M + 1) // BLOCK_N * BLOCK_N)
-    if block * BLOCK_M >= length:  # padding alone
-        free = 0
-        high = 0
-    return low, free, high
-
-
-@triton.jit
-def _is_seen(slot, own, inside, window, CAUSAL: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Whether a query may look at a slot, [M, N]."""
-    seen = inside[None]
-    if CAUSAL:
-        seen = seen & (slot[None] <= own[:, None])
-        if HAS_WINDOW:
-            seen = seen & (slot[None] > own[:, None] - window)
-    elif HAS_WINDOW:
-        seen = seen & (slot[None] - own[:, None] <= window) & (own[:, None] - slot[None] <= window)
-    return seen
-
-
-@triton.jit
-def _turn(
-    at, peak, weight, acc, q, keys, values, base, key_stride, bias_rows, m, own, length, total, d, scale, softcap,
-    window, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Takes BLOCK_N slots in; without MASKED every query sees each of them, and there is no bias."""
-    slot = at + tl.arange(0, BLOCK_N)
-    inside = slot < total
-    cell = base + slot.to(tl.int64)[:, None] * key_stride + d[None]
-    if MASKED or DIM != WIDTH:
-        mask = inside[:, None] & (d < DIM)[None]
-        k = tl.load(keys + cell, mask=mask, other=0.0)
-        v = tl.load(values + cell, mask=mask, other=0.0)
-    else:
-        k = tl.load(keys + cell)
-        v = tl.load(values + cell)
-    scores = tl.dot(operand(q), operand_beside(tl.trans(k), q))
-    if HAS_SOFTCAP or HAS_BIAS:
-        scores = cap_scores(scores * scale, softcap, HAS_SOFTCAP)
-        if HAS_BIAS:
-            place = bias_rows[:, None] + slot[None]
-            scores += tl.load(place, mask=(m < length)[:, None] & inside[None], other=0.0).to(tl.float32)
-        scores *= _LOG2E
-    else:
-        scores *= scale * _LOG2E
-    if MASKED:
-        scores = tl.where(_is_seen(slot, own, inside, window, CAUSAL, HAS_WINDOW), scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    safe = higher
-    if MASKED:
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-    share = tl.exp2(scores - safe[:, None])
-    fade = tl.exp2(peak - safe)
-    weight = weight * fade + tl.sum(share, 1)
-    acc = acc * fade[:, None] + tl.dot(operand(share.to(q.dtype)), operand_beside(v, q))
-    return higher, weight, acc
-
-
-@triton.jit
-def _attend(
-    q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, free, high, d, scale, softcap, window,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """Softmax as it goes over the slots from ``low`` to ``high``; a query that sees nothing gets zeros.
-
-    Every query sees what lies before ``free``, a multiple of BLOCK_N.
-    """
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    weight = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    if not HAS_WINDOW and not HAS_BIAS:
-        for at in range(0, free, BLOCK_N):
-            peak, weight, acc = _turn(
-                at, peak, weight, acc, q, keys, values, base, key_stride, bias_rows, m, own, length, total, d, scale,
-                softcap, window, DIM, WIDTH, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS, False,
-            )  # fmt: skip
-        low = free
-    for at in range(low, high, BLOCK_N):
-        peak, weight, acc = _turn(
-            at, peak, weight, acc, q, keys, values, base, key_stride, bias_rows, m, own, length, total, d, scale,
-            softcap, window, DIM, WIDTH, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS, True,
-        )  # fmt: skip
-    return acc / tl.where(weight == 0.0, 1.0, weight)[:, None]
 
 
 @triton.jit
@@ -280,13 +176,13 @@ def varlen_attention_kernel(
     else:
         base += first.to(tl.int64) * key_stride
     own = past + m  # positions
-    low, free, high = _visible(block, past, length, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
+    low, free, high = visible(block, past, length, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
     bias_rows = m
     if HAS_BIAS:
         bias_rows = bias + head.to(tl.int64) * bias_stride * bias_stride + m * bias_stride
-    result = _attend(
-        q, keys, values, base, key_stride, bias_rows, m, own, length, total, low, free, high, d, scale, softcap,
-        window, DIM, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS,
+    result = attend(
+        q, keys + base, values + base, key_stride, bias_rows, m, own, length, total, low, free, high, d, scale,
+        softcap, window, DIM, WIDTH, BLOCK_M, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS,
     )  # fmt: skip
     if NARROW:
         result *= tl.load(value_scales + head // GROUP * DIM + d, mask=d < DIM, other=0.0)[None]
@@ -345,6 +241,7 @@ def varlen_attention(
         TypeError, ValueError: A tensor has another type, shape or place; a size is out of range.
     """
     cached = past_lengths is not None
+    Expect("varlen_attention", query.device).positive(scale=scale)  # the largest score is found before it is scaled
     narrow = _check(
         query, keys, values, out, starts, stops, heads, kv_heads, dim, longest, past_lengths, softcap, window, bias,
         key_scales, value_scales,

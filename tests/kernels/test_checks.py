@@ -172,6 +172,7 @@ CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (varlen_attention, to("query", half(5, 63)), ValueError, "query has 63 columns for 4 heads of 16"),
     (varlen_attention, to("query", gap), ValueError, "the last axis of query is not contiguous"),
     (varlen_attention, to("stops", ints(1)), ValueError, r"stops has shape \[1\], not \[2\]"),
+    (varlen_attention, to("scale", lambda _: -0.25), ValueError, "scale is -0.25, not positive"),
     (varlen_attention, to("bias", half(4, 9, 9)), ValueError, "there is no bias"),
     (varlen_attention, to("keys", lambda x: x.float()), TypeError, "value_cache is torch.float16"),
     (varlen_attention, lambda a: {**a, **PACKED, "values": half(5, 40)[:, :32]}, ValueError, "two row strides"),
