@@ -67,7 +67,10 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["accel", "accel.*"]), "accel.export_configs", "accel_kernels", "accel_cpu"],
+    packages=[
+        *find_packages(include=["accel", "accel.*"]),
+        *("accel.export_configs", "accel_kernels", "accel_kernels.benchmark", "accel_cpu"),
+    ],
     package_dir={
         "accel_kernels": "kernels/accel_kernels",
         "accel_cpu": "kernels/accel_cpu",

@@ -62,7 +62,7 @@ def test_functions_that_triton_does_not_compile_are_annotated(path: Path) -> Non
 
 
 def test_nothing_of_accel_is_imported() -> None:
-    for path in FOLDER.glob("*.py"):
+    for path in FOLDER.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
