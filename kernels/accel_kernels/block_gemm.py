@@ -7,14 +7,16 @@ parts up as it reads them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
-from accel_kernels.device import fitting_stages, launch_options
+from accel_kernels.device import fitting_stages, has_tensor_memory_access, launch_options
 from accel_kernels.plain import product
 from accel_kernels.tiles import (
     ACTIVATIONS,
@@ -55,8 +57,10 @@ class BlockTile:
     """Rows, outputs and terms of a tile, warps, turns in flight, programs per sum.
 
     Attributes:
-        tail: Outputs beside the ``block_n``: with 128 and 64 of them 3,072 outputs are 16 tiles, with which a thousand
-            rows fill 128 multiprocessors once.
+        tail: Outputs beside the ``block_n``: with 64 and 32 of them 3,072 outputs are 32 tiles, with which a thousand
+            rows fill 128 multiprocessors twice.
+        described: Whether operands come through the tensor memory accelerator (SM 90 and later), which takes the
+            places of a turn off the programs; rows of x and weights are multiples of 16 bytes then.
     """
 
     block_m: int = 64
@@ -66,6 +70,7 @@ class BlockTile:
     stages: int = 4
     splits: int = 1
     tail: int = 0
+    described: bool = False
 
     @property
     def outputs(self) -> int:
@@ -92,6 +97,12 @@ def _columns(weight, n, N, K, k):
 
 
 @triton.jit
+def _rows(x, m, M, K, k):
+    """Where the turns of rows m start, [M, K]. Loads of rows behind the end need no mask: they are not stored."""
+    return x + (m % M).to(tl.int64)[:, None] * K + k[None]
+
+
+@triton.jit
 def _store(
     total, out, bias, residual, m, n, split, M, N,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
@@ -111,32 +122,42 @@ def _store(
 
 @triton.jit
 def block_gemm_kernel(
-    x, weight, out, bias, residual, M, N, K,
+    x, weight, far_weight, out, bias, residual, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DEPENDENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DESCRIBED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = act(x[m] . weight[n] + bias[n]) + residual[m, n]."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * (BLOCK_N + TAIL) + tl.arange(0, BLOCK_N)
+    """out[m, n] = act(x[m] . weight[n] + bias[n]) + residual[m, n]. DESCRIBED: x and the weights are descriptors."""
+    top = tl.program_id(0) * BLOCK_M
+    left = tl.program_id(1) * (BLOCK_N + TAIL)
+    m, n = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    # Rows behind the end wrap around: loads need no mask for them, and they are not stored.
-    lines = x + (m % M).to(tl.int64)[:, None] * K + k[None]
-    columns = _columns(weight, n, N, K, k)
+    if not DESCRIBED:
+        lines = _rows(x, m, M, K, k)
+        columns = _columns(weight, n, N, K, k)
     if TAIL:
-        far = tl.program_id(1) * (BLOCK_N + TAIL) + BLOCK_N + tl.arange(0, TAIL)
-        far_columns = _columns(weight, far, N, K, k)
+        far = left + BLOCK_N + tl.arange(0, TAIL)
         far_total = tl.zeros((BLOCK_M, TAIL), tl.float32)
+        if not DESCRIBED:
+            far_columns = _columns(far_weight, far, N, K, k)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     split = tl.program_id(2)
     span = tl.cdiv(tl.cdiv(K, SPLITS), BLOCK_K) * BLOCK_K
     for at in range(split * span, tl.minimum(split * span + span, K), BLOCK_K):
-        inside = at + k < K
-        tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
-        total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
-        if TAIL:
-            far_total = tl.dot(tile, operand(tl.load(far_columns + at, mask=inside[:, None], other=0.0)), far_total)
+        if DESCRIBED:  # zeros behind the ends
+            tile = operand(x.load([top, at]))
+            total = tl.dot(tile, operand(weight.load([left, at])).T, total)
+            if TAIL:
+                far_total = tl.dot(tile, operand(far_weight.load([left + BLOCK_N, at])).T, far_total)
+        else:
+            inside = at + k < K
+            tile = operand(tl.load(lines + at, mask=inside[None], other=0.0))
+            total = tl.dot(tile, operand(tl.load(columns + at, mask=inside[:, None], other=0.0)), total)
+            if TAIL:
+                far_tile = operand(tl.load(far_columns + at, mask=inside[:, None], other=0.0))
+                far_total = tl.dot(tile, far_tile, far_total)
     _store(total, out, bias, residual, m, n, split, M, N, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, SPLITS)
     if TAIL:
         _store(far_total, out, bias, residual, m, far, split, M, N, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, SPLITS)
@@ -181,14 +202,27 @@ def block_gemm(
     expect.tensor("bias", bias, count)
     expect.tensor("residual", residual, rows, count)
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
+    if tile.described:
+        expect.that(has_tensor_memory_access(x.device), "the GPU has no tensor memory accelerator (SM 90 and later do)")
+        expect.that(size * x.element_size() % 16 == 0, f"a row has {size * x.element_size()} bytes, no multiple of 16")
     tile = tile.fitting(x)
     block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.outputs), tile.splits)](
-        x, weight, out, bias, residual, rows, count, size,
+        *_operands(x, weight, tile), out, bias, residual, rows, count, size,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, TAIL=tile.tail, BLOCK_K=tile.block_k, SPLITS=tile.splits,
         HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=activation,
-        **launch_options(x.device, dependent, tile.warps, tile.stages),
+        DESCRIBED=tile.described, **launch_options(x.device, dependent, tile.warps, tile.stages),
     )  # fmt: skip
     return out
+
+
+def _operands(x: torch.Tensor, weight: torch.Tensor, tile: BlockTile) -> tuple[Any, Any, Any]:
+    """x, the weights, and the weights as the tail reads them."""
+    if not tile.described:
+        return x, weight, weight
+    heights = (tile.block_m, tile.block_n, tile.tail or tile.block_n)
+    tensors = (x, weight, weight)
+    a, b, c = (TensorDescriptor.from_tensor(*pair) for pair in zip(tensors, ([h, tile.block_k] for h in heights)))
+    return a, b, c
 
 
 __all__ = ["BODY", "TOLERANCES", "BlockTile", "block_gemm", "reference"]

@@ -1,23 +1,37 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from tests.kernels.comparing import Maker, assert_close
 
 torch = pytest.importorskip("torch")
 from accel_kernels.block_gemm import TOLERANCES, BlockTile, block_gemm, reference  # noqa: E402
+from accel_kernels.device import has_tensor_memory_access  # noqa: E402
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, NO_ACTIVATION  # noqa: E402
 
 TILE = BlockTile(32, 32, 32)
 TAILED = BlockTile(32, 32, 32, tail=16)
+DESCRIBED = BlockTile(64, 32, 32, described=True)
+TILES = [TILE, TAILED, DESCRIBED, replace(DESCRIBED, tail=16)]
 
 
-@pytest.mark.parametrize("tile", [TILE, TAILED], ids=["plain", "tailed"])
+def need_descriptors(make: Maker, tile: BlockTile, size: int) -> None:
+    if tile.described and not has_tensor_memory_access(make.device):
+        pytest.skip("this GPU has no tensor memory accelerator")
+    if tile.described and size * make.dtype.itemsize % 16:
+        pytest.skip("rows are no multiples of 16 bytes: refused, see test_descriptors_are_refused")
+
+
+@pytest.mark.parametrize("tile", TILES, ids=["plain", "tailed", "described", "described and tailed"])
 @pytest.mark.parametrize("kind", [NO_ACTIVATION, GELU_ERF, GELU_TANH])
 @pytest.mark.parametrize(("rows", "count", "size"), [(70, 50, 100), (1, 33, 32), (32, 32, 7)])
 def test_agrees_with_the_reference(
     make: Maker, rows: int, count: int, size: int, kind: int, tile: BlockTile
 ) -> None:
+    need_descriptors(make, tile, size)
     x, weight, bias = make.normal(rows, size), make.normal(count, size), make.normal(count)
     out = make.poison(rows, count)
     assert block_gemm(x, weight, out, bias=bias, activation=kind, tile=tile) is out
@@ -29,6 +43,18 @@ def test_the_residual_comes_last(make: Maker) -> None:
     expected = reference(x, weight, residual=stream.clone(), activation=GELU_ERF)
     block_gemm(x, weight, stream, residual=stream, activation=GELU_ERF, tile=TILE)
     assert_close(stream, expected, TOLERANCES[make.dtype])
+
+
+def test_descriptors_are_refused(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accel_kernels import device as features
+
+    make = Maker(device, torch.float16)
+    if has_tensor_memory_access(make.device):
+        with pytest.raises(ValueError, match="a row has 72 bytes, no multiple of 16"):
+            block_gemm(make.normal(64, 36), make.normal(64, 36), make.poison(64, 64), tile=DESCRIBED)
+    monkeypatch.setattr(features, "capability", lambda _: (8, 6))
+    with pytest.raises(ValueError, match="tensor memory accelerator"):
+        block_gemm(make.normal(64, 64), make.normal(64, 64), make.poison(64, 64), tile=DESCRIBED)
 
 
 @pytest.mark.parametrize(("size", "splits", "tail"), [(256, 4, 0), (100, 3, 16), (32, 2, 0)])
