@@ -18,13 +18,14 @@ from tests.kernels.comparing import Maker
 
 torch = pytest.importorskip("torch")
 import accel_kernels  # noqa: E402
-from accel_kernels.benchmark import commands, launches, measure, report, timing  # noqa: E402
+from accel_kernels import launches  # noqa: E402
+from accel_kernels.benchmark import commands, measure, report, timing  # noqa: E402
 from accel_kernels.benchmark.__main__ import main  # noqa: E402
 from accel_kernels.benchmark.agreement import PEER, agreements, error_of  # noqa: E402
 from accel_kernels.benchmark.measure import Measured  # noqa: E402
 from accel_kernels.benchmark.problem import Operands, Problem, Row, names_of  # noqa: E402
 from accel_kernels.benchmark.rows import rows_of  # noqa: E402
-from accel_kernels.benchmark.shapes import FULL, TINY, Layer  # noqa: E402
+from accel_kernels.benchmark.shapes import FULL, TINY  # noqa: E402
 from accel_kernels.benchmark.timing import MOST_RUNS, Limits, Times  # noqa: E402
 from accel_kernels.device import INTERPRETED, has_tensor_memory_access  # noqa: E402
 from accel_kernels.ops import OPS  # noqa: E402
@@ -87,44 +88,6 @@ def test_cold_operands_have_copies_that_overflow_the_l2() -> None:
     assert [several(index) for index in range(6)] == [0, 1, 2, 3, 0, 1]
     assert len(Operands(device).copies(lambda _: 0, 600)) == 1
     assert LIMITS.spread > LIMITS.l2_bytes
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [FULL.decoder.qkv, FULL.decoder.gate_up, FULL.decoder.down, FULL.decoder.head],
-    ids=lambda layer: layer.name,
-)
-def test_launch_parameters_are_the_engine_s(layer: Layer) -> None:
-    pytest.importorskip("onnx_ir")
-    from accel.engines.cuda import tiles
-    from accel.engines.cuda.program import STRIPE, Matrix
-
-    count = layer.outputs * (1 + layer.gated)
-    stripe = STRIPE if layer.gated else None
-    assert layer.stripe == stripe
-    matrix = Matrix(torch.empty(count, layer.inputs, device="meta"), stripe=stripe)
-    assert launches.gemv_tile(layer) == tiles.gemv_tile(matrix)
-    for rows in (8, 32, 128):
-        assert launches.narrow_tile(layer, rows) == tiles.narrow_tile(matrix, rows)
-    assert launches.narrow_split_tile(layer, 8).splits == tiles.splits_of(matrix)
-    for bits in (4, 8):
-        words = torch.empty(count, layer.inputs * bits // 32, device="meta")
-        packed = Matrix(words, stripe=stripe, scales=torch.empty(count, 1, device="meta"), bits=bits)
-        assert launches.quantized_gemv_tile(layer, bits) == tiles.quantized_gemv_tile(packed)
-
-
-def test_candidates_are_the_engine_s() -> None:
-    pytest.importorskip("onnx_ir")
-    from accel.engines.cuda import attention, tiles
-
-    for name in ("BLOCK_TILES", "SPLIT_TILES", "WIDE_TILES", "QUANTIZED_TILES", "QUANTIZED_SPLIT_TILES"):
-        assert getattr(launches, name) == getattr(tiles, name), name
-    assert launches.ENCODER_ATTENTION == attention._TILES
-    assert launches.decode_launch(1, 8, 64, attention.SHORT_PAST - 1)["splits"] == 1
-    for rows in (1, 8, 32):
-        launch = launches.decode_launch(rows, 8, 64, attention.SHORT_PAST)
-        assert launch["splits"] == max(1, min(attention._MOST_SPLITS, attention._BLOCKS // (rows * 8)))
-        assert launch["block"] == attention._block(rows * 8 <= attention._BLOCKS, 64)
 
 
 def test_parts_of_a_few_rows_are_cut_as_the_engine_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,20 +9,12 @@ import onnx_ir as ir
 import torch
 from accel_kernels.decode_attention import decode_attention
 from accel_kernels.decode_attention import workspace as decode_workspace
+from accel_kernels.launches import ENCODER_ATTENTION, decode_launch, label
 from accel_kernels.rotary_append import rotary_append
 from accel_kernels.varlen_attention import varlen_attention
 
 from accel.engines.cuda.products import Products, as_tensor
 from accel.engines.cuda.values import Parts
-
-_BLOCKS = 132  # programs that fill the GPU
-_MOST_SPLITS = 16
-_TILES = (  # of encoders
-    {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3},
-    {"block_m": 64, "block_n": 128, "warps": 4, "stages": 2},
-    {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3},
-)
-SHORT_PAST = 512  # positions up to which one program per head is as fast as several that must meet
 
 
 @dataclass
@@ -95,14 +87,13 @@ class CachedAttention:
                 sin: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
         rows = step.past_lengths.numel()
         kv_heads, dim = keys.shape[1], keys.shape[3]
-        splits = max(1, min(_MOST_SPLITS, _BLOCKS // (rows * kv_heads))) if step.long_past else 1
-        few = rows * kv_heads <= _BLOCKS
+        launch = decode_launch(rows, kv_heads, dim, step.long_past)
         packed = qkv.parts if isinstance(qkv, Parts) else qkv
         out = torch.empty(rows, heads * dim, dtype=keys.dtype, device=keys.device)
         return decode_attention(
             packed, keys[:rows], values[:rows], step.past_lengths, out,
-            self._space(rows, kv_heads, heads // kv_heads, dim, splits), heads=heads, splits=splits, scale=scale,
-            cos=cos, sin=sin, softcap=softcap, window=window, block=_block(few, dim), least=256, warps=8 if few else 4,
+            self._space(rows, kv_heads, heads // kv_heads, dim, launch["splits"]), heads=heads, scale=scale,
+            cos=cos, sin=sin, softcap=softcap, window=window, **launch,
         )  # fmt: skip
 
     def _space(self, rows: int, kv_heads: int, group: int, dim: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,13 +103,6 @@ class CachedAttention:
             device = next(iter(self._caches.values()))[0].device
             self._spaces[sizes] = decode_workspace(rows, kv_heads, group, dim, splits, device)
         return self._spaces[sizes]
-
-
-def _block(few: bool, dim: int) -> int:
-    """Positions of a turn: asking for many at once hides the memory's latency, but larger heads leave less room."""
-    if dim > 128:
-        return 64
-    return 256 if few and dim <= 64 else 128
 
 
 def encoder_attention(
@@ -142,10 +126,10 @@ def encoder_attention(
         longest=longest, scale=node.attributes["scale"].as_float(), softcap=softcap, window=window,
         bias=None if bias is None else bias[0].contiguous(), room=longest,
     )  # fmt: skip
-    ways = {" ".join(f"{name} {size}" for name, size in tile.items()): partial(attend, **tile) for tile in _TILES}
+    ways = {label(tile): partial(attend, **tile) for tile in ENCODER_ATTENTION}
     options = f"softcap {softcap}, window {window}, bias {bias is not None}"
     key_of = f"attention of {len(starts)}x{longest}, {heads} heads on {kv_heads} of {dim}, {query.dtype}, {options}"
     return ways[products.fastest(key_of, ways, query if operands[1] is not None else packed)]()
 
 
-__all__ = ["SHORT_PAST", "CachedAttention", "StepTensors", "encoder_attention"]
+__all__ = ["CachedAttention", "StepTensors", "encoder_attention"]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accel_kernels.launches import SHORT_PAST
 from numpy.typing import NDArray
 
-from accel.engines.cuda.attention import SHORT_PAST, CachedAttention, StepTensors
+from accel.engines.cuda.attention import CachedAttention, StepTensors
 from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor

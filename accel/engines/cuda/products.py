@@ -19,7 +19,20 @@ import torch
 from accel_kernels.activation import activation
 from accel_kernels.block_gemm import BlockTile, block_gemm
 from accel_kernels.gemv import gemv
-from accel_kernels.narrow_gemm import NarrowTile, narrow_gemm
+from accel_kernels.launches import (
+    BLOCK_TILES,
+    FEW,
+    QUANTIZED_SPLIT_TILES,
+    QUANTIZED_TILES,
+    SPLIT_TILES,
+    WIDE_TILES,
+    gemv_tile,
+    narrow_split_tile,
+    narrow_tile,
+    quantized_gemv_tile,
+    splits_of,
+)
+from accel_kernels.narrow_gemm import narrow_gemm
 from accel_kernels.norm import norm
 from accel_kernels.quantized_gather import quantized_gather
 from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
@@ -29,18 +42,6 @@ from accel_kernels.wide_gemm import wide_gemm
 
 from accel.engines.cuda.contest import Contest, Way
 from accel.engines.cuda.program import STRIPE, Matrix
-from accel.engines.cuda.tiles import (
-    BLOCK_TILES,
-    FEW,
-    QUANTIZED_SPLIT_TILES,
-    QUANTIZED_TILES,
-    SPLIT_TILES,
-    WIDE_TILES,
-    gemv_tile,
-    narrow_tile,
-    quantized_gemv_tile,
-    splits_of,
-)
 from accel.engines.cuda.values import Normed, Parts, Rows, Sum
 
 KINDS = {"silu": SILU, "gelu": GELU_ERF, "gelu_tanh": GELU_TANH}
@@ -136,9 +137,7 @@ class Products:
             return self.linear(value, matrix)
         x = self.low(value)
         out = torch.empty(splits, rows, matrix.outputs, dtype=torch.float32, device=x.device)
-        depth = x.shape[1] // splits
-        tile = NarrowTile(64, 256, splits, 4, 3) if depth <= 1024 else NarrowTile(64, 128, splits, 4, 4)
-        narrow_gemm(x, matrix.weight, out, tile=tile)
+        narrow_gemm(x, matrix.weight, out, tile=narrow_split_tile(matrix, rows))
         return Parts(out)
 
     def _split(self, x: torch.Tensor, matrix: Matrix) -> Parts | torch.Tensor:
@@ -189,7 +188,7 @@ class Products:
         return quantized_gemv(
             x.contiguous(), matrix.weight, matrix.scales, out, bits=matrix.bits, bias=matrix.bias, residual=residual,
             gated=matrix.stripe is not None, stripe=matrix.stripe, activation=-1 if kind is None else KINDS[kind],
-            tile=quantized_gemv_tile(matrix),
+            tile=quantized_gemv_tile(matrix, matrix.bits),
         )  # fmt: skip
 
     def _several_quantized(
@@ -242,9 +241,8 @@ class Products:
         options: dict[str, Any] = {"bias": matrix.bias, "activation": -1 if kind is None else KINDS[kind]}
         ways: dict[str, Callable[[], torch.Tensor]] = {}
         if len(x) <= BLOCK_ROWS and x.shape[1] * x.element_size() % 16 == 0:
-            ways |= {
-                f"{tile}": partial(block_gemm, x, matrix.weight, out, tile=tile, **options) for tile in BLOCK_TILES
-            }
+            tiles = [tile for tile in BLOCK_TILES if self._tensor_memory or not tile.described]
+            ways |= {f"{tile}": partial(block_gemm, x, matrix.weight, out, tile=tile, **options) for tile in tiles}
         if self._tensor_memory and len(x) >= WIDE_ROWS:
             ways |= {f"{tile}": partial(wide_gemm, x, matrix.weight, out, tile=tile, **options) for tile in WIDE_TILES}
         blas = {"blas": partial(self._blas, x, matrix, kind, out)}

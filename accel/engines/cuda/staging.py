@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from accel_kernels.advance import advance
 from accel_kernels.argmax import argmax, argmax_workspace
+from accel_kernels.launches import SHORT_PAST
 from numpy.typing import NDArray
 
-from accel.engines.cuda.attention import SHORT_PAST, StepTensors
+from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.device import Device
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.replay import Replay

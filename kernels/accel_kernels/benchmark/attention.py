@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional
 
 from accel_kernels import decode_attention as decode
+from accel_kernels import launches
 from accel_kernels import rotary_append as rotary
 from accel_kernels import varlen_attention as varlen
-from accel_kernels.benchmark import launches, peers
+from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Copies, Operands, Problem, Row, size_of
 from accel_kernels.benchmark.shapes import Decoder, Encoder, Shapes
 
@@ -80,7 +81,7 @@ def _prepare_decode(sizes: Decoder, rows: int, past: int, operands: Operands) ->
     pasts = torch.full((rows,), past, dtype=torch.int32, device=device)
     cos, sin = _tables(past + 1, dim, device)
     options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin}
-    launch = launches.decode_launch(rows, kv_heads, dim, past)
+    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST)
     space = decode.workspace(rows, kv_heads, heads // kv_heads, dim, launch["splits"], device)
     out = operands.unwritten(rows, heads * dim)
     last_cos, last_sin = (table[past] for table in peers.whole_tables(cos, sin))

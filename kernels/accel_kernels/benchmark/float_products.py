@@ -11,9 +11,10 @@ import torch
 
 from accel_kernels import block_gemm as block
 from accel_kernels import gemv as single
+from accel_kernels import launches
 from accel_kernels import narrow_gemm as narrow
 from accel_kernels import wide_gemm as wide
-from accel_kernels.benchmark import launches, peers
+from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import Copies, Operands, Problem, Row, Run, size_of
 from accel_kernels.benchmark.shapes import Layer, Shapes
 from accel_kernels.tiles import NO_NORM, RMS_NORM

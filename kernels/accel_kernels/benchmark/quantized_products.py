@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from accel_kernels import launches
 from accel_kernels import quantized_gather as rows_kernel
 from accel_kernels import quantized_gemm as several
 from accel_kernels import quantized_gemv as single
-from accel_kernels.benchmark import launches, peers
+from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Copies, Operands, Problem, Row, size_of
 from accel_kernels.benchmark.shapes import Layer, Shapes
 

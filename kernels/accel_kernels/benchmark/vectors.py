@@ -11,9 +11,10 @@ from torch.nn import functional
 from accel_kernels import activation as activations
 from accel_kernels import argmax as best_of
 from accel_kernels import gather as rows_kernel
+from accel_kernels import launches
 from accel_kernels import norm as norms
 from accel_kernels.advance import advance
-from accel_kernels.benchmark import launches, peers
+from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Operands, Problem, Row, size_of
 from accel_kernels.benchmark.shapes import Layer, Shapes
 from accel_kernels.tiles import LAYER_NORM, RMS_NORM
