@@ -1,4 +1,4 @@
-"""Rows of an embedding table."""
+"""Rows of an embedding table, or the sums of rows of up to three: words, positions, segments."""
 
 from __future__ import annotations
 
@@ -11,21 +11,35 @@ from accel_kernels.checks import INDICES, Expect
 from accel_kernels.device import launch_options, next_power_of_2
 from accel_kernels.tiles import let_successor_start, wait_for_predecessor
 
+Lookup = tuple[torch.Tensor, torch.Tensor]  # a table and its ids
+
 BODY = (
     HEADER
     + """
-Gather (table, ids, added) => (out)
+Gather (table, ids, added, second, second_ids, third, third_ids) => (out)
 {
+    last = Constant <value_ints = [-1]> ()
     low = Gather <axis = 0> (table, ids)
     rows = Cast <to = 1> (low)
     shape = Shape (rows)
-    last = Constant <value_ints = [-1]> ()
     by_turn = Concat <axis = 0> (last, shape)
     turns = Reshape (added, by_turn)
     sums = Add (turns, rows)
+    second_low = Gather <axis = 0> (second, second_ids)
+    second_rows = Cast <to = 1> (second_low)
+    second_shape = Shape (second_rows)
+    second_by_turn = Concat <axis = 0> (last, second_shape)
+    second_turns = Reshape (sums, second_by_turn)
+    second_sums = Add (second_turns, second_rows)
+    third_low = Gather <axis = 0> (third, third_ids)
+    third_rows = Cast <to = 1> (third_low)
+    third_shape = Shape (third_rows)
+    third_by_turn = Concat <axis = 0> (last, third_shape)
+    third_turns = Reshape (second_sums, third_by_turn)
+    third_sums = Add (third_turns, third_rows)
     width = Shape <start = 1> (rows)
     flat = Concat <axis = 0> (last, width)
-    out = Reshape (sums, flat)
+    out = Reshape (third_sums, flat)
 }
 """
 )
@@ -33,28 +47,47 @@ Gather (table, ids, added) => (out)
 TOLERANCES = {torch.float32: 0.0, torch.float16: 0.0, torch.bfloat16: 0.0}
 
 
-def reference(table: torch.Tensor, ids: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+def reference(
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    added: torch.Tensor | None = None,
+    second: Lookup | None = None,
+    third: Lookup | None = None,
+) -> torch.Tensor:
     """What ``gather`` reads, and adds: float64 [T, K]."""
     rows = table.double()[ids.long()]
-    if added is None:
-        return rows
-    return (added.double().reshape(-1, *rows.shape) + rows).reshape(-1, rows.shape[1])
+    if added is not None:
+        rows = (added.double().reshape(-1, *rows.shape) + rows).reshape(-1, rows.shape[1])
+    for also in (second, third):
+        if also is not None:
+            more = also[0].double()[also[1].long()]
+            rows = (rows.reshape(-1, *more.shape) + more).reshape(-1, rows.shape[1])
+    return rows
 
 
 @triton.jit
 def gather_kernel(
-    table, ids, added, out, K, PERIOD, BLOCK: tl.constexpr, HAS_ADDED: tl.constexpr, DEPENDENT: tl.constexpr
-):
-    """out[t] = table[ids[t % PERIOD]] + added[t]; one program per row."""
+    table, ids, added, second, second_ids, third, third_ids, out, K, PERIOD, SECOND_PERIOD, THIRD_PERIOD,
+    BLOCK: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_SECOND: tl.constexpr, HAS_THIRD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """out[t] = table[ids[t % PERIOD]] + added[t] + ...; one program per row."""
     row = tl.program_id(0)
     k = tl.arange(0, BLOCK)
+    inside = k < K
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     token = tl.load(ids + row % PERIOD).to(tl.int64)
-    value = tl.load(table + token * K + k, mask=k < K, other=0.0)
+    value = tl.load(table + token * K + k, mask=inside, other=0.0)
     if HAS_ADDED:
-        value = value.to(tl.float32) + tl.load(added + row.to(tl.int64) * K + k, mask=k < K, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * K + k, value.to(out.dtype.element_ty), mask=k < K)
+        value = value.to(tl.float32) + tl.load(added + row.to(tl.int64) * K + k, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SECOND:
+        token = tl.load(second_ids + row % SECOND_PERIOD).to(tl.int64)
+        value = value.to(tl.float32) + tl.load(second + token * K + k, mask=inside, other=0.0).to(tl.float32)
+    if HAS_THIRD:
+        token = tl.load(third_ids + row % THIRD_PERIOD).to(tl.int64)
+        value = value.to(tl.float32) + tl.load(third + token * K + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row.to(tl.int64) * K + k, value.to(out.dtype.element_ty), mask=inside)
 
 
 def gather(
@@ -63,6 +96,8 @@ def gather(
     out: torch.Tensor,
     *,
     added: torch.Tensor | None = None,
+    second: Lookup | None = None,
+    third: Lookup | None = None,
     dependent: bool | None = None,
 ) -> torch.Tensor:
     """Rows of an embedding table, perhaps added to others. Every tensor on one device, contiguous.
@@ -72,6 +107,7 @@ def gather(
         ids: int32 or int64 [T], from 0 to V - 1; nothing checks that on the device.
         out: [T, K], written; of any float type; may be ``added``.
         added: [T, K]; T may be a multiple of the ids then, which are used over and over.
+        second, third: More tables [*, K] with their ids, whose number divides T: these rows are added too.
         dependent: Start before the predecessor ends; None: where the device can.
 
     Raises:
@@ -79,14 +115,21 @@ def gather(
     """
     expect = Expect("gather", table.device)
     expect.tensor("table", table, -1, -1)
+    size, sums = table.shape[1], added is not None or second is not None or third is not None
     expect.tensor("ids", ids, -1, dtypes=INDICES)
-    size = table.shape[1]
-    expect.tensor("out", out, ids.numel() if added is None else -1, size)
+    expect.tensor("out", out, -1 if sums else ids.numel(), size)
     expect.tensor("added", added, len(out), size)
-    expect.that(len(out) % max(1, ids.numel()) == 0, f"{len(out)} rows are no multiple of {ids.numel()} ids")
+    lookups = [(table, ids), second or (None, None), third or (None, None)]
+    for name, (rows, places) in zip(("table", "second", "third"), lookups, strict=True):
+        expect.tensor(name, rows, -1, size)
+        expect.tensor(f"{name} ids", places, -1, dtypes=INDICES)
+        count = 1 if places is None else max(1, places.numel())
+        expect.that(len(out) % count == 0, f"{len(out)} rows are no multiple of {count} ids")
+    operands = [tensor for pair in lookups[1:] for tensor in pair]
+    periods = [1 if places is None else places.numel() for _, places in lookups]
     gather_kernel[(len(out),)](
-        table, ids, added, out, size, ids.numel(), BLOCK=next_power_of_2(size), HAS_ADDED=added is not None,
-        **launch_options(table.device, dependent, 4),
+        table, ids, added, *operands, out, size, *periods, BLOCK=next_power_of_2(size), HAS_ADDED=added is not None,
+        HAS_SECOND=second is not None, HAS_THIRD=third is not None, **launch_options(table.device, dependent, 4),
     )  # fmt: skip
     return out
 

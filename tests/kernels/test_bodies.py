@@ -235,11 +235,13 @@ def test_argmax(maker: Maker) -> None:
 
 def test_gather(maker: Maker) -> None:
     table, ids = maker.normal(9, 5), maker.ints(8, 0, 8)
-    (out,) = evaluate(BY_NAME["gather"], [table, ids, torch.zeros(len(ids), table.shape[1])], {})
+    nothing = [torch.zeros(1, 5), maker.ints(0)]
+    (out,) = evaluate(BY_NAME["gather"], [table, ids, torch.zeros(len(ids), 5), *nothing, *nothing], {})
     assert torch.equal(out.double(), BY_NAME["gather"].reference(table, ids))
     added = maker.normal(2 * len(ids), table.shape[1])
-    (out,) = evaluate(BY_NAME["gather"], [table, ids, added], {})
-    assert_close(out, BY_NAME["gather"].reference(table, ids, added), 1e-6)
+    second, third = (maker.normal(4, 5), maker.ints(3, 1)), (maker.normal(2, 5), maker.ints(0, 1, 1))
+    (out,) = evaluate(BY_NAME["gather"], [table, ids, added, *second, *third], {})
+    assert_close(out, BY_NAME["gather"].reference(table, ids, added, second, third), 1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -30,3 +30,15 @@ def test_rows_on_top_of_others(make: Maker, turns: int) -> None:
 def test_no_ids_are_no_rows(device: object) -> None:
     make = Maker(device)
     assert gather(make.normal(5, 8), make.ints(), make.poison(0, 8)).shape == (0, 8)
+
+
+@pytest.mark.parametrize("with_added", [False, True])
+def test_rows_of_several_tables(make: Maker, with_added: bool) -> None:
+    """Each table's ids are used over and over."""
+    word, position, segment = make.normal(50, 24), make.normal(9, 24), make.normal(2, 24)
+    ids, slots, kinds = make.ints(3, 49, 0, 3, 7, 1), make.ints(4, 5, 8), make.ints(0, 1, dtype=torch.int64)
+    added = make.normal(6, 24, dtype=torch.float32) if with_added else None
+    out = make.poison(6, 24, dtype=torch.float32)
+    for also in ({"second": (position, slots)}, {"second": (position, slots), "third": (segment, kinds)}):
+        gather(word, ids, out, added=added, **also)
+        assert_close(out, reference(word, ids, added, **also), 1e-6)

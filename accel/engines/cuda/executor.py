@@ -232,10 +232,13 @@ class _Run:
         shape = value.shape if isinstance(value, torch.Tensor | Rows) else None
         return shape if shape is not None and len(shape) != 2 else None
 
-    def _added_rows(self, node: ir.Node) -> torch.Tensor | None:
+    def _added_rows(self, node: ir.Node) -> torch.Tensor | Rows | None:
         """Rows of a table on top of what stands beside them; None: neither operand is that."""
         for place in (1, 0):
             rows, value = self._values[node.inputs[place]], node.inputs[1 - place]  # type: ignore[index]
+            beside = self._values[value]  # type: ignore[index]
+            if isinstance(rows, Rows) and isinstance(beside, Rows) and (joined := beside.joined(rows)) is not None:
+                return joined
             if isinstance(rows, Rows) and rows.result is None:
                 other = self._tensor(value)
                 if other.is_floating_point() and other.device == self._device and rows.fits(other.shape):

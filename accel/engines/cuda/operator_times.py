@@ -141,7 +141,7 @@ def _bytes(value: object) -> int:
     if isinstance(value, torch.Tensor):
         return value.nbytes
     if isinstance(value, Rows):
-        return value.ids.numel() * value.table.shape[1] * value.table.element_size()
+        return value.ids.numel() * value.table.shape[1] * value.table.element_size() + _bytes(value.also)
     if is_dataclass(value) and not isinstance(value, Matrix | type):
         return sum(_bytes(getattr(value, each.name)) for each in fields(value))
     return sum(_bytes(part) for part in value) if isinstance(value, list | tuple) else 0

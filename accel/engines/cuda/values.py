@@ -11,6 +11,8 @@ from accel_kernels.gather import gather
 
 from accel.engines.cuda.program import Matrix
 
+_PLACES = ("second", "third")  # of other tables in ``gather``
+
 
 @dataclass
 class Normed:
@@ -53,10 +55,14 @@ class Sum:
 
 @dataclass
 class Rows:
-    """Rows of a table, not read yet: they are added to others as they are."""
+    """Rows of a table, not read yet: they are added to others as they are.
+
+    ``also``: rows of other tables on top of them, read on the way.
+    """
 
     table: torch.Tensor  # [V, K]
     ids: torch.Tensor
+    also: tuple[Rows, ...] = ()
     result: torch.Tensor | None = None
 
     @property
@@ -76,8 +82,20 @@ class Rows:
         out = torch.empty(shape, dtype=torch.float32, device=self.table.device)
         flat, width = out.view(-1, shape[-1]), shape[-1]
         added = None if other is None else other.reshape(-1, width).contiguous()
-        gather(self.table, self.ids.reshape(-1).contiguous(), flat, added=added)
+        also: dict[str, Any] = {name: more._lookup() for name, more in zip(_PLACES, self.also)}
+        gather(*self._lookup(), flat, added=added, **also)
         return out
+
+    def joined(self, other: Rows) -> Rows | None:
+        """Both, still unread; None where one kernel cannot read them all."""
+        if self.result is not None or other.result is not None or other.also or len(self.also) == len(_PLACES):
+            return None
+        if other.table.dtype != self.table.dtype or not other.fits(self.shape):
+            return None
+        return Rows(self.table, self.ids, (*self.also, other))
+
+    def _lookup(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.table, self.ids.reshape(-1).contiguous()
 
     def fits(self, other: torch.Size) -> bool:
         """Whether ``added_to`` takes a tensor of this shape."""
