@@ -92,13 +92,17 @@ def stores_integers(name: str) -> bool:
 
 
 def gpu_type(name: str, dtype: str) -> str:
-    """The type that a variant computes in, and caches, on ONNX Runtime's CUDA provider and our kernels.
+    """The type that a variant computes in on ONNX Runtime's CUDA provider and our kernels; caches that are floats too.
 
     Args:
         name: The variant's.
-        dtype: That of its manifest entry, which is the CPU's where weights are integers.
+        dtype: That of its manifest entry, which is the CPU's where weights or caches are integers.
     """
-    return "float16" if stores_integers(name) else dtype
+    try:
+        scheme = parse_scheme(name)
+    except InputError:
+        return dtype
+    return "float16" if scheme.quantized or (scheme.kv_bits is not None and scheme.base == "fp32") else dtype
 
 
 def _unknown(name: str) -> InputError:

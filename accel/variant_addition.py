@@ -303,8 +303,8 @@ class Addition:
         )
 
     def _reads_base(self) -> bool:
-        """Whether the weights are fp32's own."""
-        return self.target.rounds or (self.scheme.base == BASE and not self.scheme.quantized)
+        """Whether the weights are fp32's own; a GPU's are in fp16 where caches are integers."""
+        return self.target.rounds or self.scheme.lossless or (self.target.name == CPU and not self.scheme.quantized)
 
     def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
         if self.target.name == CPU:
@@ -321,7 +321,7 @@ class Addition:
                 result = check_precision(self.bundle, self.scheme, self.target, session)
         else:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
-            if self.scheme.quantized:
+            if self.scheme.quantized or self.scheme.kv_bits is not None:
                 assert self._told is not None
                 result = check_evaluated(self.bundle, self._told, canonical, session)
             else:

@@ -90,13 +90,15 @@ def check_evaluated(
     """The same for a lowered graph that is evaluated in its own precision, see ``evaluated``.
 
     Where only weights are rounded, both sides hold the same numbers: the limit is twice that of the precision itself.
+    Keys and values that the precision moved are rounded to other integers here and there.
 
     Raises:
         ParityError: They differ by more than rounding does.
     """
     scheme = plan.scheme
     # Scales are rounded to the type on top of what fp16 rounds, and models of random numbers feel it: 2.7e-2.
-    limit = 2 * LIMITS[scheme.gpu_base] if scheme.activations == "none" else INTEGERS
+    weights_alone = scheme.activations == "none" and scheme.kv_bits is None
+    limit = 2 * LIMITS[scheme.gpu_base] if weights_alone else INTEGERS
     return _compare_integers(bundle, plan, canonical, session, limit, scheme.activations)
 
 
@@ -171,7 +173,8 @@ def evaluated(model: ir.Model, bundle: Bundle, target: Target, dtype: ir.DataTyp
     def session(rows: int, capacity: int) -> Any:
         from accel.graph.evaluation.torch_graph import TorchGraph
 
-        return target.session(TorchGraph(model).run, bundle.manifest.arch, rows, capacity, dtype)
+        cache = next((value.dtype for value in model.graph.inputs if value.name == "past.0.key"), None)
+        return target.session(TorchGraph(model).run, bundle.manifest.arch, rows, capacity, cache or dtype)
 
     return session
 

@@ -90,6 +90,8 @@ class Target:
         if self.name == TENSORRT:
             scheme, scales = plan.scheme, plan.static_scales
             return package.lower(model, arch, arch.max_positions, dtype, scheme=scheme, static_scales=scales)
+        if plan.kv is not None:
+            return package.lower(model, arch, arch.max_positions, dtype, kv=plan.kv)
         return package.lower(model, arch, arch.max_positions, dtype)
 
 
@@ -194,6 +196,18 @@ def _refuse_integers(kind: Kind, scheme: Scheme) -> str | None:
 def _refuse_all_but_groups(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.kv_bits is not None:
         return "its caches are floats"
+    return _refuse_ungrouped(scheme)
+
+
+def _refuse_cuda(kind: Kind, scheme: Scheme) -> str | None:
+    if scheme.kv_bits is not None and kind != "decoder":
+        return "an encoder has no cache"
+    if scheme.kv_bits not in (None, 8):
+        return f"its caches are floats or int8, not int{scheme.kv_bits}"
+    return _refuse_ungrouped(scheme)
+
+
+def _refuse_ungrouped(scheme: Scheme) -> str | None:
     if scheme.activations != "none":
         return "its kernels take floats times integer weights in groups (w8g32, w4g128, ...), no integers on both sides"
     if scheme.base == "fp8":
@@ -206,7 +220,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
         Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_tensorrt, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_all_but_groups),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_cuda),
         # Its attention over a cache has no fp32 kernel.
         Target(
             "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
@@ -257,14 +271,15 @@ def check_runnable(kind: Kind, variant: str) -> None:
 def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     """The targets of a variant that are meant where none is named: all for floats, for integers the first.
 
-    Each target stores integers in a layout of its own, and choosing them takes its time.
+    Each target stores integers in a layout of its own, and choosing them, or a cache's scales, takes its time.
 
     Raises:
         InputError: No such scheme, or no target runs this kind of model in it; says why each does not.
     """
     check_runnable(arch.kind, variant)
     able = sensible_targets(arch, variant)
-    return able[:1] if parse_scheme(variant).quantized else able
+    scheme = parse_scheme(variant)
+    return able[:1] if scheme.quantized or scheme.kv_bits is not None else able
 
 
 def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from accel.errors import InputError
-from accel.scheme import BASES, CACHES, QUANTIZED, Scheme, parse_scheme
+from accel.scheme import BASES, CACHES, QUANTIZED, Scheme, gpu_type, parse_scheme
 
 
 @pytest.mark.parametrize("cache", ["", *(f"+{name}" for name in CACHES)])
@@ -24,6 +24,14 @@ def test_parts() -> None:
     assert parse_scheme("w8a8").activations == "static"
     assert parse_scheme("kv4") == Scheme("fp32+kv4", kv_bits=4)
     assert parse_scheme("bf16").base == "bf16"
+
+
+def test_what_gpus_compute_in() -> None:
+    """The manifest's type is the CPU's where something is rounded that a GPU has beside fp16."""
+    types = {"kv8": "float32", "w4g32+kv8": "float32", "fp16+kv8": "float16", "bf16+kv8": "bfloat16", "fp32": "float32"}
+    found = {name: gpu_type(name, dtype) for name, dtype in types.items()}
+    assert found == {**types, "kv8": "float16", "w4g32+kv8": "float16"}
+    assert gpu_type("a name of somebody's", "bfloat16") == "bfloat16"
 
 
 UNKNOWN = ["", "w4", "w4g33", "w4g", "w3g32", "kv8+kv4", "w4g32+kv8+kv8", "w8a8+fp16", "W4g32", "+kv8"]

@@ -30,7 +30,12 @@ def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
 
 REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("kv8", None, {"algorithm": "gptq"}, "^kv8 has no integer weights to choose"),
-    ("kv8", "cuda", {}, "the cuda engine cannot run this decoder as kv8: its caches are floats"),
+    ("kv4", "cuda", {}, "cuda engine cannot run this decoder as kv4: its caches are floats or int8, not int4.*ort-cpu"),
+    ("w8a8+kv8", "cuda", {}, "the cuda engine cannot run this decoder as w8a8.kv8: its kernels take floats"),
+    ("fp16+kv8", "ort-cuda", {}, "Runtime CUDA cannot run this decoder as fp16.kv8: its caches are floats.*: cuda"),
+    ("fp16+kv8", "tensorrt", {}, "TensorRT cannot run .*: its cache layer takes no integers .*: cuda"),
+    ("fp16+kv8", "ort-cpu", {}, "ONNX Runtime CPU cannot run this decoder as fp16.kv8: .*: cuda"),
+    ("fp16+kv8", None, {"max_q_drop": 1.0}, "fp16.kv8 for the cuda engine is not measured here"),
     ("w4g32", "cuda", {"max_q_drop": 1.0}, "max_q_drop needs a measurement, and w4g32 for the cuda engine is not"),
     ("w4g32", "tensorrt", {"max_q_drop": 1.0}, "w4g32 for TensorRT is not measured here.*ort-cpu are measured"),
     ("fp16", None, {"max_q_drop": 1.0}, "fp16 for TensorRT is not measured here"),
@@ -43,7 +48,8 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("fp8", None, {"max_bytes": "1M"}, "fp8 .*takes no max_bytes"),
     ("fp16", None, {"max_layer_error": 0.1}, "fp16 .*takes no max_layer_error"),
     ("kv8", None, {"q_budget": 0.1}, "kv8 .*takes no q_budget"),
-    ("fp16+kv8", None, {}, "no target runs this decoder as fp16\\+kv8 .*TensorRT: its cache layer takes no integers"),
+    ("fp8+kv8", None, {}, "no target runs this decoder as fp8\\+kv8 .*TensorRT: its cache layer takes no integers"),
+    ("fp16+kv4", None, {}, "no target runs this decoder as fp16\\+kv4 .*cuda engine: its caches are floats or int8"),
 ]
 
 
@@ -86,7 +92,7 @@ def test_the_command_checks_all_before_the_first(decoder: Path, capsys: pytest.C
     plain = ["quantize", str(decoder), "--variant", "w8g32", "--no-parity"]
     for more, said in (
         (["--variant", "fp16", "--algorithm", "rtn"], "fp16 has no integer weights"),
-        (["--variant", "fp16+kv8"], "no target runs this decoder as fp16+kv8"),
+        (["--variant", "fp16+kv4"], "no target runs this decoder as fp16+kv4"),
         (["--target", "ort-cpu", "--target", "cuda", "--max-q-drop", "1"], "for the cuda engine is not measured here"),
         (["--no-quality", "--max-q-drop", "1"], "measuring is off"),
     ):

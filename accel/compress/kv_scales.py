@@ -11,6 +11,7 @@ positions spread over all that the model covers: it is turned on by the steps be
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from accel.bundle import Bundle
 from accel.engines import open_session
 from accel.engines.session import SessionOptions, StepInputs
-from accel.errors import CheckpointError, InputError
+from accel.errors import CheckpointError, EngineUnavailableError, InputError
 from accel.graph.rotation import KeyRotation, key_rotations
 from accel.kv_quantization import KvQuantization, check_bits
 from accel.spec import ArchSpec
@@ -34,6 +35,7 @@ RATIOS = np.linspace(1.0, 0.4, 25)  # of the largest magnitude, tried as the las
 SAMPLES = 512  # keys per layer that scales are tried on
 CHUNK = 512  # tokens of a step
 Values = NDArray[np.float32]
+_log = logging.getLogger("accel")
 
 
 def calibrate_cache(
@@ -47,6 +49,9 @@ def calibrate_cache(
 ) -> KvQuantization:
     """Runs samples through the fp32 engine and takes the scales from what its caches hold.
 
+    Where that engine cannot run (ONNX Runtime's wheel for GPUs has not its kernels), PyTorch evaluates the canonical
+    graph instead.
+
     Args:
         bundle: A decoder's, with its fp32 graph for ``ort-cpu``.
         canonical: Its canonical graph, which says how keys turn; left as it is.
@@ -59,7 +64,6 @@ def calibrate_cache(
         InputError: No decoder, other bits, ids of the wrong form or outside of the vocabulary, or fewer than
             ``MIN_TOKENS``.
         CheckpointError: Keys or values are no finite numbers.
-        EngineUnavailableError: The fp32 engine cannot run here.
     """
     arch = bundle.manifest.arch
     if arch.kind != "decoder":
@@ -68,8 +72,7 @@ def calibrate_cache(
     rows = _checked(samples, arch)
     rotations = key_rotations(canonical, arch.max_positions)
     statistics = [_Layer(rotation, arch.max_positions, bits, per_channel) for rotation in rotations]
-    options = SessionOptions(capacity=max(map(len, rows)), max_batch=1)
-    session: Any = open_session(bundle, "cpu", engine="ort-cpu", variant="fp32", options=options).session
+    session = _open(bundle, canonical, max(map(len, rows)))
     stride = max(1, sum(map(len, rows)) // SAMPLES)
     try:
         for row in rows:
@@ -85,6 +88,19 @@ def calibrate_cache(
     found = KvQuantization(bits, *zip(*(layer.scales() for layer in statistics), strict=True))
     found.check(arch)
     return found
+
+
+def _open(bundle: Bundle, canonical: ir.Model, capacity: int) -> Any:
+    """A session of one row in float32 that tells what its cache holds."""
+    options = SessionOptions(capacity=capacity, max_batch=1)
+    try:
+        return open_session(bundle, "cpu", engine="ort-cpu", variant="fp32", options=options).session
+    except EngineUnavailableError as error:
+        _log.info("The cache is calibrated with PyTorch: %s", error.what)
+        from accel.graph.evaluation.sessions import PackedDecoder
+        from accel.graph.evaluation.torch_graph import TorchGraph
+
+        return PackedDecoder(TorchGraph(canonical).run, bundle.manifest.arch, 1, capacity)
 
 
 def _checked(samples: Sequence[NDArray[np.int64]], arch: ArchSpec) -> list[NDArray[np.int64]]:

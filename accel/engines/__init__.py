@@ -249,11 +249,14 @@ def _reject_device(engine: Engine, device: str) -> str | None:
 
 
 def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:
-    if candidate.engine.integer_caches or candidate.variant == "auto":
+    if candidate.variant == "auto":
         return None
     bits = integer_cache_bits(bundle, candidate.variant)
-    able = ", ".join(other.name for other in ENGINES if other.integer_caches)
-    return None if bits is None else f"it has no int{bits} KV cache; {candidate.variant!r} runs on {able}"
+    if bits is None or bits in candidate.engine.integer_caches:
+        return None
+    graphs = bundle.variant(candidate.variant).graphs
+    able = ", ".join(other.name for other in ENGINES if bits in other.integer_caches and other.target in graphs)
+    return f"it has no int{bits} KV cache; {candidate.variant!r} runs on {able}"
 
 
 def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineUnavailableError:

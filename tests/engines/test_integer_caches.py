@@ -170,6 +170,10 @@ def test_other_engines_refuse_integer_caches(bundle: Bundle, engine: str) -> Non
     said = rf"{engine}: it has no int4 KV cache; 'fp32\+kv4' runs on ort-cpu"
     with pytest.raises(EngineUnavailableError, match=said):
         open_session(bundle, engine=engine, variant=name_of(4), options=SessionOptions(1, CAPACITY, ROWS))
+    said = r"cuda: .* no graph of the cuda engine for variant 'fp32\+kv8': accel quantize .* --target cuda adds"
+    said = said if engine == "cuda" else rf"{engine}: it has no int8 KV cache; 'fp32\+kv8' runs on ort-cpu"
+    with pytest.raises(EngineUnavailableError, match=said):
+        open_session(bundle, engine=engine, variant=name_of(8), options=SessionOptions(1, CAPACITY, ROWS))
 
 
 def test_a_graph_whose_caches_are_of_another_kind_is_refused(bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""Every decoder family with caches in int8 and int4: the engine against PyTorch with the same rounding."""
+"""Every decoder family with caches in int8 and int4: the engines against PyTorch with the same rounding."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from accel.bundle import Bundle
 from accel.compress.kv_scales import calibrate_cache
+from accel.engines.cuda.decoder import CudaDecoderSession
+from accel.engines.cuda.device import INTERPRETED, open_device
 from accel.engines.kv_cache import CacheShape
 from accel.engines.ort.decoder import OrtDecoderSession
 from accel.graph.evaluation.sessions import PackedDecoder
 from accel.graph.evaluation.torch_graph import TorchGraph
 from accel.graph.external import StoredTensors, write_external
+from accel.graph.lowering import cuda
 from accel.graph.lowering.ort_cpu import lower
 from accel.graph.quantized_cache import spell_cache
 from accel.graph.rotation import key_rotations
 from accel.graph.save import load_canonical, save_graph
 from accel.kv_quantization import KvQuantization
-from tests.parity.comparison import COURSES, draw_rows, open_decoder, run_course
+from tests.parity.comparison import COURSES, Rows, Steps, draw_rows, open_decoder, run_course
 from tests.parity.families import DECODERS
+from tests.parity.test_cuda_engine import COURSE
 
 BundleOf = Callable[[str], Path]
 NEARER = 0.2  # a key that is a tie may be rounded the other way in another kernel; a wrong scale costs all of it
@@ -57,15 +62,68 @@ def test_family(name: str, bits: int, bundle_of: BundleOf, tmp_path: Path) -> No
     bundle = Bundle.open(bundle_of(name))
     kv, rows = calibrated(bundle, bits), draw_rows()
     session, plain = open_quantized(bundle, kv, tmp_path), open_decoder(bundle.path)
+    for course in ("ragged batch", "rows that join, wait and go"):
+        assert_near(session, spelled_session(bundle, kv), plain, rows, COURSES[course])
+    session.close()
+    plain.close()
+
+
+def spelled_session(bundle: Bundle, kv: KvQuantization) -> PackedDecoder:
+    """What the integers mean, in float32."""
     spelled = canonical_of(bundle)
     assert spell_cache(spelled, kv) == 3
+    return PackedDecoder(TorchGraph(spelled).run, bundle.manifest.arch, 3, 128)
+
+
+def assert_near(session: Any, reference: Any, plain: Any, rows: Rows, steps: Steps) -> None:
+    """The session is far nearer to what the integers mean than float32 caches are."""
+    found, expected, exact = (np.concatenate(run_course(each, rows, steps)) for each in (session, reference, plain))
+    error, lost = (np.sqrt(np.mean((each - expected) ** 2)) for each in (found, exact))
+    assert error <= NEARER * lost, f"{error} beside {lost}"
+
+
+def cuda_graph(bundle: Bundle, kv: KvQuantization) -> ir.Model:
+    """The cuda engine's graph in float32: whatever differs is no other precision."""
+    arch = bundle.manifest.arch
+    return cuda.lower(canonical_of(bundle), arch, arch.max_positions, ir.DataType.FLOAT, kv=kv)[0]
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_family_in_the_graph_of_the_cuda_engine(name: str, bundle_of: BundleOf) -> None:
+    bundle, rows = Bundle.open(bundle_of(name)), draw_rows()
+    kv, plain = calibrated(bundle, 8), open_decoder(bundle.path)
+    run = TorchGraph(cuda_graph(bundle, kv)).run
     for course in ("ragged batch", "rows that join, wait and go"):
-        sessions: tuple[Any, ...] = (
-            session, PackedDecoder(TorchGraph(spelled).run, bundle.manifest.arch, 3, 128), plain,
-        )  # fmt: skip
-        found, expected, exact = (np.concatenate(run_course(each, rows, COURSES[course])) for each in sessions)
-        error, lost = (np.sqrt(np.mean((each - expected) ** 2)) for each in (found, exact))
-        assert error <= NEARER * lost, f"{course}: {error} beside {lost}"
+        session = PackedDecoder(run, bundle.manifest.arch, 3, 128, ir.DataType.INT8)
+        assert_near(session, spelled_session(bundle, kv), plain, rows, COURSES[course])
+        assert {part.dtype.name for part in session.read_row(0, 4).values()} == {"int8"}
+    plain.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes on masked lanes
+@pytest.mark.parametrize("name", DECODERS)
+def test_family_in_the_cuda_engine(name: str, bundle_of: BundleOf, tmp_path: Path) -> None:
+    """On Triton's interpreter; its integers are those of PyTorch."""
+    bundle, rows = Bundle.open(bundle_of(name)), draw_rows()
+    kv, plain, arch = calibrated(bundle, 8), open_decoder(bundle.path), bundle.manifest.arch
+    model = cuda_graph(bundle, kv)
+    evaluated = PackedDecoder(TorchGraph(model).run, arch, 3, 64, ir.DataType.INT8)
+    write_external(model, tmp_path / "weights")
+    save_graph(model, tmp_path / "graph.onnx", (), (), "0")
+    session = CudaDecoderSession(
+        tmp_path / "graph.onnx", arch, "fp32+kv8", CacheShape(3, 64), open_device(), torch.float32
+    )  # fmt: skip
+    assert_near(session, spelled_session(bundle, kv), plain, rows, COURSE)
+    run_course(evaluated, rows, COURSE)
+    filled = np.array(COURSE).sum(0)
+    for index, pair in enumerate(session._caches):
+        for part, cache in zip(("key", "value"), pair):
+            assert cache.dtype == torch.int8
+            for row, length in enumerate(filled):
+                ours, theirs = cache[row, :, :length].int().numpy(), evaluated.read_row(row, length)[f"{index}.{part}"]
+                assert np.abs(ours - theirs).mean() < 0.02, "but for ties"
     session.close()
     plain.close()
 

@@ -38,11 +38,26 @@ class StepTensors:
     long_past: bool = True
 
 
+@dataclass(frozen=True)
+class Constants:
+    """What a decoder's attention node reads beside queries, keys and values; see the kernels.
+
+    Attributes:
+        cos, sin: [positions, D / 2]; None: nothing rotates.
+        key_scales, value_scales: float32 [KV, D] of caches in 8 bits; None: they are floats.
+    """
+
+    cos: torch.Tensor | None = None
+    sin: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
+
+
 class CachedAttention:
     """Runs the decoder's attention nodes over caches that it holds.
 
     Args:
-        caches: Keys and values per node, [rows, KV, C, D] in the engine's type.
+        caches: Keys and values per node, [rows, KV, C, D] in the engine's type, or in 8 bits.
         products: Brings values into that type.
     """
 
@@ -50,8 +65,7 @@ class CachedAttention:
         self._caches, self._products = caches, products
         self._spaces: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, node: ir.Node, operands: list[object], cos: torch.Tensor | None, sin: torch.Tensor | None,
-            step: StepTensors) -> torch.Tensor:  # fmt: skip
+    def run(self, node: ir.Node, operands: list[object], constants: Constants, step: StepTensors) -> torch.Tensor:
         """[T, H * D] in the engine's type; the cache grows in place."""
         keys, values = self._caches[node]
         scale = node.attributes["scale"].as_float()
@@ -59,16 +73,20 @@ class CachedAttention:
         heads = node.attributes["num_heads"].as_int()
         qkv = self._packed(operands)
         if step.longest == 1:
-            return self._decode(qkv, keys, values, step, heads, scale, softcap, window, cos, sin)
+            return self._decode(qkv, keys, values, step, heads, scale, softcap, window, constants)
         assert step.rows is not None and step.slots is not None and step.starts is not None and step.stops is not None
         qkv = as_tensor(qkv)
         kv_heads, dim = keys.shape[1], keys.shape[3]
-        rotary_append(qkv, keys, values, step.rows, step.slots, heads=heads, cos=cos, sin=sin)
+        rotary_append(
+            qkv, keys, values, step.rows, step.slots, heads=heads, cos=constants.cos, sin=constants.sin,
+            key_scales=constants.key_scales, value_scales=constants.value_scales,
+        )  # fmt: skip
         out = torch.empty(len(qkv), heads * dim, dtype=qkv.dtype, device=qkv.device)  # padding keeps to itself
         return varlen_attention(
             qkv, keys, values, out, step.starts, step.stops, heads=heads, kv_heads=kv_heads, dim=dim,
             longest=step.longest, scale=scale, past_lengths=step.past_lengths, causal=True, softcap=softcap,
-            window=window, block_n=64 if dim <= 128 else 32,
+            window=window, block_n=64 if dim <= 128 else 32, key_scales=constants.key_scales,
+            value_scales=constants.value_scales,
         )  # fmt: skip
 
     def slot_bytes(self, node: ir.Node) -> int:
@@ -83,17 +101,18 @@ class CachedAttention:
         return torch.cat([self._products.low(value) for value in operands[:3]], 1)
 
     def _decode(self, qkv: torch.Tensor | Parts, keys: torch.Tensor, values: torch.Tensor, step: StepTensors,
-                heads: int, scale: float, softcap: float | None, window: int | None, cos: torch.Tensor | None,
-                sin: torch.Tensor | None) -> torch.Tensor:  # fmt: skip
+                heads: int, scale: float, softcap: float | None, window: int | None,
+                constants: Constants) -> torch.Tensor:  # fmt: skip
         rows = step.past_lengths.numel()
         kv_heads, dim = keys.shape[1], keys.shape[3]
         launch = decode_launch(rows, kv_heads, dim, step.long_past)
         packed = qkv.parts if isinstance(qkv, Parts) else qkv
-        out = torch.empty(rows, heads * dim, dtype=keys.dtype, device=keys.device)
+        out = torch.empty(rows, heads * dim, dtype=self._products.dtype, device=keys.device)
         return decode_attention(
             packed, keys[:rows], values[:rows], step.past_lengths, out,
             self._space(rows, kv_heads, heads // kv_heads, dim, launch["splits"]), heads=heads, scale=scale,
-            cos=cos, sin=sin, softcap=softcap, window=window, **launch,
+            cos=constants.cos, sin=constants.sin, softcap=softcap, window=window, key_scales=constants.key_scales,
+            value_scales=constants.value_scales, **launch,
         )  # fmt: skip
 
     def _space(self, rows: int, kv_heads: int, group: int, dim: int, splits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,4 +151,4 @@ def encoder_attention(
     return ways[products.fastest(key_of, ways, query if operands[1] is not None else packed)]()
 
 
-__all__ = ["CachedAttention", "StepTensors", "encoder_attention"]
+__all__ = ["CachedAttention", "Constants", "StepTensors", "encoder_attention"]

@@ -42,7 +42,7 @@ class CudaDecoderSession:
         variant: Its name.
         shape: Of the cache.
         device: Where to run.
-        dtype: Of weights and cache.
+        dtype: Of weights that are floats, and of what is computed; of the cache unless the graph says 8 bits.
         kept: Where it is kept which kernels are fastest; None: in this user's cache.
 
     Raises:
@@ -66,17 +66,11 @@ class CudaDecoderSession:
             if len(nodes) != len(arch.layers):
                 what = f"The graph has {len(nodes)} attention layers, the model {len(arch.layers)}"
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
-            self._caches = [
-                tuple(
-                    torch.zeros(
-                        shape.rows, layer.kv_heads, shape.capacity, layer.head_dim, dtype=dtype, device=device.torch
-                    )
-                    for _ in range(2)
-                )
-                for layer in arch.layers
-            ]
+            sizes = [(shape.rows, layer.kv_heads, shape.capacity, layer.head_dim) for layer in arch.layers]
+            made = {"dtype": program.cache_type, "device": device.torch}
+            self._caches = [(torch.zeros(size, **made), torch.zeros(size, **made)) for size in sizes]
             products = Products(dtype, device.tensor_memory, Contest(device, kept))
-            attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)  # type: ignore[arg-type]
+            attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)
             self._executor = Executor(program, products, attention)
         self._decodes: dict[tuple[int, bool], DecodePlace] = {}
         self._current: DecodePlace | None = None  # whose steps may be under way

@@ -9,7 +9,7 @@ import torch
 from accel_kernels.quantized_gather import quantized_gather
 from accel_kernels.tiles import LAYER_NORM, RMS_NORM
 
-from accel.engines.cuda.attention import CachedAttention, StepTensors, encoder_attention
+from accel.engines.cuda.attention import CachedAttention, Constants, StepTensors, encoder_attention
 from accel.engines.cuda.products import FEW, Products, as_tensor, rows_of
 from accel.engines.cuda.program import DOMAIN, Program
 from accel.engines.cuda.values import Normed, Parts, Product, Rows, Sum, fresh
@@ -147,9 +147,9 @@ class _Run:
 
     def _cached_attention(self, node: ir.Node) -> torch.Tensor:
         assert self._attention is not None
-        cos, sin = (self._tensor(value) for value in node.inputs[7:9]) if len(node.inputs) > 7 else (None, None)
+        constants = Constants(*(None if value is None else self._tensor(value) for value in node.inputs[7:]))
         operands = [None if value is None else self._flat(value) for value in node.inputs[:3]]
-        return self._attention.run(node, operands, cos, sin, self._step)
+        return self._attention.run(node, operands, constants, self._step)
 
     def _encoder_attention(self, node: ir.Node) -> torch.Tensor:
         operands = [None if value is None else self._flat(value) for value in node.inputs[:3]]

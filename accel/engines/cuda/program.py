@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from accel.engines.torch_operators import to_torch
+from accel.engines.torch_operators import ROUNDED, to_torch
 from accel.errors import BundleError
 
 DOMAIN = "accel.kernels"
@@ -65,6 +65,12 @@ class Program:
     constants: dict[ir.Value, torch.Tensor] = field(default_factory=dict)
     matrices: dict[ir.Node, Matrix] = field(default_factory=dict)
     readers: dict[ir.Value, list[ir.Node]] = field(default_factory=dict)
+
+    @property
+    def cache_type(self) -> torch.dtype:
+        """What keys and values are kept in: 8 bits where the graph says so, else the engine's type."""
+        past = next((value for value in self.inputs if (value.name or "").startswith("past.")), None)
+        return ROUNDED.get(past.dtype, self.dtype) if past is not None and past.dtype is not None else self.dtype
 
     def only_reader(self, value: ir.Value) -> ir.Node | None:
         """The one node that reads a value that is no output."""

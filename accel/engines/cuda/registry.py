@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from accel.bundle import Bundle
-from accel.engines.kv_cache import resolve_cache
+from accel.engines.kv_cache import cache_item_bytes, resolve_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
 from accel.measurements import folders
@@ -78,7 +78,7 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
         if left == 0:
             what = f"the weights take {weights:,} bytes, and the GPU has {memory:,} free"
             raise CapacityError(what, where="cuda", remedy="Free memory, or load with another engine")
-        shape = resolve_cache(arch, options, dtype.itemsize, left)
+        shape = resolve_cache(arch, options, cache_item_bytes(arch, entry), left)
         return CudaDecoderSession(path, arch, chosen, shape, device, dtype, kept)
     except EngineError as error:
         raise EngineUnavailableError(error.what, where=error.where, remedy=error.remedy) from error

@@ -10,7 +10,7 @@ import torch
 from accel_kernels.packing import unpack
 from torch.nn import functional
 
-from accel.engines.torch_operators import Tensor
+from accel.engines.torch_operators import TYPES, Tensor
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -68,13 +68,26 @@ def _weights(node: ir.Node, scores: Tensor, seen: Tensor) -> Tensor:
     return torch.softmax(scores.masked_fill(~seen, -1e30), -1)
 
 
+def _held(x: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values [T, KV, D] as a cache holds them: floats, or multiples of the scales [KV, D]."""
+    return x.to(dtype) if scales is None else torch.clamp(torch.round(x / scales), -128, 127).to(dtype)
+
+
+def _meaning(cache: Tensor, scales: Tensor | None) -> Tensor:
+    """What a cache [T, KV, C, D] stands for, float32."""
+    return cache.float() if scales is None else cache.float() * scales[:, None]
+
+
 def _cached_attention(
     node: ir.Node, query: Tensor, key: Tensor | None, value: Tensor | None, past_key: Tensor, past_value: Tensor,
     past_lengths: Tensor, query_lengths: Tensor, cos: Tensor | None = None, sin: Tensor | None = None,
+    key_scales: Tensor | None = None, value_scales: Tensor | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """See ``accel.graph.lowering.cuda``; caches are copied."""
     heads, groups = node.attributes["num_heads"].as_int(), past_key.shape[1]
     dim, low = past_key.shape[3], past_key.dtype
+    if key_scales is not None:
+        low = TYPES[ir.DataType(node.attributes["dtype"].as_int())]
     if key is None or value is None:
         query, key, value = query.split([heads * dim, groups * dim, groups * dim], -1)
     query, key, value = (part.to(low).float().reshape(len(query), -1, dim) for part in (query, key, value))
@@ -82,18 +95,19 @@ def _cached_attention(
     row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     slot = past_lengths.long()[row] + torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
     if cos is not None and sin is not None:
-        query, key = (_turn(part, cos[slot], sin[slot]).to(low).float() for part in (query, key))
+        query, key = _turn(query, cos[slot], sin[slot]).to(low).float(), _turn(key, cos[slot], sin[slot])
     keys, values = past_key.clone(), past_value.clone()
-    keys[row, :, slot], values[row, :, slot] = key.to(low), value.to(low)
+    keys[row, :, slot] = _held(key, key_scales, keys.dtype)
+    values[row, :, slot] = _held(value, value_scales, values.dtype)
     share = heads // groups
-    scores = torch.einsum("thd,thcd->thc", query, keys[row].float().repeat_interleave(share, 1))
+    scores = torch.einsum("thd,thcd->thc", query, _meaning(keys[row], key_scales).repeat_interleave(share, 1))
     places = torch.arange(keys.shape[2])
     seen = places <= slot[:, None]
     window = node.attributes.get_int("window", None)
     if window is not None:
         seen &= places > slot[:, None] - window
     weights = _weights(node, scores * node.attributes["scale"].as_float(), seen[:, None]).to(low).float()
-    result = torch.einsum("thc,thcd->thd", weights, values[row].float().repeat_interleave(share, 1))
+    result = torch.einsum("thc,thcd->thd", weights, _meaning(values[row], value_scales).repeat_interleave(share, 1))
     return [result.reshape(len(row), -1).to(low).float(), keys, values]
 
 

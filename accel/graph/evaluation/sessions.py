@@ -97,6 +97,10 @@ class PaddedDecoder:
         for cache in self._caches.values():
             cache[target, :, :length] = cache[source, :, :length]
 
+    def read_row(self, row: int, length: int) -> dict[str, NDArray]:
+        """What a row's first positions hold: ``0.key`` and so on, [KV, length, D]."""
+        return {name: cache[row, :, :length] for name, cache in self._caches.items()}
+
     def close(self) -> None:
         """Nothing is held."""
 

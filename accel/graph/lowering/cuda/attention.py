@@ -7,16 +7,33 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from accel.errors import InputError
 from accel.graph.checks import attention_nodes
 from accel.graph.edit import make_constant, producer, replace_value, through_reshapes
 from accel.graph.fusions.rotary import column_range
 from accel.graph.lowering.fused_linear import DOMAIN, join_linears
 from accel.graph.lowering.rotary_tables import RotaryTables
+from accel.kv_quantization import KvQuantization
 from accel.spec import ArchSpec
 
+BITS = 8  # of integers in a cache
 
-def lower_cached_attention(model: ir.Model, arch: ArchSpec, max_positions: int) -> dict[str, int]:
-    """Rewrites a decoder's attention in place; returns how many nodes there were, packed and rotating ones."""
+
+def lower_cached_attention(
+    model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType, kv: KvQuantization | None = None
+) -> dict[str, int]:
+    """Rewrites a decoder's attention in place; returns how many nodes there were, packed and rotating ones.
+
+    Args:
+        dtype: What the engine computes in.
+        kv: Scales of the caches, whose inputs and outputs become integers; None: they stay floats.
+
+    Raises:
+        InputError: ``kv`` does not fit the model, or its caches are not of a kind that the kernels have.
+    """
+    if kv is not None:
+        kv.check(arch)
+        require_cache(kv)
     tables = RotaryTables(model, max_positions)
     nodes = attention_nodes(model, "accel", "CachedAttention")
     packed = rotating = 0
@@ -27,11 +44,44 @@ def lower_cached_attention(model: ir.Model, arch: ArchSpec, max_positions: int) 
             parts = [through_reshapes(producer(part, "RotaryEmbedding").inputs[0]) for part in parts[:2]] + parts[2:]  # type: ignore[union-attr]
         operands, whole = _pack(model.graph, node, parts)
         rows = [_as_rows(model.graph, node, value) if value is not None else None for value in operands]
-        made = _replace(node, [*rows, *node.inputs[3:7], *(folded or ())], f"layers.{index}.attention")
+        tables_of_it = folded or (() if kv is None else (None, None))
+        scales = () if kv is None else _scales(model.graph, index, (layer.kv_heads, layer.head_dim), kv)
+        made = _replace(node, [*rows, *node.inputs[3:7], *tables_of_it, *scales], f"layers.{index}.attention")
         made.attributes["head_dim"] = ir.AttrInt64("head_dim", layer.head_dim)
+        if kv is not None:
+            _narrow(made, dtype)
         packed, rotating = packed + whole, rotating + (folded is not None)
     ir.passes.common.RemoveUnusedNodesPass()(model)
-    return {"CachedAttention": len(nodes), "packed_qkv": packed, "rotary_in_attention": rotating}
+    counts = {"CachedAttention": len(nodes), "packed_qkv": packed, "rotary_in_attention": rotating}
+    return counts | ({} if kv is None else {f"int{kv.bits}_cache": len(nodes)})
+
+
+def require_cache(kv: KvQuantization) -> None:
+    """Refuses caches that the kernels do not have.
+
+    Raises:
+        InputError: Integers of another width.
+    """
+    if kv.bits != BITS:
+        what = f"the cuda engine's caches are floats or int{BITS}, not int{kv.bits}"
+        raise InputError(what, where="kv.bits", remedy=f"Take +kv{BITS}")
+
+
+def _scales(graph: ir.Graph, index: int, shape: tuple[int, int], kv: KvQuantization) -> tuple[ir.Value, ...]:
+    """Of a layer's keys and values, [KV, D] each: one that a whole tensor shares stands in every place."""
+    pairs = (("key", kv.keys[index]), ("value", kv.values[index]))
+    return tuple(
+        make_constant(graph, f"layers.{index}.{part}_scales", np.broadcast_to(scales, shape).astype(np.float32))
+        for part, scales in pairs
+    )
+
+
+def _narrow(node: ir.Node, dtype: ir.DataType) -> None:
+    """Its caches in integers; what it computes in is told, for they no longer tell it."""
+    node.attributes["dtype"] = ir.AttrInt64("dtype", dtype)
+    for value in (*node.inputs[3:5], *node.outputs[1:3]):
+        assert value is not None
+        value.type = ir.TensorType(ir.DataType.INT8)
 
 
 def lower_attention(model: ir.Model) -> dict[str, int]:

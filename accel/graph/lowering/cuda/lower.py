@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from accel.errors import FusionError
+from accel.errors import FusionError, InputError
 from accel.graph.clean import clean
 from accel.graph.lowering.cuda.attention import lower_attention, lower_cached_attention
 from accel.graph.lowering.cuda.quantized import pack_weights
@@ -13,6 +13,7 @@ from accel.graph.lowering.fused_linear import DOMAIN, drop_row_reshapes, fuse_ac
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
 from accel.graph.pipeline import run_passes
+from accel.kv_quantization import KvQuantization
 from accel.manifest import PassReport
 from accel.spec import ArchSpec
 
@@ -20,12 +21,16 @@ VERSION = VERSIONS["cuda"]
 
 
 def lower(
-    model: ir.Model, arch: ArchSpec, max_positions: int, dtype: ir.DataType = ir.DataType.FLOAT
+    model: ir.Model,
+    arch: ArchSpec,
+    max_positions: int,
+    dtype: ir.DataType = ir.DataType.FLOAT,
+    kv: KvQuantization | None = None,
 ) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model in the engine's dialect and what each pass did.
 
-    Inputs and outputs are the canonical graph's; a decoder's caches are in ``dtype``. Nodes of the domain
-    ``accel.kernels`` (all values float32 to the eye; products are made in the weights' type):
+    Inputs and outputs are the canonical graph's; a decoder's caches are in ``dtype``, with ``kv`` in int8. Nodes of
+    the domain ``accel.kernels`` (all values float32 to the eye; products are made in the weights' type):
 
     - ``Linear(x, w_0 .. w_n-1, b_0 .. b_n-1)``: the n products side by side, then ``activation`` if there is one.
     - ``GatedLinear(x, w_gate, w_up, b_gate, b_up)``: activation(gate) * up.
@@ -34,23 +39,28 @@ def lower(
     - ``Gather(words, scales, ids)`` with ``bits``: rows of an integer table, float32.
     - ``CachedAttention(query, key, value, past_key, past_value, past_lengths, query_lengths, cos, sin)``: as the
       canonical node; key and value absent: query holds all three side by side; with tables [positions, D / 2],
-      queries and keys are rotated by halves first.
+      queries and keys are rotated by halves first. Caches in int8: followed by ``key_scales, value_scales``, float32
+      [KV, D], of keys after their rotation and values; both tables absent: nothing rotates; ``dtype`` is computed in.
     - ``Attention(query, key, value, attention_mask, bias)``: as the canonical node, packed likewise.
 
     Args:
         model: Canonical model in float32; left as it is.
         max_positions: Rows of the rotary tables.
         dtype: FLOAT, FLOAT16 or BFLOAT16, of matrices and embeddings that are not quantised, and of caches.
+        kv: Scales of a decoder's caches, which become integers; None: they are in ``dtype``.
 
     Raises:
         FusionError: An attention layer is lost.
+        InputError: ``kv`` is not this model's or of integers that the kernels do not have, or the model has no caches.
         ExportError: A weight exceeds the type's range.
     """
     lowered = model.clone()
     lowered.opset_imports[DOMAIN] = 1
     before = lowered.graph.num_nodes()
     decoder = arch.kind == "decoder"
-    fused = lower_cached_attention(lowered, arch, max_positions) if decoder else lower_attention(lowered)
+    if kv is not None and not decoder:
+        raise InputError("an encoder has no KV cache", where="kv")
+    fused = lower_cached_attention(lowered, arch, max_positions, dtype, kv) if decoder else lower_attention(lowered)
     reports = [PassReport("attention", before, lowered.graph.num_nodes(), fused)]
     reports += run_passes(
         lowered,

@@ -1,4 +1,4 @@
-"""Matrices, embeddings and caches in a low type; everything small stays float32."""
+"""Matrices, embeddings and caches of floats in a low type; everything small stays float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lower_weights(model: ir.Model, dtype: ir.DataType) -> int:
             elif node.op_type == "Gather" and place == 0:
                 _low_rows(graph, node, _low(graph, value, dtype, made))
     for value in [*graph.inputs, *graph.outputs]:
-        if (value.name or "").startswith(("past.", "present.")):
+        if (value.name or "").startswith(("past.", "present.")) and value.dtype == FLOAT:
             value.type = ir.TensorType(dtype)
     return len(made)
 
