@@ -15,7 +15,10 @@ import accel_kernels  # noqa: E402
 from accel_kernels.ops import OPS, Op  # noqa: E402
 
 FOLDER = Path(accel_kernels.__file__).parent
-SHARED = {"__init__", "advance", "bodies", "checks", "decode_tiles", "device", "ops", "packing", "plain", "tiles"}
+SHARED = {
+    *("__init__", "advance", "bodies", "checks", "decode_tiles", "device", "ops", "packing", "plain", "tiles"),
+    *("sample_body", "sample_search"),
+}
 SCRATCH = {
     "out",
     "space",
