@@ -10,7 +10,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.session import DecoderSession, GreedyTokens
+from accel.engines.session import ChosenTokens, DecoderSession
 from accel.errors import AccelError, EngineBrokenError, EngineError, InputError
 from accel.runtime.failover import too_long
 from accel.runtime.sampling import score_targets
@@ -277,7 +277,7 @@ class SlotLoop:
     # Postprocess
 
     def _postprocess(
-        self, plan: Plan, logits: NDArray[np.float32] | GreedyTokens, events: list[Event], now: float
+        self, plan: Plan, logits: NDArray[np.float32] | ChosenTokens, events: list[Event], now: float
     ) -> None:
         start = 0
         for sequence, count in plan:
@@ -285,7 +285,7 @@ class SlotLoop:
             rows, at, token = last - first, start, None
             start += rows
             try:
-                if isinstance(logits, GreedyTokens):
+                if isinstance(logits, ChosenTokens):
                     token = sequence.take(logits, at) if rows else None
                 elif sequence.sampler is None:
                     self._score(sequence, logits[at:start])

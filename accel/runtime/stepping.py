@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.session import DecoderSession, GreedySession, GreedyTokens, StepInputs
+from accel.engines.session import (
+    ChosenTokens,
+    DecoderSession,
+    Draws,
+    GreedySession,
+    SamplingSession,
+    StepInputs,
+)
 from accel.runtime.sequence import Sequence
 
 Plan = list[tuple[Sequence, int]]  # who takes part, with how many tokens, in row order
@@ -21,17 +28,24 @@ class Stepper:
     def __init__(self, session: DecoderSession) -> None:
         self._session = session
         self._greedy = session.greedy if isinstance(session, GreedySession) else None
+        self._sample = session.sample if isinstance(session, SamplingSession) else None
         self._query = np.zeros(session.max_batch, np.int32)
         self._past = np.zeros(session.max_batch, np.int32)
         self._position = np.zeros(1, np.int64)
         self._alone: int | None = None  # the row that the last step's arrays hold alone, with one token
 
-    def run(self, plan: Plan, inputs: StepInputs) -> NDArray[np.float32] | GreedyTokens:
-        """The wanted logits, or their best tokens alone where nobody looks at the rest and the engine can."""
-        greedy = self._greedy
+    def run(self, plan: Plan, inputs: StepInputs) -> NDArray[np.float32] | ChosenTokens:
+        """The wanted logits, or the tokens alone where nobody looks at the rest and the engine can choose them."""
+        greedy, sample = self._greedy, self._sample
         for sequence, _ in plan:  # a loop: in every step a generator costs more than the answer
-            greedy = greedy if sequence.takes_best else None
-        return self._session.step(inputs) if greedy is None else greedy(inputs)
+            if not sequence.takes_best:
+                greedy = None
+                sample = sample if sequence.is_drawn else None
+        if greedy is not None:
+            return greedy(inputs)
+        if sample is not None and len(inputs.logits_positions):
+            return sample(inputs, draws_of(plan))
+        return self._session.step(inputs)
 
     def build(self, plan: Plan) -> StepInputs:
         """The plan's inputs. Their lengths are the next step's arrays too."""
@@ -75,6 +89,13 @@ def wanted(sequence: Sequence, count: int) -> tuple[int, int]:
     return (count - 1, count) if sequence.remaining == count else (0, 0)
 
 
+def draws_of(plan: Plan) -> Draws:
+    """How each of the plan's wanted tokens is chosen. No random state moves: the step may fail, and be tried again."""
+    rows = [sequence.sampler.peek() for sequence, count in plan if sequence.sampler and sequence.remaining == count]
+    table = np.array(rows, np.float64)
+    return Draws(table[:, :4], table[:, 4:])
+
+
 _FIRST, _NONE = np.zeros(1, np.int64), np.zeros(0, np.int64)
 
-__all__ = ["Plan", "Stepper", "wanted"]
+__all__ = ["Plan", "Stepper", "draws_of", "wanted"]

@@ -84,7 +84,7 @@ def extremes_kernel(
         source = given + row * 5
         if TURNS:
             source += tl.load(turn).to(tl.int64) * rows * 5
-        tl.store(draws + row * 5 + field, tl.load(source + field, mask=field < 5), mask=field < 5)
+        tl.store(draws + row * 5 + field, tl.load(source + field, mask=field < 5, volatile=True), mask=field < 5)
         cell = tl.arange(0, 4 * LEVELS)
         tl.store(levels + row * 4 * LEVELS + cell, tl.zeros_like(cell).to(tl.int64))
         tl.store(cursors + row * 2, 0)
@@ -165,7 +165,7 @@ def sample_workspace(rows: int, vocab: int, device: torch.device, span: int = 10
     chunks = triton.cdiv(vocab, span)
 
     def space(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.zeros(rows, *shape, dtype=dtype, device=device)
+        return torch.empty(rows, *shape, dtype=dtype, device=device)
 
     return SampleSpace(
         draws=space(torch.float64, FIELDS),
