@@ -14,17 +14,13 @@ from accel.engines.session import Draws, SamplingSession, StepInputs
 from accel.errors import EngineError
 from accel.runtime.sampling import Sampler, SamplingParams
 from accel.runtime.sequence import Sequence
-from accel.runtime.slots import SlotLoop, SlotOptions
-from tests.engines.cuda.steps import count_runs, inputs
+from accel.runtime.slots import SlotLoop
+from tests.engines.cuda.steps import CASES, GREEDY, HOT, MIXED, WithoutSampling, count_runs, generate, inputs
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
 ]
-GREEDY = SamplingParams()
-HOT = SamplingParams(do_sample=True, temperature=1.5, seed=1)
-MIXED = SamplingParams(do_sample=True, temperature=0.9, top_k=40, top_p=0.95, min_p=0.001, seed=2)
-
 
 def samplers(vocab: int, *params: SamplingParams) -> list[Sampler]:
     return [Sampler(each, vocab) for each in params]
@@ -97,44 +93,11 @@ def test_greedy_steps_draw_nothing(session: CudaDecoderSession, monkeypatch: pyt
     assert len(calls) == 2  # the step, and the one behind it
 
 
-class WithoutSampling:
-    """The session as an engine that leaves drawing to the host."""
-
-    def __init__(self, session: Any) -> None:
-        self.step, self.copy_row, self.greedy = session.step, session.copy_row, session.greedy
-        self.max_batch, self.capacity, self.vocab_size = session.max_batch, session.capacity, session.vocab_size
-        self.mixed_steps = session.mixed_steps
-
-
-def generate(engine: Any, cases: list[tuple[SamplingParams, dict[str, Any]]], late: int = 0) -> list[list[int]]:
-    """Tokens of sequences that join and leave; the last ``late`` ones join after some steps."""
-    loop, made = SlotLoop(engine, SlotOptions(chunk=6)), []
-    for place, (params, options) in enumerate(cases):
-        prompt = np.arange(3, 8 + place) + 7 * place
-        count = 3 + 2 * (place % 3)
-        made.append(Sequence(prompt, Sampler(params, engine.vocab_size, stream=place), count, **options))
-    for sequence in made[: len(made) - late]:
-        loop.submit(sequence)
-    for _ in range(3):
-        loop.step()
-    for sequence in made[len(made) - late :]:
-        loop.submit(sequence)
-    while loop.has_work:
-        loop.step()
-    assert all(sequence.error is None for sequence in made)
-    return [sequence.new_ids for sequence in made]
-
-
 def test_seeded_generation_is_every_engines(session: CudaDecoderSession, reference: Any) -> None:
     """Drawn and greedy rows, and those that go the host's way for a while, or always, in whose steps all rows go."""
-    penalised = SamplingParams(do_sample=True, repetition_penalty=1.3, seed=4)
-    cases: list[tuple[SamplingParams, dict[str, Any]]] = [
-        (HOT, {}), (MIXED, {"min_new_tokens": 2, "eos_token_ids": frozenset({1})}), (GREEDY, {}), (HOT, {}),
-        (penalised, {}), (MIXED, {"logprobs": 1}), (MIXED, {}),
-    ]  # fmt: skip
-    expected = generate(reference, cases, late=2)
-    assert generate(session, cases, late=2) == expected
-    assert generate(WithoutSampling(session), cases, late=2) == expected
+    expected = generate(reference, CASES, late=2)
+    assert generate(session, CASES, late=2) == expected
+    assert generate(WithoutSampling(session), CASES, late=2) == expected
 
 
 def test_nan_ends_the_sequence_alone(session: CudaDecoderSession) -> None:
