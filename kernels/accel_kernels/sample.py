@@ -232,9 +232,9 @@ def sample(
         list_kernel[grid](
             logits, own, best, worst, levels, state, cursors, near, count, chunks, BY_MASS=by_mass, **sizes, **options
         )  # fmt: skip
-        settle_kernel[(rows,)](
+        settle_kernel[(rows,)](  # each program has a multiprocessor for itself
             own, best, worst, levels, state, cursors, near, count, chunks,
-            CHUNKS=sizes["CHUNKS"], BY_MASS=by_mass, BLOCK=256, **options | {"num_warps": 8},
+            CHUNKS=sizes["CHUNKS"], BY_MASS=by_mass, BLOCK=512, **options | {"num_warps": 16},
         )  # fmt: skip
     weigh_kernel[grid](logits, own, best, state, masses, ties, count, chunks, **sizes, **options)
     pick_kernel[(rows,)](logits, own, best, state, masses, ties, out, value, count, chunks, **sizes, **options)

@@ -70,22 +70,30 @@ def depths(logit, top, temperature):
 
 
 @triton.jit
-def _need(draws, levels, row, N, BY_MASS: tl.constexpr):
-    """How many scores, or how much mass, the stage keeps; 0: it has nothing to do."""
+def _is_asked(draws, row, N, BY_MASS: tl.constexpr):
+    """Whether the row's filters have anything to do for this stage."""
     if BY_MASS:
-        top_p = tl.load(draws + row * 5 + 2)
-        total = tl.load(levels + row * 4 * LEVELS + 2 * LEVELS + LEVELS - 1)
-        return _mass_needed(top_p, total)
+        asked = tl.load(draws + row * 5 + 2) < 1.0
     else:
         top_k = tl.load(draws + row * 5 + 1)
-        return tl.where(top_k < N, top_k, 0.0).to(tl.int64)
+        asked = (top_k > 0) & (top_k < N)
+    return asked & (tl.load(draws + row * 5) > 0)
+
+
+@triton.jit
+def _need(draws, levels, row, N, BY_MASS: tl.constexpr):
+    """How many scores, or how much mass, the stage keeps."""
+    if BY_MASS:
+        total = tl.load(levels + row * 4 * LEVELS + 2 * LEVELS + LEVELS - 1)
+        return _mass_needed(tl.load(draws + row * 5 + 2), total)
+    else:
+        return tl.load(draws + row * 5 + 1).to(tl.int64)
 
 
 @triton.jit
 def _mass_needed(top_p, total):
     """The heaviest tokens are kept until they reach this: what goes sums to (1 - top_p) of the total at most."""
-    need = tl.maximum(total - ((1.0 - top_p) * total.to(tl.float64)).to(tl.int64), 1)
-    return tl.where(top_p < 1.0, need, 0)
+    return tl.maximum(total - ((1.0 - top_p) * total.to(tl.float64)).to(tl.int64), 1)
 
 
 @triton.jit
@@ -145,35 +153,34 @@ def survey_kernel(
     n = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    temperature, drawn, _, top = row_of(draws, best, row, chunks, CHUNKS)
-    low, high = -1.0, float("inf")
+    asked = _is_asked(draws, row, N, BY_MASS)
     if BY_MASS:
-        top_p = tl.load(draws + row * 5 + 2)
-        wanted = drawn & (top_p < 1.0) & (tl.load(state + row * STATE + KEPT) > FEW)
-    else:
-        wanted = drawn & (_need(draws, levels, row, N, BY_MASS) > 0)
-    if SECOND:
-        low, high, _, step, _, few = _range(
-            draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS, BY_MASS
-        )  # fmt: skip
-        wanted = wanted & (few == 0)
-    else:
-        step = _first_step(draws, worst, row, top, temperature, chunks, N, CHUNKS, BY_MASS)
-    if wanted:
-        logit = tl.load(logits + row * N + n, mask=n < N, other=float("-inf"))
-        depth = depths(logit, top, temperature)
-        cells = levels + row * 4 * LEVELS + (BY_MASS * 2 + SECOND) * LEVELS
-        if BY_MASS:
-            near = order_of(logit) >= tl.load(state + row * STATE + FLOOR)
-            weight = tl.where(near & (n < N), tl.exp(-depth), 0.0)
-        start = tl.maximum(low, 0.0)
-        for level in tl.static_range(LEVELS):
-            limit = high if level == LEVELS - 1 else start + (level + 1) * step
+        asked = asked & (tl.load(state + row * STATE + KEPT) > FEW)
+    if asked:  # most rows are through with this at once
+        temperature, drawn, _, top = row_of(draws, best, row, chunks, CHUNKS)
+        if SECOND:
+            low, high, _, step, _, few = _range(
+                draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS, BY_MASS
+            )  # fmt: skip
+            wanted = drawn & (few == 0)
+        else:
+            low, high, wanted = -1.0, float("inf"), drawn
+            step = _first_step(draws, worst, row, top, temperature, chunks, N, CHUNKS, BY_MASS)
+        if wanted:
+            logit = tl.load(logits + row * N + n, mask=n < N, other=float("-inf"))
+            depth = depths(logit, top, temperature)
+            cells = levels + row * 4 * LEVELS + (BY_MASS * 2 + SECOND) * LEVELS
             if BY_MASS:
-                found = units(tl.sum(tl.where(depth <= limit, weight, 0.0), 0))
-            else:
-                found = tl.sum(((depth <= limit) & (n < N)).to(tl.int32), 0).to(tl.int64)
-            tl.atomic_add(cells + level, found, sem="relaxed")
+                near = order_of(logit) >= tl.load(state + row * STATE + FLOOR)
+                weight = tl.where(near & (n < N), tl.exp(-depth), 0.0)
+            start = tl.maximum(low, 0.0)
+            for level in tl.static_range(LEVELS):
+                limit = high if level == LEVELS - 1 else start + (level + 1) * step
+                if BY_MASS:
+                    found = units(tl.sum(tl.where(depth <= limit, weight, 0.0), 0))
+                else:
+                    found = tl.sum(((depth <= limit) & (n < N)).to(tl.int32), 0).to(tl.int64)
+                tl.atomic_add(cells + level, found, sem="relaxed")
 
 
 @triton.jit
@@ -200,11 +207,11 @@ def list_kernel(
     n = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    temperature, drawn, _, top = row_of(draws, best, row, chunks, CHUNKS)
-    low, high, _, need, _ = _settled_range(
-        draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS, BY_MASS
-    )  # fmt: skip
-    if drawn & (need > 0):
+    if _is_asked(draws, row, N, BY_MASS):
+        temperature, drawn, _, top = row_of(draws, best, row, chunks, CHUNKS)
+        low, high, _, _, _ = _settled_range(
+            draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS, BY_MASS
+        )  # fmt: skip
         logit = tl.load(logits + row * N + n, mask=n < N, other=float("-inf"))
         depth = depths(logit, top, temperature)
         inside = (depth > low) & (depth <= high) & (n < N)
@@ -212,8 +219,9 @@ def list_kernel(
             inside = inside & (logit > float("-inf")) & (order_of(logit) >= tl.load(state + row * STATE + FLOOR))
         places = tl.cumsum(inside.to(tl.int32), 0)
         count = tl.sum(inside.to(tl.int32), 0)
-        start = tl.atomic_add(cursors + row * 2 + BY_MASS, count, sem="relaxed")
-        tl.store(near + row * N + start + places - 1, logit, mask=inside)
+        if drawn & (count > 0):
+            start = tl.atomic_add(cursors + row * 2 + BY_MASS, count, sem="relaxed")
+            tl.store(near + row * N + start + places - 1, logit, mask=inside)
 
 
 @triton.jit
@@ -264,13 +272,13 @@ def settle_kernel(
     row = tl.program_id(0).to(tl.int64)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    temperature, drawn, _, top = row_of(draws, best, row, chunks, CHUNKS)
-    _, _, base, need, few = _settled_range(
-        draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS, BY_MASS
-    )  # fmt: skip
-    n = tl.load(cursors + row * 2 + BY_MASS)
-    if drawn & (need > 0) & (n > 0):
+    n = tl.load(cursors + row * 2 + BY_MASS)  # 0 where nothing was asked
+    if n > 0:
         near += row * N
+        temperature, _, _, top = row_of(draws, best, row, chunks, CHUNKS)
+        _, _, base, need, few = _settled_range(
+            draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS, BY_MASS
+        )  # fmt: skip
         low, high, total = _bounds(near, n, top, temperature, BLOCK, BY_MASS)
         if BY_MASS:
             need = tl.where(few, _mass_needed(tl.load(draws + row * 5 + 2), total), need)
