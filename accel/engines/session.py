@@ -156,7 +156,7 @@ class SamplingSession(Protocol):
     def sample(self, inputs: StepInputs, draws: Draws) -> ChosenTokens:
         """As ``DecoderSession.step``, but returns a token of each wanted position, drawn as ``draws`` says.
 
-        It is the token on whose share of what the filters leave, in the order of ids, the uniform number falls; of a
-        row without a finite best logit any, with that logit.
+        It is the token on whose share of what the filters leave, in the order of ids, the uniform number falls; where
+        the best logit is NaN or infinite the best one, whose logit tells.
         """
         ...

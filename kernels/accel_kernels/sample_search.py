@@ -9,11 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from accel_kernels.sample_body import LEAST_TEMPERATURE
 from accel_kernels.tiles import let_successor_start, wait_for_predecessor
 
 LEVELS = tl.constexpr(16)
 ONE = tl.constexpr(float(1 << 42))  # a weight of 1
-COLDEST = tl.constexpr(1e-30)
+COLDEST = tl.constexpr(LEAST_TEMPERATURE)
 DEEPEST = tl.constexpr(40.0)  # exp(-40) weighs nothing, however often
 LEAST_STEP = tl.constexpr(2.0**-100)
 FEW = tl.constexpr(4096)  # scores that one program searches as fast as another survey goes
