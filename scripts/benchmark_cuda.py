@@ -49,7 +49,10 @@ PROMPT, NEW, CAPACITY, ROUNDS = 128, 128, 512, 5
 DECODER = (("cuda", "fp16"), ("cuda", "w4g128"), ("cuda", "w8g128"), ("ort-cuda", "fp16"))
 BATCHES = (1, 32)
 SHAPES = ((1, 128), (8, 128), (32, 128), (64, 384))
-PARTS = ("decoder", "encoder", "roofline", "transformers", "genai")
+DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
+# Temperature, top_k, top_p and min_p of draws that are timed alone: few left, many left, and every filter at once.
+FILTERS = ((0.8, 50, 0.95, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 0, 0.95, 0.0), (1.0, 20000, 0.9, 0.01), (5.0, 0, 0.5, 0.0))
+PARTS = ("decoder", "encoder", "sampling", "roofline", "transformers", "genai")
 DISTRIBUTIONS = ("torch", "triton", "transformers", "onnxruntime-gpu", "onnxruntime-genai-cuda")
 Row = dict[str, Any]
 
@@ -102,7 +105,7 @@ def decoder(work: Path) -> list[Row]:
     return rows
 
 
-def generate(folder: Path, engine: str, variant: str, batch: int) -> Row:
+def generate(folder: Path, engine: str, variant: str, batch: int, **options: Any) -> Row:
     ids = np.random.default_rng(0).integers(10, 1000, (batch, PROMPT))
     with accel.load(
         folder, device="cuda", engine=engine, variant=variant, capacity=CAPACITY, max_batch=batch
@@ -110,11 +113,51 @@ def generate(folder: Path, engine: str, variant: str, batch: int) -> Row:
         first, per_token = [], []
         for _ in range(ROUNDS + 2):  # two warm-ups: they compile, measure and record
             sleep(0.02)  # the step that ran ahead of the last call's end is over
-            result = model.generate(ids, max_new_tokens=NEW, eos_token_id=[])
+            result = model.generate(ids, max_new_tokens=NEW, eos_token_id=[], **options)
             timings = result[0].timings
             first.append(1e3 * timings.first_token)
             per_token.append(1e3 * (timings.total - timings.first_token) / (NEW - 1))
     return {"first_token_ms": first[2:], "per_token_ms": per_token[2:]}
+
+
+def sampling(work: Path) -> list[Row]:
+    """Drawn tokens beside greedy ones as a caller sees them, in ms; and the draw alone, on the GPU, in us."""
+    rows = []
+    for batch in BATCHES:
+        for name, options in (("greedy", {}), ("drawn", DRAWN)):
+            row = {"engine": "cuda", "variant": "fp16", "batch": batch, "tokens": name}
+            rows.append(say(row | generate(work / "decoder", "cuda", "fp16", batch, **options)))
+    for batch in BATCHES:
+        for spread in (0.5, 4.0):  # standard deviation of the logits: flat, and peaked
+            for filters in FILTERS:
+                row = {"draw": filters, "batch": batch, "spread": spread}
+                rows.append(say(row | {"draw_us": draw_times(batch, spread, filters)}))
+    return rows
+
+
+def draw_times(batch: int, spread: float, filters: tuple[float, ...]) -> list[float]:
+    """Microseconds per draw of ``batch`` rows, in a recorded run of some."""
+    import torch
+    from accel_kernels.sample import sample, sample_workspace
+
+    count, device = 20, torch.device("cuda", torch.cuda.current_device())
+    logits = spread * torch.randn(batch, LLAMA["vocab_size"], generator=torch.Generator().manual_seed(0))
+    uniforms = torch.linspace(0, 0.99, batch).tolist()
+    draws = torch.tensor([(*filters, uniform) for uniform in uniforms], dtype=torch.float64, device=device)
+    logits, out = logits.to(device), torch.zeros(batch, dtype=torch.int64, device=device)
+    value, space = torch.zeros(batch, device=device), sample_workspace(batch, LLAMA["vocab_size"], device)
+    sample(logits, draws, out, value, space)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(count):
+            sample(logits, draws, out, value, space)
+
+    def run() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return [1e3 * milliseconds / count for milliseconds in times(run, 20)]
 
 
 def encoder(work: Path) -> list[Row]:
@@ -313,7 +356,8 @@ def main(arguments: list[str] | None = None) -> int:
     kept |= {"gpu": names[0] if names else "", "driver": driver, "versions": versions, "date": today()}
     kept["model"] = f"Llama-3.2-1B and BERT-base shapes, random weights; prompt {PROMPT}, {NEW} new tokens"
     prepare(options.work)
-    parts = {"decoder": decoder, "encoder": encoder, "roofline": roofline, "transformers": transformers, "genai": genai}
+    measured = (decoder, encoder, sampling, roofline, transformers, genai)
+    parts: dict[str, Callable[[Path], Any]] = dict(zip(PARTS, measured, strict=True))
     for name in options.only:
         try:
             kept[name] = parts[name](options.work)

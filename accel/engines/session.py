@@ -75,11 +75,27 @@ class StepInputs(NamedTuple):
     width: int | None = None
 
 
-class GreedyTokens(NamedTuple):
-    """The best token of each wanted position, and its logit, which tells NaN and infinity."""
+class ChosenTokens(NamedTuple):
+    """The token that was chosen at each wanted position, and its logit, which tells NaN and infinity."""
 
-    tokens: NDArray[np.int64]  # [R]; lowest index among equals
+    tokens: NDArray[np.int64]  # [R]; of the best ones the lowest index
     logits: NDArray[np.float32]  # [R]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the token of each wanted position is drawn.
+
+    A row whose temperature is 0 is not drawn: its best token is taken.
+
+    Attributes:
+        filters: float64 [R, 4]: temperature, top_k (0: all), top_p, min_p, which act in this order as
+            ``SamplingParams`` says.
+        uniforms: float64 [R, 2], numbers of [0, 1): that of this step, and that of the step behind it.
+    """
+
+    filters: NDArray[np.float64]
+    uniforms: NDArray[np.float64]
 
 
 class EncoderSession(Protocol):
@@ -128,6 +144,19 @@ class DecoderSession(Protocol):
 class GreedySession(Protocol):
     """A decoder session that can keep the logits to itself."""
 
-    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+    def greedy(self, inputs: StepInputs) -> ChosenTokens:
         """As ``DecoderSession.step``, but returns the best token of each wanted position."""
+        ...
+
+
+@runtime_checkable
+class SamplingSession(Protocol):
+    """A decoder session that can draw tokens itself."""
+
+    def sample(self, inputs: StepInputs, draws: Draws) -> ChosenTokens:
+        """As ``DecoderSession.step``, but returns a token of each wanted position, drawn as ``draws`` says.
+
+        It is the token on whose share of what the filters leave, in the order of ids, the uniform number falls; where
+        the best logit is NaN or infinite the best one, whose logit tells.
+        """
         ...

@@ -8,13 +8,19 @@ from numpy.typing import NDArray
 _CHUNK = 64  # scores of which one maximum is kept
 _SMALL = 4096  # up to here the plain way is as fast
 _BINS, _PER_NAT = 256, 8.0  # of relative log weights: down to exp(-32)
-_LEAST_TEMPERATURE = 1e-30  # what float32 can divide by; far below, all but the best token weigh nothing
+# What float32 can divide by: near the one all but the best token weigh nothing, near the other all weigh the same.
+_LEAST_TEMPERATURE, _MOST_TEMPERATURE = 1e-30, 1e38
+
+
+def usable_temperature(temperature: float) -> float:
+    """The temperature, or the nearest one that float32 can divide by."""
+    return min(max(temperature, _LEAST_TEMPERATURE), _MOST_TEMPERATURE)
 
 
 def relative_logs(scores: NDArray[np.float32], best: float, temperature: float) -> NDArray[np.float32]:
     """(scores - best) / temperature, float32 [V]: logarithms of weights, the best token's 0."""
     logs = np.subtract(scores, np.float32(best))
-    return np.divide(logs, np.float32(max(temperature, _LEAST_TEMPERATURE)), out=logs)
+    return np.divide(logs, np.float32(usable_temperature(temperature)), out=logs)
 
 
 def top_k_ids(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
@@ -84,4 +90,4 @@ def draw(weights: NDArray[np.float32], uniform: float) -> int:
     return chunk * _CHUNK + min(place, int(np.flatnonzero(own)[-1]))
 
 
-__all__ = ["draw", "nucleus", "relative_logs", "top_k_ids"]
+__all__ = ["draw", "nucleus", "relative_logs", "top_k_ids", "usable_temperature"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.errors import EngineError, InputError
-from accel.runtime.candidates import draw, nucleus, relative_logs, top_k_ids
+from accel.runtime.candidates import draw, nucleus, relative_logs, top_k_ids, usable_temperature
 
 # Parameters that act only when do_sample is on, and the values with which they do nothing.
 _SAMPLING_ONLY = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -133,8 +134,15 @@ class Sampler:
         if params.do_sample:  # else it costs a first token 30 us for nothing
             self._all = _all_ids(vocab_size)
             self._rng = np.random.default_rng(np.random.SeedSequence(params.seed, spawn_key=(stream,)))
+            self._uniforms: deque[float] = deque()  # numbers that were looked at, and not drawn with yet
         self._reads_history = params.repetition_penalty != 1.0
         self._plain = not params.do_sample and not self._reads_history
+        self._drawn = params.do_sample and not self._reads_history
+        self._filters = 0.0, 0.0, 1.0, 0.0
+        if params.do_sample:
+            top_k = float(params.top_k) if params.top_k < vocab_size else 0.0
+            temperature = usable_temperature(float(params.temperature))
+            self._filters = temperature, top_k, float(params.top_p), float(params.min_p)
 
     @property
     def reads_history(self) -> bool:
@@ -145,6 +153,28 @@ class Sampler:
     def is_plain(self) -> bool:
         """Whether ``pick`` takes the largest logit as it is."""
         return self._plain
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether ``pick`` draws from the logits as they are, by temperature, top_k, top_p and min_p."""
+        return self._drawn
+
+    def peek(self) -> tuple[float, float, float, float, float, float]:
+        """What draws the next token: temperature, top_k (0: all), top_p, min_p; and the numbers of [0, 1) with which
+        the next two are drawn. The random state stays: whoever draws with the first says ``advance``.
+
+        Temperature 0 of a sampler that does not draw.
+        """
+        if not self.params.do_sample:
+            return (*self._filters, 0.0, 0.0)
+        uniforms = self._uniforms
+        while len(uniforms) < 2:
+            uniforms.append(self._rng.random())
+        return (*self._filters, uniforms[0], uniforms[1])
+
+    def advance(self) -> float:
+        """The number of [0, 1) for the next draw, which is drawn with now."""
+        return self._uniforms.popleft() if self._uniforms else self._rng.random()
 
     def pick(self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()) -> int:
         """Chooses the next token.
@@ -167,7 +197,7 @@ class Sampler:
         if not self.params.do_sample:
             return _best(scores)
         ids, weights = self._candidates(scores)
-        return int(ids[draw(weights, self._rng.random())])
+        return int(ids[draw(weights, self.advance())])
 
     def probabilities(
         self, logits: NDArray[np.float32], history: Sequence[int], banned: Sequence[int] = ()

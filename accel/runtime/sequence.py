@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.session import GreedyTokens
+from accel.engines.session import ChosenTokens
 from accel.errors import AccelError
 from accel.runtime.results import Timings, TokenLogprob
 from accel.runtime.sampling import Sampler, check_best, log_softmax, top_logprobs
@@ -177,17 +177,30 @@ class Sequence:
     @property
     def takes_best(self) -> bool:
         """Whether its next token is the best one whatever the other logits are."""
-        if self.sampler is None or self.logprobs is not None or not self.sampler.is_plain:
+        return self.sampler is not None and self.sampler.is_plain and self._leaves_logits
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the engine can draw its next token: nobody else reads or changes the logits."""
+        return self.sampler is not None and self.sampler.is_drawn and self._leaves_logits
+
+    @property
+    def _leaves_logits(self) -> bool:
+        if self.logprobs is not None:
             return False
         return not self._banned or self.length - len(self.prompt) >= self.min_new_tokens
 
-    def take(self, best: GreedyTokens, at: int) -> int:
+    def take(self, chosen: ChosenTokens, at: int) -> int:
         """The next token as the engine found it.
 
         Raises:
             EngineError: Its logit is NaN or infinite.
         """
-        return check_best(best.tokens.item(at), best.logits.item(at))
+        assert self.sampler is not None
+        token = check_best(chosen.tokens.item(at), chosen.logits.item(at))
+        if not self.sampler.is_plain:
+            self.sampler.advance()  # it was drawn with the number that was looked at
+        return token
 
     def append(self, token: int) -> None:
         """Adds a generated token and decides whether it is the last."""

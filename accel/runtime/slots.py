@@ -10,18 +10,18 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.session import DecoderSession, GreedySession, GreedyTokens, StepInputs
+from accel.engines.session import ChosenTokens, DecoderSession
 from accel.errors import AccelError, EngineBrokenError, EngineError, InputError
 from accel.runtime.failover import too_long
 from accel.runtime.sampling import score_targets
 from accel.runtime.sequence import Event, Sequence
+from accel.runtime.stepping import Plan, Stepper, wanted
 
 DEFAULT_CHUNK = 256  # prompt tokens per step, all rows together
 _LEAST_WIDTH = 32  # a row near its capacity may narrow the others' chunks down to this; then they take turns
 _SCORE_BYTES = 64 << 20  # logits of one scoring step
 
 Successor = Callable[[EngineBrokenError], DecoderSession]
-Plan = list[tuple[Sequence, int]]  # who takes part, with how many tokens, in row order
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,11 @@ class SlotLoop:
     def _use(self, session: DecoderSession) -> None:
         """Starts on a session whose cache is empty."""
         self._session = session
-        self._greedy = session.greedy if isinstance(session, GreedySession) else None
+        self._stepper = Stepper(session)
         self._chunk: int = self._asked_chunk or int(getattr(session, "chunk", DEFAULT_CHUNK))
         self._score_chunk = max(1, min(self._chunk, _SCORE_BYTES // (4 * session.vocab_size)))
         self._rows: list[Sequence | None] = [None] * session.max_batch
         self._shared: list[tuple[object, int] | None] = [None] * session.max_batch  # whose prompt stands in the row
-        self._query = np.zeros(session.max_batch, np.int32)
-        self._past = np.zeros(session.max_batch, np.int32)
-        self._position = np.zeros(1, np.int64)
-        self._alone: int | None = None  # the row that the last step's arrays hold alone, with one token
 
     @property
     def has_work(self) -> bool:
@@ -254,10 +250,10 @@ class SlotLoop:
 
     def _run(self, plan: Plan, started: float, events: list[Event]) -> None:
         """Runs one plan. When the engine fails, each row is tried alone, so that only the bad one ends."""
-        inputs = self._build(plan)
+        inputs = self._stepper.build(plan)
         before = perf_counter()
         try:
-            logits = self._step(plan, inputs)
+            logits = self._stepper.run(plan, inputs)
         except EngineBrokenError:  # no row of it can run: ``step`` turns to the next engine
             raise
         except Exception as error:
@@ -278,69 +274,22 @@ class SlotLoop:
             clock.steps += 1
         self._postprocess(plan, logits, events, after)
 
-    def _step(self, plan: Plan, inputs: StepInputs) -> NDArray[np.float32] | GreedyTokens:
-        """The wanted logits, or their best tokens alone where nobody looks at the rest and the engine can."""
-        greedy = self._greedy
-        for sequence, _ in plan:  # a loop: in every step a generator costs more than the answer
-            greedy = greedy if sequence.takes_best else None
-        return self._session.step(inputs) if greedy is None else greedy(inputs)
-
-    def _build(self, plan: Plan) -> StepInputs:
-        query, past = self._query, self._past
-        if len(plan) == 1 and plan[0][1] == 1 and plan[0][0].sampler is not None:  # one sequence, one token
-            return self._build_one(plan[0][0])
-        self._alone = None
-        query.fill(0)
-        past.fill(0)
-        ids, positions, chosen, start = [], [], [], 0
-        for sequence, count in plan:
-            computed = sequence.computed
-            query[sequence.row], past[sequence.row] = count, computed
-            ids.append(sequence.tokens[computed : computed + count])
-            positions.append(np.arange(computed, computed + count))
-            first, last = self._wanted(sequence, count)
-            chosen.append(np.arange(start + first, start + last))
-            start += count
-        rows, width = (plan[-1][0].row or 0) + 1, max(count for _, count in plan)
-        return StepInputs(
-            np.concatenate(ids), np.concatenate(positions), query, past, np.concatenate(chosen), rows, width
-        )
-
-    def _build_one(self, sequence: Sequence) -> StepInputs:
-        """The usual step, with as few NumPy calls as can be: the arrays of the last one differ in two numbers."""
-        query, past, computed, row = self._query, self._past, sequence.computed, sequence.row
-        assert row is not None
-        if self._alone != row:
-            query.fill(0)
-            past.fill(0)
-            query[row], self._alone = 1, row
-        past[row] = self._position[0] = computed
-        wanted = _FIRST if sequence.remaining == 1 else _NONE
-        return StepInputs(sequence.tokens[computed : computed + 1], self._position, query, past, wanted, row + 1, 1)
-
-    @staticmethod
-    def _wanted(sequence: Sequence, count: int) -> tuple[int, int]:
-        """Which of its ``count`` tokens' logits a sequence needs: [first, last)."""
-        if sequence.sampler is None:  # the last prompt token predicts nothing that is scored
-            return 0, count - (sequence.remaining == count)
-        return (count - 1, count) if sequence.remaining == count else (0, 0)
-
     # Postprocess
 
     def _postprocess(
-        self, plan: Plan, logits: NDArray[np.float32] | GreedyTokens, events: list[Event], now: float
+        self, plan: Plan, logits: NDArray[np.float32] | ChosenTokens, events: list[Event], now: float
     ) -> None:
         start = 0
         for sequence, count in plan:
-            first, last = self._wanted(sequence, count)
-            wanted, at, token = last - first, start, None
-            start += wanted
+            first, last = wanted(sequence, count)
+            rows, at, token = last - first, start, None
+            start += rows
             try:
-                if isinstance(logits, GreedyTokens):
-                    token = sequence.take(logits, at) if wanted else None
+                if isinstance(logits, ChosenTokens):
+                    token = sequence.take(logits, at) if rows else None
                 elif sequence.sampler is None:
                     self._score(sequence, logits[at:start])
-                elif wanted:
+                elif rows:
                     token = sequence.choose(logits[at])
                 if token is not None:
                     sequence.clock.count(perf_counter())  # before it may end: its caller reads the clock then
@@ -383,9 +332,6 @@ class SlotLoop:
             sequence.row = None
             self._active.remove(sequence)
         sequence.end()
-
-
-_FIRST, _NONE = np.zeros(1, np.int64), np.zeros(0, np.int64)
 
 
 def _as_accel_error(error: Exception) -> AccelError:

@@ -11,11 +11,8 @@ from accel_kernels.checks import INDICES, Expect
 from accel_kernels.device import launch_options
 from accel_kernels.tiles import let_successor_start, wait_for_predecessor
 
-BODY = (
-    HEADER
-    + """
-Argmax (logits) => (ids, values)
-{
+# The lines that find a row's best token; ``sample`` begins with them too.
+BEST = """
     last = Constant <value_ints = [-1]> ()
     below_all = Constant <value_float = -inf> ()
     is_nan = IsNaN (logits)
@@ -27,6 +24,15 @@ Argmax (logits) => (ids, values)
     has_nan = Cast <to = 9> (most)
     best = Where (has_nan, first_nan, best_number)
     found = GatherElements <axis = -1> (logits, best)
+"""
+BODY = (
+    HEADER
+    + """
+Argmax (logits) => (ids, values)
+{
+"""
+    + BEST
+    + """
     ids = Squeeze (best, last)
     values = Squeeze (found, last)
 }
@@ -110,4 +116,4 @@ def argmax(
     return out
 
 
-__all__ = ["BODY", "TOLERANCES", "argmax", "argmax_workspace", "reference"]
+__all__ = ["BEST", "BODY", "TOLERANCES", "argmax", "argmax_workspace", "reference"]

@@ -62,6 +62,7 @@ OPS = (
     Op("decode_attention", "DecodeAttention"),
     Op("varlen_attention", "VarlenAttention"),
     Op("argmax", "Argmax"),
+    Op("sample", "Sample"),
     Op("gather", "Gather"),
 )
 

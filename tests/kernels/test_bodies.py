@@ -233,6 +233,21 @@ def test_argmax(maker: Maker) -> None:
     assert torch.equal(values.nan_to_num(nan=7.0), best.nan_to_num(nan=7.0))
 
 
+def test_sample(maker: Maker) -> None:
+    draws = torch.tensor(
+        [
+            [1.0, 0, 1, 0, 0.3], [0.8, 5, 0.7, 0.1, 0.9], [0.0, 0, 1, 0, 0.5], [1.0, 0, 0.5, 0, 0.999],
+            [1.0, 99, 0.0, 0, 0.5], [2.0, 0, 0.9, 0.3, 0.6], [1.0, 0, 1, 0, 0.5], [1.0, 0, 1, 0, 0.5],
+        ], dtype=torch.float64,
+    )  # fmt: skip
+    logits = maker.normal(len(draws), 30, scale=2.0)
+    logits[3], logits[4, [4, 9]], logits[6, 7], logits[7, 3] = 0.5, 9.0, float("nan"), float("inf")
+    ids, values = evaluate(BY_NAME["sample"], [logits, draws], {}, 2)
+    expected, chosen = BY_NAME["sample"].reference(logits, draws)
+    assert torch.equal(ids, expected) and ids[[3, 4, 6, 7]].tolist() == [29, 9, 7, 3]
+    assert torch.equal(values.nan_to_num(nan=7.0), chosen.nan_to_num(nan=7.0))
+
+
 def test_gather(maker: Maker) -> None:
     table, ids = maker.normal(9, 5), maker.ints(8, 0, 8)
     nothing = [torch.zeros(1, 5), maker.ints(0)]

@@ -22,6 +22,7 @@ from accel_kernels.norm import norm  # noqa: E402
 from accel_kernels.packing import pack  # noqa: E402
 from accel_kernels.quantized_gemv import quantized_gemv  # noqa: E402
 from accel_kernels.rotary_append import rotary_append  # noqa: E402
+from accel_kernels.sample import sample, sample_workspace  # noqa: E402
 from accel_kernels.tiles import NO_ACTIVATION, RMS_NORM, SILU  # noqa: E402
 from accel_kernels.varlen_attention import varlen_attention  # noqa: E402
 from accel_kernels.wide_gemm import wide_gemm  # noqa: E402
@@ -59,6 +60,10 @@ def given(launch: Callable[..., Any]) -> Arguments:
         argmax: {
             "logits": half(2, 9).float(), "out": torch.zeros(2).long(), "value": torch.zeros(2),
             "space": argmax_workspace(2, MAKE.device),
+        },
+        sample: {
+            "logits": half(2, 9).float(), "draws": torch.ones(2, 5).double() / 2, "out": torch.zeros(2).long(),
+            "value": torch.zeros(2), "space": sample_workspace(2, 9, MAKE.device), "span": 1024,
         },
         rotary_append: {
             **cache, **tables, "qkv": half(3, 128), "rows": ints(0, 1, 1), "slots": ints(1, 2, 3), "heads": 4,
@@ -152,6 +157,15 @@ CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (argmax, to("logits", lambda x: x.half()), TypeError, "logits is torch.float16"),
     (argmax, to("logits", torch.zeros(2, 0)), ValueError, "there are no logits"),
     (argmax, to("space", argmax_workspace(1, MAKE.device)), ValueError, "workspace is for fewer than 2 rows"),
+    (sample, to("logits", lambda x: x.half()), TypeError, "logits is torch.float16"),
+    (sample, to("logits", torch.zeros(2, 0)), ValueError, "0 logits, not between 1 and 1048576"),
+    (sample, to("draws", torch.zeros(2, 5)), TypeError, "draws is torch.float32, not torch.float64"),
+    (sample, to("turn", ints(0)), ValueError, r"draws has shape \[2, 5\], not \[2, 2, 5\]"),
+    (sample, to("draws", lambda draws: draws.to("meta")), ValueError, "a host whose memory is not pinned"),
+    (sample, to("value", torch.zeros(3)), ValueError, r"value has shape \[3\], not \[2\]"),
+    (sample, to("space", sample_workspace(1, 9, MAKE.device)), ValueError, "workspace is for fewer than 2 rows"),
+    (sample, to("space", sample_workspace(2, 8, MAKE.device)), ValueError, "workspace is for fewer than 9 logits"),
+    (sample, to("span", 4), ValueError, "spans of 4 are shorter than the workspace's"),
     (rotary_append, to("qkv", half(3, 127)), ValueError, r"qkv has shape \[3, 127\], not \[-1, 128\]"),
     (rotary_append, to("qkv", lambda x: x.float()), TypeError, "qkv is torch.float32"),
     (rotary_append, to("slots", lambda x: x.long()), TypeError, "slots is torch.int64"),

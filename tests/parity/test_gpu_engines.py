@@ -29,6 +29,7 @@ from accel.scheme import parse_scheme
 from accel.spec import OUTPUT_NAMES
 from accel.variant_targets import find_target
 from accel.variants import LIMITS, add_variant
+from tests.engines.cuda.steps import CASES, GREEDY, HOT, MIXED, WithoutSampling, generate
 from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
 from tests.parity.comparison import COURSES, draw_rows, flatten_real, run_course
 from tests.parity.families import ALL, DECODERS, ENCODERS, HEADS, build_model
@@ -133,6 +134,23 @@ def test_encoder(engine: str, name: str, variant: str, exported: Any, tmp_path: 
     found.close()
     exact.close()
     assert error <= limit_of(name, variant, error)
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", ["fp16", "w4g32"])
+@pytest.mark.parametrize("name", DECODERS[:2])
+def test_drawn_tokens_are_the_hosts(name: str, variant: str, exported: Any, tmp_path: Path) -> None:
+    """A seed's tokens are the same where the device draws and runs ahead as where the host draws from its logits."""
+    session = open_engine(add(exported(name), tmp_path / name, variant, "cuda"), "cuda", variant)
+    drawn_only = [(HOT, {}), (MIXED, {}), (GREEDY, {}), (MIXED, {}), (HOT, {})]
+    for cases, late in ((drawn_only, 1), (CASES, 2), (drawn_only[:1], 0)):
+        for _ in range(2):  # as a call, then as a recording
+            ours = generate(session, cases, late, least=30)
+            assert ours == generate(WithoutSampling(session), cases, late, least=30)
+    replays = [place._sampled for place in (*session._decodes.values(), *session._packed.values())]
+    assert all(replay.failure is None for replay in replays)
+    assert any(replay._graph is not None for replay in replays), "steps with drawn tokens are recorded"
+    session.close()
 
 
 def add(exported: Path, folder: Path, variant: str, engine: str) -> Bundle:

@@ -240,3 +240,34 @@ def test_top_logprobs() -> None:
     assert [token for token, _ in top_logprobs(np.zeros(4, dtype=np.float32), 2)] == [0, 1]
     with pytest.raises(InputError, match="logprobs"):
         top_logprobs(logits, VOCAB + 1)
+
+
+def test_numbers_that_were_looked_at_are_drawn_with() -> None:
+    """Peeking moves nothing: the draws are those of a sampler that nobody looked at."""
+    params = SamplingParams(do_sample=True, temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, seed=3)
+    looked, plain = (Sampler(params, VOCAB, stream=1) for _ in range(2))
+    logits, rng = _logits(5), np.random.default_rng(3)
+    for turn in range(40):
+        peeked = looked.peek()
+        assert peeked[:4] == (0.7, 9.0, 0.9, 0.01) and looked.peek() == peeked
+        if rng.random() < 0.5:
+            assert looked.advance() == peeked[4] == plain.advance(), turn
+        else:
+            assert looked.pick(logits, ()) == plain.pick(logits, ()), turn
+        assert looked.peek()[4] == peeked[5]
+
+
+def test_what_is_drawn_without_the_host() -> None:
+    drawn = Sampler(SamplingParams(do_sample=True, top_k=VOCAB, temperature=1e-300), VOCAB)
+    assert drawn.is_drawn and not drawn.is_plain
+    assert drawn.peek()[:4] == (1e-30, 0.0, 1.0, 0.0), "as float32 divides, and all of them are no filter"
+    greedy = Sampler(SamplingParams(), VOCAB)
+    assert greedy.peek() == (0.0, 0.0, 1.0, 0.0, 0.0, 0.0) and not greedy.is_drawn
+    assert not Sampler(SamplingParams(do_sample=True, repetition_penalty=1.1), VOCAB).is_drawn
+
+
+def test_the_hottest_temperature_draws_nothing_that_was_banned() -> None:
+    logits = _logits(6)
+    sampler = Sampler(SamplingParams(do_sample=True, temperature=1e300, seed=0), VOCAB)
+    kept = sampler.probabilities(logits, (), range(VOCAB - 10))
+    assert not kept[:-10].any() and np.allclose(kept[-10:], 0.1)

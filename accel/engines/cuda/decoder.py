@@ -19,7 +19,7 @@ from accel.engines.cuda.program import load_program
 from accel.engines.cuda.staging import DecodePlace, PackedPlace
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
-from accel.engines.session import EngineInfo, GreedyTokens, StepInputs
+from accel.engines.session import ChosenTokens, Draws, EngineInfo, StepInputs
 from accel.errors import BundleError
 from accel.spec import ArchSpec
 
@@ -31,10 +31,10 @@ CHUNK = 8192  # prompt tokens of a step: enough to fill the GPU
 class CudaDecoderSession:
     """Implements ``accel.engines.session.DecoderSession`` on the bundle's ``cuda`` graph.
 
-    A step in which every row brings one token replays the graph of its batch size. While the host looks at a greedy
-    step's tokens, the device computes the step behind it, as if every row went on with its token: when the next step
-    asks for that, it is done or under way. What no row asks for has written one slot behind each row's end, where
-    the row's next token goes.
+    A step in which every row brings one token replays a graph of its batch size, one for best tokens and one for drawn
+    ones. While the host looks at a step's tokens, the device computes the step behind it, as if every row went on with
+    its token: when the next step asks for that, it is done or under way. What no row asks for has written one slot
+    behind each row's end, where the row's next token goes.
 
     Args:
         path: The graph; its weights lie beside it.
@@ -91,7 +91,7 @@ class CudaDecoderSession:
             place.start(inputs, self.capacity, ahead=False)
             return place.logits(inputs)
 
-    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+    def greedy(self, inputs: StepInputs) -> ChosenTokens:
         """As ``step``, but returns each wanted position's best token and leaves the logits on the device.
 
         Raises:
@@ -103,6 +103,20 @@ class CudaDecoderSession:
                 return self._packed_place(inputs).greedy(inputs)
             place = self._decode_place(inputs)
             place.start(inputs, self.capacity, ahead=True)
+            return place.tokens(inputs)
+
+    def sample(self, inputs: StepInputs, draws: Draws) -> ChosenTokens:
+        """As ``greedy``, with tokens drawn as ``draws`` says; the step behind is drawn with its second numbers.
+
+        Raises:
+            EngineError, EngineBrokenError: see ``step``.
+        """
+        self._lifetime.check()
+        with translated_errors("decoder step"):
+            if not is_decode(inputs):
+                return self._packed_place(inputs).sampled(inputs, draws)
+            place = self._decode_place(inputs)
+            place.start(inputs, self.capacity, ahead=True, draws=draws)
             return place.tokens(inputs)
 
     def copy_row(self, source: int, target: int, length: int) -> None:

@@ -13,7 +13,7 @@ from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort.common import NAME, engine_error, import_onnxruntime, open_graph, translated_errors
 from accel.engines.ort.embedding import EmbeddingRows
-from accel.engines.session import EngineInfo, GreedyTokens, StepInputs
+from accel.engines.session import ChosenTokens, EngineInfo, StepInputs
 from accel.errors import BundleError
 from accel.manifest import Manifest
 from accel.spec import BEST_LOGITS, BEST_TOKENS, EMBEDDING, EMBEDDING_INPUT, ArchSpec
@@ -62,7 +62,7 @@ class StepBuffers:
             self._embedded = every[EMBEDDING_INPUT].data.cast("B")
         self.arrays = every
         self.bound = {name: ort.OrtValue.ortvalue_from_numpy(every[name]) for name in every if name in names}
-        self.best = GreedyTokens(np.zeros(len(logits), np.int64), np.zeros(len(logits), np.float32))
+        self.best = ChosenTokens(np.zeros(len(logits), np.int64), np.zeros(len(logits), np.float32))
         outputs = {"logits": logits, BEST_TOKENS: self.best.tokens, BEST_LOGITS: self.best.logits}
         self.bound_outputs = {
             name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in outputs.items() if name in names
@@ -199,7 +199,7 @@ class OrtDecoderSession:
         """
         return self._run(inputs).logits
 
-    def _greedy(self, inputs: StepInputs) -> GreedyTokens:
+    def _greedy(self, inputs: StepInputs) -> ChosenTokens:
         """See ``GreedySession``; raises as ``step``."""
         return self._run(inputs).best
 

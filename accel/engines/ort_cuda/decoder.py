@@ -18,7 +18,7 @@ from accel.engines.ort_cuda.provider import NAME, OutOfMemoryError, Provider, ru
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
 from accel.engines.padded import PaddedStep, StepPadder
-from accel.engines.session import EngineInfo, GreedyTokens, StepInputs
+from accel.engines.session import ChosenTokens, EngineInfo, StepInputs
 from accel.errors import AccelError, BundleError, EngineBrokenError
 from accel.manifest import Manifest
 from accel.scheme import gpu_type
@@ -110,10 +110,10 @@ class OrtCudaDecoderSession:
                 logits[run.wanted[taken]] = binding.logits()[taken]
         return logits
 
-    def greedy(self, inputs: StepInputs) -> GreedyTokens:
+    def greedy(self, inputs: StepInputs) -> ChosenTokens:
         """As ``step``, but returns each wanted position's best token; no logits leave the GPU. Raises as ``step``."""
         count = len(inputs.logits_positions)
-        best = GreedyTokens(np.empty(count, np.int64), np.empty(count, np.float32))
+        best = ChosenTokens(np.empty(count, np.int64), np.empty(count, np.float32))
         for run, binding in self._runs(inputs):
             taken = run.wanted >= 0
             if taken.any():

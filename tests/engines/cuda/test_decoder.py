@@ -2,86 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
-from accel.bundle import Bundle
-from accel.engines import open_session
 from accel.engines.cuda.decoder import CudaDecoderSession
 from accel.engines.cuda.device import INTERPRETED, open_device
 from accel.engines.kv_cache import CacheShape
-from accel.engines.session import GreedySession, SessionOptions, StepInputs
+from accel.engines.session import GreedySession
 from accel.errors import BundleError, EngineBrokenError, EngineError
-from accel.graph.external import write_external
-from accel.graph.lowering.cuda import lower
-from accel.graph.save import load_canonical, save_graph
 from accel.runtime.sampling import Sampler, SamplingParams
 from accel.runtime.sequence import Sequence
 from accel.runtime.slots import SlotLoop, SlotOptions
 from accel.spec import ArchSpec
+from tests.engines.cuda.steps import CAPACITY, count_runs, inputs
 
-ROWS, CAPACITY = 3, 48
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
 ]
 
 
-@pytest.fixture(scope="module")
-def graph(tiny_decoder_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ArchSpec]:
-    bundle = Bundle.open(tiny_decoder_bundle)
-    arch = bundle.manifest.arch
-    model = load_canonical(bundle.file(bundle.graph("fp32", "canonical").file))
-    lowered, _ = lower(model, arch, arch.max_positions, ir.DataType.FLOAT)
-    folder = tmp_path_factory.mktemp("cuda")
-    write_external(lowered, folder / "weights")
-    save_graph(lowered, folder / "graph.onnx", (), (), "0")
-    return folder / "graph.onnx", arch
-
-
-@pytest.fixture
-def session(graph: tuple[Path, ArchSpec]) -> Iterator[CudaDecoderSession]:
-    path, arch = graph
-    made = CudaDecoderSession(path, arch, "fp32", CacheShape(ROWS, CAPACITY), open_device(), torch.float32)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def reference(tiny_decoder_bundle: Path) -> Iterator[Any]:
-    options = SessionOptions(threads=1, capacity=CAPACITY, max_batch=ROWS)
-    opened = open_session(Bundle.open(tiny_decoder_bundle), engine="ort-cpu", options=options).session
-    yield opened
-    opened.close()
-
-
-def inputs(tokens: dict[int, list[int]], past: dict[int, int], wanted: list[int] | None = None) -> StepInputs:
-    """A step of these rows' tokens; by default each row's last token's logits are wanted."""
-    lengths, pasts = np.zeros(ROWS, np.int32), np.zeros(ROWS, np.int32)
-    for row, ids in tokens.items():
-        lengths[row], pasts[row] = len(ids), past.get(row, 0)
-    ids = [token for row in sorted(tokens) for token in tokens[row]]
-    positions = [past.get(row, 0) + place for row in sorted(tokens) for place in range(len(tokens[row]))]
-    ends = np.cumsum([len(tokens[row]) for row in sorted(tokens)]) - 1
-    return StepInputs(np.array(ids), np.array(positions), lengths, pasts, np.array(ends if wanted is None else wanted))
-
-
 def same(ours: np.ndarray, theirs: np.ndarray) -> None:
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.abs(theirs).max())
-
-
-def count_runs(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one per run of the program."""
-    runs: list[int] = []
-    run = session._executor.run
-    monkeypatch.setattr(session._executor, "run", lambda *args: (runs.append(1), run(*args))[1])
-    return runs
 
 
 def test_steps_and_logits_of_any_tokens(session: CudaDecoderSession, reference: Any) -> None:

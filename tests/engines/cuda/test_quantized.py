@@ -21,7 +21,7 @@ from accel.engines.kv_cache import CacheShape
 from accel.graph.evaluation.sessions import PackedDecoder
 from accel.graph.evaluation.torch_graph import TorchGraph
 from accel.variants import LIMITS, add_variant
-from tests.engines.cuda.test_decoder import CAPACITY, ROWS, inputs
+from tests.engines.cuda.steps import CAPACITY, ROWS, inputs
 
 LIMIT = 4e-3  # of the largest logit: float16 sums in another order
 STEPS = (
