@@ -16,8 +16,8 @@ from accel_kernels.ops import OPS, Op  # noqa: E402
 
 FOLDER = Path(accel_kernels.__file__).parent
 SHARED = {
-    *("__init__", "advance", "bodies", "checks", "decode_tiles", "device", "launches", "narrow_cache", "ops", "packing"),
-    *("plain", "sample_body", "sample_search", "tiles", "varlen_tiles"),
+    *("__init__", "advance", "bodies", "checks", "decode_tiles", "device", "launches", "narrow_cache", "ops"),
+    *("packing", "plain", "sample_body", "sample_search", "tiles", "varlen_tiles"),
 }
 SCRATCH = {
     "out",

@@ -27,7 +27,7 @@ from accel.graph.save import load_canonical
 from accel.kv_quantization import KvQuantization
 from accel.scheme import gpu_type
 from accel.variants import add_variant
-from tests.engines.cuda.test_decoder import CAPACITY, ROWS, inputs
+from tests.engines.cuda.steps import CAPACITY, ROWS, inputs
 
 TYPES = {"fp32+kv8": torch.float16, "bf16+kv8": torch.bfloat16, "w4g32+kv8": torch.float16}
 LIMITS = {torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of the largest logit: other sums, and so here and there a tie
