@@ -108,7 +108,7 @@ def test_integer_caches(name: str, variant: str, exported: Any, tmp_path: Path, 
         assert np.isfinite(ours).all()
     for opened in (found, exact, plain):
         opened.close()
-    record_property("error", max(np.array(errors) / lost))
+    record_property("error", float(max(np.array(errors) / lost)))
     # bf16 rounds a key as coarsely as its integer is: there both lose as much.
     assert max(np.array(errors) / lost) <= (2.0 if scheme.base == "bf16" else 0.7), (errors, lost)
 

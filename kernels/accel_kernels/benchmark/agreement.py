@@ -12,7 +12,7 @@ from accel_kernels.ops import OPS
 
 PEER = "PyTorch"
 PEER_LIMIT = 2e-2  # fp16 between its ops
-_EXACT = ("argmax", "advance")  # they choose and count
+_EXACT = ("argmax", "sample", "advance")  # they choose and count
 _ROUNDING = 1e-7  # of a float32 sum
 
 

@@ -17,6 +17,7 @@ from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Copies, Operands, Problem, Row, size_of
 from accel_kernels.benchmark.shapes import Decoder, Encoder, Shapes
 
+_SCALES = ("key_scales", "value_scales")
 _ROOM = 16  # a cache has room for a multiple of so many positions
 _Caches = tuple[torch.Tensor, torch.Tensor]
 
@@ -107,6 +108,42 @@ def _prepare_decode(sizes: Decoder, rows: int, past: int, operands: Operands) ->
     return Problem({launches.label(launch): run}, peer, reference, moved, 4 * rows * heads * dim * (past + 1))
 
 
+def _prepare_narrow_decode(sizes: Decoder, rows: int, past: int, operands: Operands) -> Problem:
+    """As ``_prepare_decode`` with caches in int8, which PyTorch dequantises first."""
+    heads, kv_heads, dim, device = sizes.heads, sizes.kv_heads, sizes.dim, operands.device
+    qkv, whole = _qkv_of_step(operands, sizes, rows)
+    shape = rows, kv_heads, -(-(past + 1) // _ROOM) * _ROOM, dim
+    cells = 2 * rows * kv_heads * dim  # bytes of one position
+    caches = operands.copies(lambda _: (operands.int8(*shape), operands.int8(*shape)), cells * (past + 1))
+    scales = {name: operands.normal(kv_heads, dim, dtype=torch.float32).abs() / 40 + 0.01 for name in _SCALES}
+    pasts = torch.full((rows,), past, dtype=torch.int32, device=device)
+    cos, sin = _tables(past + 1, dim, device)
+    options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin, **scales}
+    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST)
+    space = decode.workspace(rows, kv_heads, heads // kv_heads, dim, launch["splits"], device)
+    out = operands.unwritten(rows, heads * dim)
+    last_cos, last_sin = (table[past] for table in peers.whole_tables(cos, sin))
+
+    def run(index: int) -> torch.Tensor:
+        keys, values = caches(index)
+        return decode.decode_attention(qkv, keys, values, pasts, out, space, **options, **launch)
+
+    def peer(index: int) -> torch.Tensor:
+        query, key, value = whole.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
+        seen: list[torch.Tensor] = []
+        for cache, new, scale in zip(caches(index), (peers.turned(key, last_cos, last_sin), value), scales.values()):
+            cache[:, :, past] = (new.float() / scale).round().clamp(-128, 127).to(torch.int8)
+            seen.append(cache[:, :, : past + 1].to(DTYPE) * scale.to(DTYPE)[:, None])
+        query = peers.turned(query, last_cos, last_sin)[:, :, None]
+        return functional.scaled_dot_product_attention(query, seen[0], seen[1], enable_gqa=True).reshape(rows, -1)
+
+    moved = size_of(whole, out, pasts) + cells * (past + 1)
+    return Problem(
+        {launches.label(launch): run}, peer, lambda: decode.reference(qkv, *caches(0), pasts, **options)[0], moved,
+        4 * rows * heads * dim * (past + 1),
+    )  # fmt: skip
+
+
 def _limits(sequences: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Where rows of one length start and stop, int32 [B] each."""
     starts = torch.arange(sequences, dtype=torch.int32, device=device) * tokens
@@ -182,7 +219,7 @@ def rows_of(shapes: Shapes) -> list[Row]:
     decoder, encoder = shapes.decoder, shapes.encoder
     heads = f"{decoder.heads} heads on {decoder.kv_heads} of {decoder.dim}"
     prompts = ((1, shapes.prompt), (shapes.prompts, shapes.prompt), (1, shapes.long_prompt))
-    found = []
+    found: list[Row] = []
     for sequences, tokens in prompts[:2]:
         prepare = partial(_prepare_rotary, decoder, sequences, tokens)
         shape = f"{sequences} x {tokens} tokens, {heads}"
@@ -191,6 +228,10 @@ def rows_of(shapes: Shapes) -> list[Row]:
         prepare = partial(_prepare_decode, decoder, rows, past)
         shape = f"{rows} x 1 token, {past} in the cache, {heads}"
         found.append(Row("decode_attention", shape, "fp16", "cache", "rotation, copies, SDPA", prepare))
+    rows, past = shapes.pasts[-1]
+    prepare = partial(_prepare_narrow_decode, decoder, rows, past)
+    shape = f"{rows} x 1 token, {past} in the cache, {heads}"
+    found.append(Row("decode_attention", shape, "int8 cache", "cache", "rotation, copies, mul, SDPA", prepare))
     for sequences, tokens in shapes.batches:
         prepare = partial(_prepare_encoder, encoder, sequences, tokens)
         shape = f"{sequences} x {tokens} tokens, {encoder.heads} heads of {encoder.dim}"

@@ -53,6 +53,10 @@ class Operands:
         """Integers from 0 to ``limit`` - 1."""
         return torch.randint(limit, shape, generator=self._generator, device=self.device, dtype=dtype)
 
+    def int8(self, *shape: int) -> torch.Tensor:
+        """int8 from -127 to 127: a quantised cache."""
+        return torch.randint(-127, 128, shape, generator=self._generator, device=self.device, dtype=torch.int8)
+
     def words(self, *shape: int) -> torch.Tensor:
         """int32, every bit by chance: packed integers of any number of bits."""
         bounds = torch.iinfo(torch.int32)

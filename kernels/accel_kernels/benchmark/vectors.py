@@ -13,6 +13,7 @@ from accel_kernels import argmax as best_of
 from accel_kernels import gather as rows_kernel
 from accel_kernels import launches
 from accel_kernels import norm as norms
+from accel_kernels import sample as sampling
 from accel_kernels.advance import advance
 from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Operands, Problem, Row, size_of
@@ -130,6 +131,35 @@ def _prepare_argmax(vocabulary: int, rows: int, operands: Operands) -> Problem:
     )
 
 
+def _prepare_sample(vocabulary: int, rows: int, operands: Operands) -> Problem:
+    """Scores as spread as a model's: a few tokens have nearly all of the mass."""
+    temperature, top_k, top_p = 0.8, min(50, vocabulary // 2), 0.95
+    logits = operands.normal(rows, vocabulary, scale=3.0, dtype=torch.float32)
+    uniforms = torch.linspace(0.05, 0.95, rows, dtype=torch.float64, device=operands.device)
+    draws = torch.tensor([temperature, top_k, top_p, 0.0, 0.0], dtype=torch.float64, device=operands.device)
+    draws = draws.repeat(rows, 1)
+    draws[:, 4] = uniforms
+    ids = torch.empty(rows, dtype=torch.int64, device=operands.device)
+    values = operands.unwritten(rows, dtype=torch.float32)
+    space = sampling.sample_workspace(rows, vocabulary, operands.device)
+
+    def run(_: int) -> tuple[torch.Tensor, ...]:
+        return sampling.sample(logits, draws, ids, values, space), values
+
+    def peer(_: int) -> tuple[torch.Tensor, ...]:
+        scores, tokens = logits.topk(top_k)
+        weights = (scores / temperature).softmax(-1)
+        weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)
+        tokens, order = tokens.sort(-1)
+        ends = weights.gather(1, order).double().cumsum(-1)
+        place = torch.searchsorted(ends, uniforms[:, None] * ends[:, -1:], right=True)
+        found = tokens.gather(1, place)
+        return found[:, 0], logits.gather(1, found)[:, 0]
+
+    reference = partial(sampling.reference, logits, draws)
+    return Problem({"span 2048 warps 4": run}, peer, reference, size_of(logits, draws, ids, values))
+
+
 def _prepare_advance(vocabulary: int, rows: int, operands: Operands) -> Problem:
     """The host is told in page-locked memory of its own, where there is a GPU."""
     best = operands.below(vocabulary, 2 * rows)
@@ -198,6 +228,11 @@ def rows_of(shapes: Shapes) -> list[Row]:
         shape = f"{rows} x {decoder.vocabulary}"
         prepare = partial(_prepare_argmax, decoder.vocabulary, rows)
         found.append(Row("argmax", shape, "fp32", "", "max", prepare))
+    for rows in (1, shapes.few[-1]):
+        shape = f"{rows} x {decoder.vocabulary}, temperature, top_k, top_p"
+        prepare = partial(_prepare_sample, decoder.vocabulary, rows)
+        ops = "topk, softmax, cumsum, sort, searchsorted"
+        found.append(Row("sample", shape, "fp32", "", ops, prepare))
     for rows in (1, shapes.few[-1]):
         prepare = partial(_prepare_advance, decoder.vocabulary, rows)
         ops = "copies, ge, adds, neg"
