@@ -31,6 +31,7 @@ ITEM_BYTES = {
     "float16": 2,
     "bfloat16": 2,
     "int8": 1,
+    "float8_e4m3fn": 1,
     "uint8": 1,
     "bool": 1,
 }

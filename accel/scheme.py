@@ -15,7 +15,8 @@ Activations = Literal["none", "dynamic", "static"]
 BASES: tuple[Base, ...] = ("fp32", "fp16", "bf16", "fp8")
 GROUPS = (32, 64, 128)
 QUANTIZED = ("w8a8-dyn", "w8a8", *(f"w{bits}g{group}" for bits in (8, 4) for group in GROUPS))
-CACHES = {"kv8": 8, "kv4": 4}
+CACHES = {"kv8": 8, "kv4": 4, "kvfp8": 8}  # bits
+FLOAT8_CACHE = "kvfp8"
 _GROUPED = re.compile(r"w([48])g(\d+)")
 
 
@@ -30,7 +31,8 @@ class Scheme:
         group: Input channels that share a scale; 0: one scale per output row.
         activations: Whether products round their input to int8: ``dynamic`` with scales found at run time, per token;
             ``static`` with calibrated ones; ``none``: that is left to the kernel.
-        kv_bits: 8 or 4 for integer caches; None: caches are in ``base``.
+        kv_bits: 8 or 4 for caches that are rounded; None: caches are in ``base``.
+        kv_float8: Whether caches hold 8-bit floats (E4M3) in place of integers.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Scheme:
     group: int = 0
     activations: Activations = "none"
     kv_bits: int | None = None
+    kv_float8: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -68,19 +71,20 @@ def parse_scheme(name: str) -> Scheme:
     caches = [part for part in rest if part in CACHES]
     if len(rest) > 1 or len(caches) != len(rest):
         raise _unknown(name)
-    kv_bits = CACHES[caches[0]] if caches else None
     if weights in CACHES and not rest:  # the cache alone
-        return Scheme(f"fp32+{weights}", kv_bits=CACHES[weights])
+        return parse_scheme(f"fp32+{weights}")
+    kv_bits, kv_float8 = (CACHES[caches[0]], caches[0] == FLOAT8_CACHE) if caches else (None, False)
     for base in BASES:
         if weights == base:
-            return Scheme(name, base, kv_bits=kv_bits)
+            return Scheme(name, base, kv_bits=kv_bits, kv_float8=kv_float8)
     if weights in ("w8a8", "w8a8-dyn"):
         activations: Activations = "dynamic" if weights.endswith("dyn") else "static"
-        return Scheme(name, weight_bits=8, activations=activations, kv_bits=kv_bits)
+        return Scheme(name, weight_bits=8, activations=activations, kv_bits=kv_bits, kv_float8=kv_float8)
     found = _GROUPED.fullmatch(weights)
     if found is None or weights not in QUANTIZED:  # w4g032 is another name for nothing
         raise _unknown(name)
-    return Scheme(name, weight_bits=int(found[1]), group=int(found[2]), kv_bits=kv_bits)
+    bits, group = int(found[1]), int(found[2])
+    return Scheme(name, weight_bits=bits, group=group, kv_bits=kv_bits, kv_float8=kv_float8)
 
 
 def stores_integers(name: str) -> bool:

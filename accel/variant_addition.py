@@ -290,16 +290,16 @@ class Addition:
 
     def _kv(self, canonical: ir.Model) -> KvQuantization | None:
         """Calibrated scales of the caches."""
-        if self.scheme.kv_bits is None:
+        bundle, scheme, advance = self.bundle, self.scheme, self.progress.advance
+        if scheme.kv_bits is None:
             return None
         from accel.compress.kv_scales import calibrate_cache
         from accel.compress.texts import resolve_calibration
 
-        bundle = self.bundle
         calibration = resolve_calibration(self.quantizing.calibration, bundle.manifest.arch, self._tokenizer())
         self.progress.stage("Calibrating the cache", calibration.tokens)
         return calibrate_cache(
-            bundle, canonical, calibration.samples, self.scheme.kv_bits, advance=self.progress.advance
+            bundle, canonical, calibration.samples, scheme.kv_bits, float8=scheme.kv_float8, advance=advance
         )
 
     def _reads_base(self) -> bool:

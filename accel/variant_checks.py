@@ -116,6 +116,8 @@ def _compare_integers(
     from accel.graph.quantized_nodes import spell_quantized
 
     spelled, arch, scheme = canonical.clone(), bundle.manifest.arch, plan.scheme
+    kinds = [] if scheme.kv_float8 and not scheme.quantized else ["integers"]
+    numbers = " and ".join([*kinds, *["8-bit floats"] * scheme.kv_float8])
     spell_quantized(spelled, activations, plan.static_scales)
     if plan.kv is not None:
         spell_cache(spelled, plan.kv)
@@ -128,11 +130,11 @@ def _compare_integers(
         result = compare(bundle, reference, session, limit)
     except ParityError as error:
         what = error.what.replace("The exported graph", f"The {scheme.name} graph")
-        what = what.replace("PyTorch", "PyTorch on the same integers")
+        what = what.replace("PyTorch", f"PyTorch on the same {numbers}")
         remedy = "Rounding does not cost this much: the graph is wrong. Please report it"
         remedy = error.remedy if error.value is None and error.remedy else remedy
         raise ParityError(what, where=f"{bundle.path}: {error.where}", remedy=remedy) from error
-    return dataclasses.replace(result, reference="PyTorch on the same integers")
+    return dataclasses.replace(result, reference=f"PyTorch on the same {numbers}")
 
 
 def compare(

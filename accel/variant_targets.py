@@ -176,12 +176,14 @@ def _refuse_cpu(kind: Kind, scheme: Scheme) -> str | None:
         return "every bundle has that graph already"
     if scheme.kv_bits is not None and kind != "decoder":
         return "an encoder has no cache"
+    if scheme.kv_float8:
+        return "its caches are fp32, int8 or int4"
     return None
 
 
 def _refuse_tensorrt(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.kv_bits is not None:
-        return "its cache layer takes no integers"
+        return f"its cache layer takes no {'8-bit floats' if scheme.kv_float8 else 'integers'}"
     if scheme.activations == "dynamic":
         return "its parser has no operator that finds a scale per token; w8a8 has calibrated scales"
     return None
@@ -195,7 +197,7 @@ def _refuse_integers(kind: Kind, scheme: Scheme) -> str | None:
 
 def _refuse_all_but_groups(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.kv_bits is not None:
-        return "its caches are floats"
+        return "its caches are floats" + (" of 16 bits" if scheme.kv_float8 else "")
     return _refuse_ungrouped(scheme)
 
 

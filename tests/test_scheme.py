@@ -13,7 +13,7 @@ from accel.scheme import BASES, CACHES, QUANTIZED, Scheme, gpu_type, parse_schem
 def test_every_name_is_kept(weights: str, cache: str) -> None:
     scheme = parse_scheme(weights + cache)
     assert scheme.name == weights + cache
-    assert scheme.kv_bits == CACHES.get(cache[1:])
+    assert scheme.kv_bits == CACHES.get(cache[1:]) and scheme.kv_float8 == (cache == "+kvfp8")
     assert scheme.quantized == (weights in QUANTIZED)
     assert scheme.lossless == (weights == "fp32" and not cache)
 
@@ -23,12 +23,13 @@ def test_parts() -> None:
     assert parse_scheme("w8a8-dyn") == Scheme("w8a8-dyn", weight_bits=8, activations="dynamic")
     assert parse_scheme("w8a8").activations == "static"
     assert parse_scheme("kv4") == Scheme("fp32+kv4", kv_bits=4)
+    assert parse_scheme("kvfp8") == Scheme("fp32+kvfp8", kv_bits=8, kv_float8=True)
     assert parse_scheme("bf16").base == "bf16"
 
 
 def test_what_gpus_compute_in() -> None:
     """The manifest's type is the CPU's where something is rounded that a GPU has beside fp16."""
-    types = {"kv8": "float32", "w4g32+kv8": "float32", "fp16+kv8": "float16", "bf16+kv8": "bfloat16", "fp32": "float32"}
+    types = {"kv8": "float32", "w4g32+kv8": "float32", "fp16+kvfp8": "float16", "bf16+kv8": "bfloat16"}
     found = {name: gpu_type(name, dtype) for name, dtype in types.items()}
     assert found == {**types, "kv8": "float16", "w4g32+kv8": "float16"}
     assert gpu_type("a name of somebody's", "bfloat16") == "bfloat16"

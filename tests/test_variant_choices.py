@@ -49,6 +49,9 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("fp16", None, {"max_layer_error": 0.1}, "fp16 .*takes no max_layer_error"),
     ("kv8", None, {"q_budget": 0.1}, "kv8 .*takes no q_budget"),
     ("fp8+kv8", None, {}, "no target runs this decoder as fp8\\+kv8 .*TensorRT: its cache layer takes no integers"),
+    ("fp16+kvfp8", "ort-cuda", {}, "ONNX Runtime CUDA cannot run .*: its caches are floats of 16 bits .*: cuda"),
+    ("w4g32+kvfp8", "ort-cpu", {}, "cannot run .* as w4g32.kvfp8: its caches are fp32, int8 or int4 .*: cuda"),
+    ("kvfp8", "tensorrt", {}, "TensorRT cannot run this decoder as kvfp8: its cache layer takes no 8-bit floats"),
     ("fp16+kv4", None, {}, "no target runs this decoder as fp16\\+kv4 .*cuda engine: its caches are floats or int8"),
 ]
 

@@ -1,10 +1,10 @@
-"""Scales of an integer KV cache, from the keys and values that calibration text leaves in a float32 cache.
+"""Scales of a rounded KV cache, from the keys and values that calibration text leaves in a float32 cache.
 
 Scales per channel must hold at every position. Text of some hundred tokens shows the slowly turning channels of keys
 over a part of their turn only; what lies in one of a pair there lies in the other one later on. So each key counts at
 positions spread over all that the model covers: it is turned on by the steps between.
 
-    8 bits: the largest magnitude times ``HEADROOM``, so that other text is not cut off.
+    8 bits, integers or floats: the largest magnitude times ``HEADROOM``, so that other text is not cut off.
     4 bits: of keys, the scale that loses least in the mean square; of values, the largest magnitude (what is cut off
         adds up over the tokens that attention averages, what is rounded does not).
 """
@@ -25,6 +25,7 @@ from accel.engines.session import SessionOptions, StepInputs
 from accel.errors import CheckpointError, EngineUnavailableError, InputError
 from accel.graph.rotation import KeyRotation, key_rotations
 from accel.kv_quantization import KvQuantization, check_bits
+from accel.quantized_tensor import FLOAT8_MAX
 from accel.spec import ArchSpec
 
 MIN_TOKENS = 256
@@ -44,6 +45,7 @@ def calibrate_cache(
     samples: Sequence[NDArray[np.int64]],
     bits: int,
     *,
+    float8: bool = False,
     per_channel: bool = True,
     advance: Callable[[int], None] | None = None,
 ) -> KvQuantization:
@@ -57,6 +59,7 @@ def calibrate_cache(
         canonical: Its canonical graph, which says how keys turn; left as it is.
         samples: Token ids, int64 [n] each, one sequence each; at most ``MAX_TOKENS`` in all are read.
         bits: 8 or 4.
+        float8: Whether the cache holds 8-bit floats.
         per_channel: One scale per channel of each head; otherwise one per layer for keys and one for values.
         advance: Called with the number of tokens of each step.
 
@@ -68,10 +71,11 @@ def calibrate_cache(
     arch = bundle.manifest.arch
     if arch.kind != "decoder":
         raise InputError("an encoder has no KV cache", where="kv")
-    check_bits(bits)
+    check_bits(bits, float8)
     rows = _checked(samples, arch)
     rotations = key_rotations(canonical, arch.max_positions)
-    statistics = [_Layer(rotation, arch.max_positions, bits, per_channel) for rotation in rotations]
+    highest = FLOAT8_MAX if float8 else float((1 << bits - 1) - 1)
+    statistics = [_Layer(rotation, arch.max_positions, bits, highest, per_channel) for rotation in rotations]
     session = _open(bundle, canonical, max(map(len, rows)))
     stride = max(1, sum(map(len, rows)) // SAMPLES)
     try:
@@ -85,7 +89,8 @@ def calibrate_cache(
                 layer.see(held[f"{index}.key"], held[f"{index}.value"], stride, f"layer {index}")
     finally:
         session.close()
-    found = KvQuantization(bits, *zip(*(layer.scales() for layer in statistics), strict=True))
+    keys, values = zip(*(layer.scales() for layer in statistics), strict=True)
+    found = KvQuantization(bits, keys, values, float8)
     found.check(arch)
     return found
 
@@ -135,8 +140,11 @@ def _steps(row: NDArray[np.int64]) -> Iterator[StepInputs]:
 class _Layer:
     """What is known of one layer's keys and values."""
 
-    def __init__(self, rotation: KeyRotation | None, positions: int, bits: int, per_channel: bool) -> None:
+    def __init__(
+        self, rotation: KeyRotation | None, positions: int, bits: int, highest: float, per_channel: bool
+    ) -> None:
         self._rotation, self._positions, self._bits, self._per_channel = rotation, positions, bits, per_channel
+        self._highest = highest  # of the numbers that a scale multiplies
         self._largest: list[Values | None] = [None, None]  # of keys and values, [KV, D]
         self._kept: list[Values] = []  # some keys [KV, n, D], each turned on
 
@@ -163,7 +171,7 @@ class _Layer:
 
     def scales(self) -> tuple[Values, Values]:
         """Of keys and of values."""
-        highest = (1 << self._bits - 1) - 1
+        highest = self._highest
         keys, values = (_shared(largest, self._per_channel) for largest in self._largest if largest is not None)
         if self._bits == 8:
             return tuple(_positive(HEADROOM * largest / highest) for largest in (keys, values))  # type: ignore[return-value]
@@ -182,7 +190,7 @@ def _positive(scales: NDArray) -> Values:
     return np.where(scales > 0, scales, 1).astype(np.float32)
 
 
-def _least_square(samples: Values, scales: NDArray, highest: int) -> NDArray:
+def _least_square(samples: Values, scales: NDArray, highest: float) -> NDArray:
     """The scale [...] among ``RATIOS`` times ``scales`` that loses least on the samples [..., n]."""
     best, least = scales, np.full(scales.shape, np.inf)
     for ratio in RATIOS:

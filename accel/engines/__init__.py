@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from accel.engines.choice import FASTEST, Candidate, order_engines
-from accel.engines.kv_cache import check_count, integer_cache_bits, resolve_cache
+from accel.engines.kv_cache import check_count, resolve_cache, rounded_cache
 from accel.engines.registry import ENGINES, Engine, cache_item_bytes_of, pick_variant
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
 from accel.errors import (
@@ -141,7 +141,7 @@ def open_session(
         options = replace(options, capacity=None, max_batch=None)
     elif candidates and candidates[0].engine.device == "cpu":
         first = candidates[0]
-        item = cache_item_bytes_of(bundle, first.variant) if first.engine.integer_caches else 4
+        item = cache_item_bytes_of(bundle, first.variant) if first.engine.rounded_caches else 4
         resolve_cache(bundle.manifest.arch, options, item)  # raises before anything is probed
     else:
         check_count("capacity", options.capacity)
@@ -251,12 +251,12 @@ def _reject_device(engine: Engine, device: str) -> str | None:
 def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:
     if candidate.variant == "auto":
         return None
-    bits = integer_cache_bits(bundle, candidate.variant)
-    if bits is None or bits in candidate.engine.integer_caches:
+    kind = rounded_cache(bundle, candidate.variant)
+    if kind is None or kind in candidate.engine.rounded_caches:
         return None
     graphs = bundle.variant(candidate.variant).graphs
-    able = ", ".join(other.name for other in ENGINES if bits in other.integer_caches and other.target in graphs)
-    return f"it has no int{bits} KV cache; {candidate.variant!r} runs on {able}"
+    able = ", ".join(other.name for other in ENGINES if kind in other.rounded_caches and other.target in graphs)
+    return f"it has no {kind} KV cache; {candidate.variant!r} runs on {able}"
 
 
 def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineUnavailableError:

@@ -48,16 +48,19 @@ def cache_item_bytes(arch: ArchSpec, graph: GraphEntry) -> float:
     return ITEM_BYTES[spec.dtype] * width / arch.layers[0].head_dim
 
 
-def integer_cache_bits(bundle: Bundle, variant: str) -> int | None:
-    """Bits of the integers in a variant's caches; None: its caches are floats, or it has none.
+def rounded_cache(bundle: Bundle, variant: str) -> str | None:
+    """What a variant's caches hold: ``int8``, ``int4`` or ``fp8``; None: floats of 16 or 32 bits, or it has none.
 
     Raises:
         BundleError: No such variant.
     """
     arch = bundle.manifest.arch
     for graph in bundle.variant(variant).graphs.values():
-        if any(spec.name == "past.0.key" and spec.dtype in ("int8", "uint8") for spec in graph.inputs):
-            return int(8 * cache_item_bytes(arch, graph))
+        dtype = next((spec.dtype for spec in graph.inputs if spec.name == "past.0.key"), None)
+        if dtype in ("int8", "uint8"):
+            return f"int{int(8 * cache_item_bytes(arch, graph))}"
+        if dtype == "float8_e4m3fn":
+            return "fp8"
     return None
 
 
@@ -132,6 +135,6 @@ __all__ = [
     "bytes_per_token",
     "cache_item_bytes",
     "check_count",
-    "integer_cache_bits",
     "resolve_cache",
+    "rounded_cache",
 ]

@@ -25,7 +25,7 @@ class Engine:
         probe: (bundle, variant name or "auto") -> why it cannot run this bundle here, or None.
         open: (bundle, variant name or "auto", checked options) -> session; what is None is the engine's choice.
         installed: Whether its package is there at all.
-        integer_caches: Bits of the integers that its KV caches may hold beside floats.
+        rounded_caches: What its KV caches may hold beside floats of 16 and 32 bits, see ``kv_cache.rounded_cache``.
         target: Of the graphs that it runs; empty: it takes no part in measured choices.
         pick: (bundle, variant name or "auto") -> the variant that ``open`` would run; None: there is none.
     """
@@ -35,7 +35,7 @@ class Engine:
     probe: Callable[[Bundle, str], str | None]
     open: Callable[[Bundle, str, SessionOptions], EncoderSession | DecoderSession]
     installed: Callable[[], bool] = lambda: True
-    integer_caches: tuple[int, ...] = ()
+    rounded_caches: tuple[str, ...] = ()
     target: str = ""
     pick: Callable[[Bundle, str], str | None] = lambda *_: None
 
@@ -206,9 +206,9 @@ def _has_ort_cuda() -> bool:
 ENGINES: tuple[Engine, ...] = (
     _tensorrt("tensorrt"),
     _tensorrt("rtx"),
-    Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton, (8,), target="cuda", pick=_pick_cuda),
+    Engine("cuda", "cuda", _probe_cuda, _open_cuda, _has_triton, ("int8", "fp8"), "cuda", _pick_cuda),
     Engine("ort-cuda", "cuda", _probe_ort_cuda, _open_ort_cuda, _has_ort_cuda, target="ort-cuda", pick=_pick_ort_cuda),
-    Engine("ort-cpu", "cpu", _probe_ort, _open_ort, integer_caches=(8, 4), target="ort-cpu", pick=_pick_ort),
+    Engine("ort-cpu", "cpu", _probe_ort, _open_ort, rounded_caches=("int8", "int4"), target="ort-cpu", pick=_pick_ort),
     Engine(
         "openvino", "cpu", _probe_openvino, _open_openvino, _has_openvino, target="openvino", pick=_pick_openvino
     ),

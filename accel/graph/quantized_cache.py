@@ -1,4 +1,4 @@
-"""Integer caches spelled out on a canonical graph: keys and values rounded before attention sees them."""
+"""Caches that are rounded spelled out on a canonical graph: keys and values rounded before attention sees them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _KEY, _VALUE = 1, 2  # inputs of accel::CachedAttention
 
 
 def spell_cache(model: ir.Model, kv: KvQuantization) -> int:
-    """Puts in front of every layer's attention what an integer cache does to keys and values; returns how many layers.
+    """Puts in front of every layer's attention what a rounded cache does to keys and values; returns how many layers.
 
-    The caches stay float32 and hold what the integers stand for: that is the graph to compare an engine's with. The
-    same happens there, to each token once, before its own query or a later one reads it.
+    The caches stay float32 and hold what the rounded numbers stand for: that is the graph to compare an engine's with.
+    The same happens there, to each token once, before its own query or a later one reads it.
 
     Args:
         model: Canonical; rewritten in place.
@@ -45,11 +45,17 @@ def _round(
     """clip(round(value / scale)) * scale; halves go to the even neighbour."""
     lowest, highest = kv.range
     scale = make_constant(graph, f"{name}_scale_row", scales.reshape(-1))
-    limits = [make_constant(graph, f"int{kv.bits}_{end}", np.array(limit, np.float32)) for end, limit in
-              (("lowest", lowest), ("highest", highest))]  # fmt: skip
+    one, least, most = (
+        make_constant(graph, f"{kv.kind}_{end}", np.array(limit, np.float32))
+        for end, limit in (("unit", 1), ("lowest", lowest), ("highest", highest))
+    )
+    rounded: tuple[tuple[str, ir.Value | None], ...] = (("Round", None), ("Max", least), ("Min", most))
+    if kv.float8:
+        rounded = ("QuantizeLinear", one), ("DequantizeLinear", one)
     made = value
-    for op, operand in (("Div", scale), ("Round", None), ("Max", limits[0]), ("Min", limits[1]), ("Mul", scale)):
-        node = ir.node(op, [made] if operand is None else [made, operand])
+    for op, operand in (("Div", scale), *rounded, ("Mul", scale)):
+        attributes = {"output_dtype": ir.DataType.FLOAT8E4M3FN} if op == "QuantizeLinear" else {}
+        node = ir.node(op, [made] if operand is None else [made, operand], attributes)
         node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
         graph.insert_before(before, node)
         made = node.outputs[0]

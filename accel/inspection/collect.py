@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from accel.bundle import ITEM_BYTES, Bundle
-from accel.engines.kv_cache import bytes_per_token, integer_cache_bits
+from accel.engines.kv_cache import bytes_per_token, rounded_cache
 from accel.errors import BundleError, DependencyError
 from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
 from accel.inspection.report import (
@@ -172,10 +172,10 @@ class _Collector:
             shapes=tuple(("rows", layer.kv_heads, "capacity", layer.head_dim) for layer in arch.layers),
             bytes_per_token=token,
             rows=tuple(CacheRow(capacity, capacity * token) for capacity in capacities),
-            integers=tuple(
-                (name, bits, bytes_per_token(arch, bits / 8))
+            rounded=tuple(
+                (name, kind, bytes_per_token(arch, int(kind[-1]) / 8))  # int8, int4, fp8
                 for name in self.manifest.variants
-                if (bits := integer_cache_bits(self.bundle, name)) is not None
+                if (kind := rounded_cache(self.bundle, name)) is not None
             ),
         )
 

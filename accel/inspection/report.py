@@ -128,14 +128,14 @@ class CacheRow:
 class CacheReport:
     """A decoder's KV cache. Keys and values each have ``shapes[layer]``.
 
-    ``integers`` are the variants with integer caches: (variant, bits, bytes per token).
+    ``rounded`` are the variants whose caches are: (variant, ``int8``, ``int4`` or ``fp8``, bytes per token).
     """
 
     dtype: str
     shapes: tuple[tuple[int | str, ...], ...]  # per layer: [rows, kv heads, capacity, head size]
     bytes_per_token: int
     rows: tuple[CacheRow, ...]
-    integers: tuple[tuple[str, int, int], ...] = ()
+    rounded: tuple[tuple[str, str, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -112,9 +112,9 @@ def merge_layers(specs: Iterable[TensorSpec]) -> list[tuple[str, str, str]]:
     ]
 
 
-def integer_caches(cache: CacheReport) -> list[str]:
-    """One phrase per variant whose caches hold integers."""
-    return [f"{printable(name)}: int{bits}, {token:,} bytes per token" for name, bits, token in cache.integers]
+def rounded_caches(cache: CacheReport) -> list[str]:
+    """One phrase per variant whose caches are rounded."""
+    return [f"{printable(name)}: {kind}, {token:,} bytes per token" for name, kind, token in cache.rounded]
 
 
 def base_of(graph: GraphReport, graphs: Iterable[GraphReport]) -> GraphReport | None:
@@ -133,13 +133,13 @@ __all__ = [
     "base_of",
     "count",
     "fused",
-    "integer_caches",
     "kernel",
     "kinds",
     "mask",
     "merge_layers",
     "percent",
     "printable",
+    "rounded_caches",
     "shape",
     "size",
     "span",

@@ -18,6 +18,7 @@ from accel.compress.kv_scales import HEADROOM, calibrate_cache
 from accel.engines import open_session
 from accel.engines.session import SessionOptions, StepInputs
 from accel.errors import CheckpointError, InputError
+from accel.graph.lowering.ort_cpu import lower
 from accel.graph.rotation import KeyRotation
 from accel.graph.save import load_canonical
 
@@ -170,3 +171,15 @@ def test_bad_calibration_ids(bundle: Bundle, canonical: ir.Model) -> None:
 def test_an_encoder_has_no_cache(minilm_bundle: Path, canonical: ir.Model) -> None:
     with pytest.raises(InputError, match="encoder has no KV cache"):
         calibrate_cache(Bundle.open(minilm_bundle), canonical, IDS, 8)
+
+
+def test_scales_of_8_bit_floats(bundle: Bundle, canonical: ir.Model) -> None:
+    """The same magnitudes at the end of another range."""
+    integers, floats = (calibrate_cache(bundle, canonical, IDS, 8, float8=float8) for float8 in (False, True))
+    assert (integers.kind, floats.kind, floats.range) == ("int8", "fp8", (-448, 448))
+    for ours, theirs in zip((*floats.keys, *floats.values), (*integers.keys, *integers.values), strict=True):
+        np.testing.assert_allclose(ours * 448, theirs * 127, rtol=1e-6)
+    with pytest.raises(InputError, match="a KV cache of floats has 8 bits, not 4"):
+        calibrate_cache(bundle, canonical, IDS, 4, float8=True)
+    with pytest.raises(InputError, match="ONNX Runtime has no caches of 8-bit floats"):
+        lower(canonical, bundle.manifest.arch, 64, kv=floats)

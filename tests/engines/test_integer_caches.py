@@ -13,7 +13,7 @@ import pytest
 
 from accel.bundle import Bundle
 from accel.engines import kv_cache, open_session
-from accel.engines.kv_cache import CacheShape, cache_item_bytes, integer_cache_bits
+from accel.engines.kv_cache import CacheShape, cache_item_bytes, rounded_cache
 from accel.engines.ort.decoder import OrtDecoderSession
 from accel.engines.session import SessionOptions, StepInputs
 from accel.errors import BundleError, CapacityError, EngineUnavailableError
@@ -153,8 +153,8 @@ def test_the_default_capacity_grows_with_smaller_caches(bundle: Bundle, monkeypa
 def test_the_manifest_says_how_wide_a_cache_is(bundle: Bundle) -> None:
     sizes = {name: cache_item_bytes(ARCH, bundle.graph(name, "ort-cpu")) for name in bundle.manifest.variants}
     assert sizes == {"fp32": 4, name_of(8): 1, name_of(4): 0.5}
-    bits = {name: integer_cache_bits(bundle, name) for name in bundle.manifest.variants}
-    assert bits == {"fp32": None, name_of(8): 8, name_of(4): 4}
+    kinds = {name: rounded_cache(bundle, name) for name in bundle.manifest.variants}
+    assert kinds == {"fp32": None, name_of(8): "int8", name_of(4): "int4"}
     with pytest.raises(BundleError, match="no past.0.key"):
         cache_item_bytes(ARCH, GraphEntry("g.onnx", 23, (), (), ()))
 

@@ -47,7 +47,7 @@ def test_cache_sizes(tmp_path: Path) -> None:
     assert cache.rows == (CacheRow(1024, 1024 * 256), CacheRow(2048, 2048 * 256))
 
 
-def test_integer_caches_of_other_variants(tmp_path: Path) -> None:
+def test_rounded_caches_of_other_variants(tmp_path: Path) -> None:
     plain = made.entry("ort-cpu", ())
     inputs = tuple(
         dataclasses.replace(spec, dtype="uint8", shape=("B", 2, "C", 4)) if spec.name.startswith("past.") else spec
@@ -57,7 +57,7 @@ def test_integer_caches_of_other_variants(tmp_path: Path) -> None:
     variants = {**made.manifest().variants, "fp32+kv4": Variant("float32", (made.WEIGHTS,), {"ort-cpu": small})}
     found = inspect(made.write(tmp_path / "b", variants=variants))
     assert found.cache is not None and found.cache.dtype == "float32"
-    assert found.cache.integers == (("fp32+kv4", 4, 32),)
+    assert found.cache.rounded == (("fp32+kv4", "int4", 32),)
     assert "  in fp32+kv4: int4, 32 bytes per token" in render_text(found).splitlines()
     assert "In fp32+kv4: int4, 32 bytes per token." in render_page(found)
 

@@ -38,7 +38,8 @@ ROWS, CAPACITY = 3, 64
 needs_kernels = pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reason="needs an NVIDIA GPU")
 ENGINES = [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", marks=needs_onnxruntime)]
 FLOATS, INTEGERS = ("fp16", "bf16"), ("w4g32", "w8g32")
-CACHES, CALIBRATION = ("kv8", "bf16+kv8", "w4g32+kv8"), (90, 100, 110)  # variants; tokens of random passages
+CACHES = ("kv8", "bf16+kv8", "w4g32+kv8", "fp16+kvfp8", "w4g32+kvfp8")
+CALIBRATION = (90, 100, 110)  # tokens of random passages
 pytestmark = pytest.mark.gpu
 
 
@@ -87,9 +88,11 @@ def test_decoder(engine: str, name: str, variant: str, exported: Any, tmp_path: 
 @needs_kernels
 @pytest.mark.parametrize("variant", CACHES)
 @pytest.mark.parametrize("name", DECODERS)
-def test_integer_caches(name: str, variant: str, exported: Any, tmp_path: Path, record_property: Any) -> None:
-    """Beside the same integers in PyTorch nearer than the integers are to floats, in the same precision."""
+def test_rounded_caches(name: str, variant: str, exported: Any, tmp_path: Path, record_property: Any) -> None:
+    """Beside the same numbers in PyTorch nearer than these are to what they round, in the same precision."""
     scheme = parse_scheme(variant)
+    if scheme.kv_float8 and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("the GPU does not convert 8-bit floats")
     folder = Path(shutil.copytree(exported(name), tmp_path / name))
     integers: dict[str, Any] = {"algorithm": "rtn"} if scheme.quantized else {}
     options: dict[str, Any] = {"target": "cuda", "check": False, "measure": False, **integers}
@@ -98,7 +101,8 @@ def test_integer_caches(name: str, variant: str, exported: Any, tmp_path: Path, 
     bundle = add_variant(folder, variant, calibration=[row.tolist() for row in draw_rows(CALIBRATION, 11)], **options)
     found, exact = open_engine(bundle, "cuda", scheme.name), open_exact(bundle, "cuda", scheme.name)
     plain, errors, lost = open_engine(bundle, "cuda", floats), [], []
-    assert all(cache.dtype == torch.int8 for pair in found._caches for cache in pair)
+    kind = torch.float8_e4m3fn if scheme.kv_float8 else torch.int8
+    assert all(cache.dtype == kind for pair in found._caches for cache in pair)
     for steps in COURSES.values():
         ours, theirs, unrounded = (
             np.concatenate(run_course(one, draw_rows(), steps)) for one in (found, exact, plain)
@@ -171,8 +175,9 @@ def open_exact(bundle: Bundle, engine: str, variant: str) -> Any:
     if not scheme.quantized and scheme.kv_bits is None:
         return open_engine(bundle, "torch", "fp32")
     model = ir.load(bundle.file(bundle.graph(variant, engine).file))
-    run, cache = TorchGraph(model).run, ir.DataType.FLOAT16 if scheme.kv_bits is None else ir.DataType.INT8
-    return find_target(engine).session(run, bundle.manifest.arch, ROWS, CAPACITY, cache)
+    cache = next((value.dtype for value in model.graph.inputs if value.name == "past.0.key"), None)
+    run = TorchGraph(model).run
+    return find_target(engine).session(run, bundle.manifest.arch, ROWS, CAPACITY, cache or ir.DataType.FLOAT16)
 
 
 def limit_of(name: str, variant: str, error: float) -> float:

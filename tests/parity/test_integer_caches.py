@@ -1,4 +1,4 @@
-"""Every decoder family with caches in int8 and int4: the engines against PyTorch with the same rounding."""
+"""Every decoder family with caches in int8, int4 and fp8: the engines against PyTorch with the same rounding."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def canonical_of(bundle: Bundle) -> ir.Model:
     return load_canonical(bundle.file("canonical.onnx"))
 
 
-def calibrated(bundle: Bundle, bits: int) -> KvQuantization:
+def calibrated(bundle: Bundle, bits: int, float8: bool = False) -> KvQuantization:
     """Scales from random ids: the same kind of input that the courses bring."""
-    return calibrate_cache(bundle, canonical_of(bundle), draw_rows((90, 100, 110), seed=11), bits)
+    return calibrate_cache(bundle, canonical_of(bundle), draw_rows((90, 100, 110), seed=11), bits, float8=float8)
 
 
 def open_quantized(bundle: Bundle, kv: KvQuantization, folder: Path) -> OrtDecoderSession:
@@ -88,28 +88,33 @@ def cuda_graph(bundle: Bundle, kv: KvQuantization) -> ir.Model:
     return cuda.lower(canonical_of(bundle), arch, arch.max_positions, ir.DataType.FLOAT, kv=kv)[0]
 
 
+kinds = pytest.mark.parametrize("kind", [ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN], ids=["int8", "float8"])
+
+
+@kinds
 @pytest.mark.parametrize("name", DECODERS)
-def test_family_in_the_graph_of_the_cuda_engine(name: str, bundle_of: BundleOf) -> None:
+def test_family_in_the_graph_of_the_cuda_engine(name: str, kind: ir.DataType, bundle_of: BundleOf) -> None:
     bundle, rows = Bundle.open(bundle_of(name)), draw_rows()
-    kv, plain = calibrated(bundle, 8), open_decoder(bundle.path)
+    kv, plain = calibrated(bundle, 8, kind == ir.DataType.FLOAT8E4M3FN), open_decoder(bundle.path)
     run = TorchGraph(cuda_graph(bundle, kv)).run
     for course in ("ragged batch", "rows that join, wait and go"):
-        session = PackedDecoder(run, bundle.manifest.arch, 3, 128, ir.DataType.INT8)
+        session = PackedDecoder(run, bundle.manifest.arch, 3, 128, kind)
         assert_near(session, spelled_session(bundle, kv), plain, rows, COURSES[course])
-        assert {part.dtype.name for part in session.read_row(0, 4).values()} == {"int8"}
+        assert {part.dtype for part in session.read_row(0, 4).values()} == {kind.numpy()}
     plain.close()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes on masked lanes
+@kinds
 @pytest.mark.parametrize("name", DECODERS)
-def test_family_in_the_cuda_engine(name: str, bundle_of: BundleOf, tmp_path: Path) -> None:
+def test_family_in_the_cuda_engine(name: str, kind: ir.DataType, bundle_of: BundleOf, tmp_path: Path) -> None:
     """On Triton's interpreter; its integers are those of PyTorch."""
-    bundle, rows = Bundle.open(bundle_of(name)), draw_rows()
-    kv, plain, arch = calibrated(bundle, 8), open_decoder(bundle.path), bundle.manifest.arch
+    bundle, rows, floats = Bundle.open(bundle_of(name)), draw_rows(), kind == ir.DataType.FLOAT8E4M3FN
+    kv, plain, arch = calibrated(bundle, 8, floats), open_decoder(bundle.path), bundle.manifest.arch
     model = cuda_graph(bundle, kv)
-    evaluated = PackedDecoder(TorchGraph(model).run, arch, 3, 64, ir.DataType.INT8)
+    evaluated = PackedDecoder(TorchGraph(model).run, arch, 3, 64, kind)
     write_external(model, tmp_path / "weights")
     save_graph(model, tmp_path / "graph.onnx", (), (), "0")
     session = CudaDecoderSession(
@@ -120,10 +125,11 @@ def test_family_in_the_cuda_engine(name: str, bundle_of: BundleOf, tmp_path: Pat
     filled = np.array(COURSE).sum(0)
     for index, pair in enumerate(session._caches):
         for part, cache in zip(("key", "value"), pair):
-            assert cache.dtype == torch.int8
+            assert cache.dtype == (torch.float8_e4m3fn if floats else torch.int8)
             for row, length in enumerate(filled):
-                ours, theirs = cache[row, :, :length].int().numpy(), evaluated.read_row(row, length)[f"{index}.{part}"]
-                assert np.abs(ours - theirs).mean() < 0.02, "but for ties"
+                theirs = evaluated.read_row(row, length)[f"{index}.{part}"].astype(np.float32)
+                step = np.maximum(np.abs(theirs), 2.0**-6) / 8 if floats else 1
+                assert (np.abs(cache[row, :, :length].float().numpy() - theirs) / step).mean() < 0.02, "but for ties"
     session.close()
     plain.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from accel.bundle import Bundle
-from accel.engines.kv_cache import cache_item_bytes, resolve_cache
+from accel.engines.kv_cache import cache_item_bytes, resolve_cache, rounded_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
 from accel.measurements import folders
@@ -14,6 +14,7 @@ from accel.scheme import gpu_type
 TARGET = "cuda"  # of the graph
 PRECISIONS = ("fp16", "bf16", "fp32")
 MINIMUM_SM = 80  # the first with bf16 and asynchronous copies
+FLOAT8_SM = 89  # the first that converts 8-bit floats
 _SHARE_LEFT = 0.9  # of the free memory: steps need some of their own
 
 
@@ -44,6 +45,8 @@ def probe(bundle: Bundle, variant: str) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < MINIMUM_SM:
         return f"the GPU is sm{major}{minor}; the kernels need sm{MINIMUM_SM} or later"
+    if variant != "auto" and rounded_cache(bundle, variant) == "fp8" and 10 * major + minor < FLOAT8_SM:
+        return f"the GPU is sm{major}{minor}; caches of 8-bit floats need sm{FLOAT8_SM} or later"
     return None
 
 

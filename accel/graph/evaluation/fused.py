@@ -70,12 +70,24 @@ def _weights(node: ir.Node, scores: Tensor, seen: Tensor) -> Tensor:
 
 def _held(x: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Keys or values [T, KV, D] as a cache holds them: floats, or multiples of the scales [KV, D]."""
-    return x.to(dtype) if scales is None else torch.clamp(torch.round(x / scales), -128, 127).to(dtype)
+    if scales is None:
+        return x.to(dtype)
+    if dtype == torch.int8:
+        return torch.clamp(torch.round(x / scales), -128, 127).to(dtype)
+    return torch.clamp(x / scales, -448, 448).to(dtype)
+
+
+def _put(cache: Tensor, row: Tensor, slot: Tensor, held: Tensor) -> Tensor:
+    """A copy of the cache with new keys or values; PyTorch writes no 8-bit floats by index, but their bytes."""
+    made = cache.clone()
+    by_byte = cache.dtype == torch.float8_e4m3fn
+    (made.view(torch.uint8) if by_byte else made)[row, :, slot] = held.view(torch.uint8) if by_byte else held
+    return made
 
 
 def _meaning(cache: Tensor, scales: Tensor | None) -> Tensor:
-    """What a cache [T, KV, C, D] stands for, float32."""
-    return cache.float() if scales is None else cache.float() * scales[:, None]
+    """What the numbers of a cache [T, KV, C, D] stand for, float32."""
+    return cache if scales is None else cache * scales[:, None]
 
 
 def _cached_attention(
@@ -96,18 +108,18 @@ def _cached_attention(
     slot = past_lengths.long()[row] + torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
     if cos is not None and sin is not None:
         query, key = _turn(query, cos[slot], sin[slot]).to(low).float(), _turn(key, cos[slot], sin[slot])
-    keys, values = past_key.clone(), past_value.clone()
-    keys[row, :, slot] = _held(key, key_scales, keys.dtype)
-    values[row, :, slot] = _held(value, value_scales, values.dtype)
+    keys = _put(past_key, row, slot, _held(key, key_scales, past_key.dtype))
+    values = _put(past_value, row, slot, _held(value, value_scales, past_value.dtype))
     share = heads // groups
-    scores = torch.einsum("thd,thcd->thc", query, _meaning(keys[row], key_scales).repeat_interleave(share, 1))
+    scores = torch.einsum("thd,thcd->thc", query, _meaning(keys.float()[row], key_scales).repeat_interleave(share, 1))
     places = torch.arange(keys.shape[2])
     seen = places <= slot[:, None]
     window = node.attributes.get_int("window", None)
     if window is not None:
         seen &= places > slot[:, None] - window
     weights = _weights(node, scores * node.attributes["scale"].as_float(), seen[:, None]).to(low).float()
-    result = torch.einsum("thc,thcd->thd", weights, _meaning(values[row], value_scales).repeat_interleave(share, 1))
+    meant = _meaning(values.float()[row], value_scales).repeat_interleave(share, 1)
+    result = torch.einsum("thc,thcd->thd", weights, meant)
     return [result.reshape(len(row), -1).to(low).float(), keys, values]
 
 

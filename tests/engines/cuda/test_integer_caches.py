@@ -1,4 +1,4 @@
-"""The cuda engine with caches in int8, on Triton's interpreter: steps, rows, sizes, and variants that say so."""
+"""The cuda engine with caches in int8 and 8-bit floats, on Triton's interpreter: steps, rows, sizes, refusals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from accel.bundle import Bundle
 from accel.compress import kv_scales
 from accel.engines import open_session
 from accel.engines.cuda.device import INTERPRETED, Device
-from accel.engines.cuda.registry import open_cuda, pick_precision
-from accel.engines.kv_cache import bytes_per_token, cache_item_bytes, integer_cache_bits
+from accel.engines.cuda.registry import open_cuda, pick_precision, probe
+from accel.engines.kv_cache import bytes_per_token, cache_item_bytes, rounded_cache
 from accel.engines.session import SessionOptions
 from accel.errors import EngineUnavailableError, InputError, ParityError
 from accel.graph.evaluation.sessions import PackedDecoder
@@ -29,7 +29,9 @@ from accel.scheme import gpu_type
 from accel.variants import add_variant
 from tests.engines.cuda.steps import CAPACITY, ROWS, inputs
 
-TYPES = {"fp32+kv8": torch.float16, "bf16+kv8": torch.bfloat16, "w4g32+kv8": torch.float16}
+TYPES = {
+    "fp32+kv8": torch.float16, "bf16+kv8": torch.bfloat16, "w4g32+kv8": torch.float16, "fp16+kvfp8": torch.float16,
+}  # fmt: skip
 LIMITS = {torch.float16: 1e-2, torch.bfloat16: 6e-2}  # of the largest logit: other sums, and so here and there a tie
 MOVED = {torch.float16: 0.05, torch.bfloat16: 0.6}  # steps of an integer, on average: what the type itself rounds
 STEPS = (
@@ -63,7 +65,12 @@ def session(added: tuple[Bundle, str]) -> Any:
 
 def evaluated(bundle: Bundle, variant: str) -> PackedDecoder:
     model = ir.load(bundle.file(bundle.graph(variant, "cuda").file))
-    return PackedDecoder(TorchGraph(model).run, bundle.manifest.arch, ROWS, CAPACITY, ir.DataType.INT8)
+    kind = ir.DataType.FLOAT8E4M3FN if holds_floats(variant) else ir.DataType.INT8
+    return PackedDecoder(TorchGraph(model).run, bundle.manifest.arch, ROWS, CAPACITY, kind)
+
+
+def holds_floats(variant: str) -> bool:
+    return variant.endswith("fp8")
 
 
 def compare(ours: Any, theirs: Any, dtype: torch.dtype) -> None:
@@ -75,15 +82,18 @@ def test_steps_and_copied_rows(session: Any, added: tuple[Bundle, str]) -> None:
     reference, dtype = evaluated(*added), TYPES[added[1]]
     for step in STEPS:
         compare(session.step(step), reference.step(step), dtype)
-    assert all(cache.dtype == torch.int8 for pair in session._caches for cache in pair)
+    kind = torch.float8_e4m3fn if holds_floats(added[1]) else torch.int8
+    assert all(cache.dtype == kind for pair in session._caches for cache in pair)
     held = reference.read_row(0, 7)
     for index, pair in enumerate(session._caches):
         for part, cache in zip(("key", "value"), pair):
-            difference = np.abs(cache[0, :, :7].int().numpy() - held[f"{index}.{part}"])
-            assert difference.mean() < MOVED[dtype]
+            theirs = held[f"{index}.{part}"].astype(np.float32)
+            step = np.maximum(np.abs(theirs), 2.0**-6) / 8 if holds_floats(added[1]) else 1
+            assert (np.abs(cache[0, :, :7].float().numpy() - theirs) / step).mean() < MOVED[dtype]
     for each in (session, reference):
         each.copy_row(0, 1, 5)
-    assert torch.equal(session._caches[0][0][1, :, :5], session._caches[0][0][0, :, :5])
+    copied, source = (session._caches[0][0][row, :, :5].float() for row in (1, 0))
+    assert torch.equal(copied, source)
     step = inputs({1: [19]}, {1: 5})
     compare(session.step(step), reference.step(step), dtype)
 
@@ -104,13 +114,15 @@ def test_greedy_steps_ahead(session: Any, added: tuple[Bundle, str]) -> None:
 def test_what_the_bundle_says(added: tuple[Bundle, str]) -> None:
     bundle, variant = added
     parity, entry = bundle.manifest.parity[f"{variant}/cuda"], bundle.graph(variant, "cuda")
-    assert parity.reference == "PyTorch on the same integers" and 0 < parity.max_rel_error < parity.limit
-    assert cache_item_bytes(bundle.manifest.arch, entry) == 1 and integer_cache_bits(bundle, variant) == 8
+    floats, numbers = holds_floats(variant), parity.reference.removeprefix("PyTorch on the same ")
+    assert numbers == ("8-bit floats" if floats else "integers") and 0 < parity.max_rel_error < parity.limit
+    assert cache_item_bytes(bundle.manifest.arch, entry) == 1
+    assert rounded_cache(bundle, variant) == ("fp8" if floats else "int8")
     assert "fp32.weights" not in bundle.weights(variant, "cuda")
     assert gpu_type(variant, bundle.variant(variant).dtype) == str(TYPES[variant]).removeprefix("torch.")
     assert pick_precision(bundle, variant) == variant and pick_precision(bundle, "auto") is None
     (attention,) = (report for report in entry.passes if report.name == "attention")
-    assert attention.fused["int8_cache"] == len(bundle.manifest.arch.layers)
+    assert attention.fused["fp8_cache" if floats else "int8_cache"] == len(bundle.manifest.arch.layers)
 
 
 def test_a_byte_per_number(added: tuple[Bundle, str], session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,9 +143,11 @@ def test_a_byte_per_number(added: tuple[Bundle, str], session: Any, monkeypatch:
 
 def test_engines_say_who_runs_it(added: tuple[Bundle, str]) -> None:
     bundle, variant = added
-    with pytest.raises(EngineUnavailableError, match=r"ort-cuda: it has no int8 KV cache; .* runs on cuda[) ]"):
+    kind = "fp8" if holds_floats(variant) else "int8"
+    with pytest.raises(EngineUnavailableError, match=rf"ort-cuda: it has no {kind} KV cache; .* runs on cuda[) ]"):
         open_session(bundle, engine="ort-cuda", variant=variant)
-    with pytest.raises(EngineUnavailableError, match="no ort-cpu graph for variant .*its graphs are for cuda"):
+    said = "it has no fp8 KV cache" if kind == "fp8" else "no ort-cpu graph for variant .*its graphs are for cuda"
+    with pytest.raises(EngineUnavailableError, match=f"ort-cpu: .*{said}"):
         open_session(bundle, engine="ort-cpu", variant=variant)
 
 
@@ -201,6 +215,14 @@ def test_scales_of_whole_tensors(tiny_decoder_bundle: Path, tmp_path: Path) -> N
         lower(canonical, arch, 64, ir.DataType.FLOAT16, KvQuantization(4, shared, shared))
     with pytest.raises(InputError, match="scales of 1 layers for a model of"):
         lower(canonical, arch, 64, ir.DataType.FLOAT16, KvQuantization(8, shared[:1], shared[:1]))
+
+
+def test_a_gpu_that_has_no_8_bit_floats(added: tuple[Bundle, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, variant = added
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, said in (((8, 6), "the GPU is sm86; caches of 8-bit floats need sm89 or later"), ((8, 9), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=found: found)
+        assert probe(bundle, variant) == (said if holds_floats(variant) else None)
 
 
 def test_an_encoder_has_no_cache(minilm_bundle: Path) -> None:

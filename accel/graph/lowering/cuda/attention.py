@@ -26,7 +26,7 @@ def lower_cached_attention(
 
     Args:
         dtype: What the engine computes in.
-        kv: Scales of the caches, whose inputs and outputs become integers; None: they stay floats.
+        kv: Scales of the caches, whose inputs and outputs become int8 or 8-bit floats; None: they stay as they are.
 
     Raises:
         InputError: ``kv`` does not fit the model, or its caches are not of a kind that the kernels have.
@@ -49,11 +49,11 @@ def lower_cached_attention(
         made = _replace(node, [*rows, *node.inputs[3:7], *tables_of_it, *scales], f"layers.{index}.attention")
         made.attributes["head_dim"] = ir.AttrInt64("head_dim", layer.head_dim)
         if kv is not None:
-            _narrow(made, dtype)
+            _narrow(made, dtype, ir.DataType.FLOAT8E4M3FN if kv.float8 else ir.DataType.INT8)
         packed, rotating = packed + whole, rotating + (folded is not None)
     ir.passes.common.RemoveUnusedNodesPass()(model)
     counts = {"CachedAttention": len(nodes), "packed_qkv": packed, "rotary_in_attention": rotating}
-    return counts | ({} if kv is None else {f"int{kv.bits}_cache": len(nodes)})
+    return counts | ({} if kv is None else {f"{kv.kind}_cache": len(nodes)})
 
 
 def require_cache(kv: KvQuantization) -> None:
@@ -76,12 +76,12 @@ def _scales(graph: ir.Graph, index: int, shape: tuple[int, int], kv: KvQuantizat
     )
 
 
-def _narrow(node: ir.Node, dtype: ir.DataType) -> None:
-    """Its caches in integers; what it computes in is told, for they no longer tell it."""
+def _narrow(node: ir.Node, dtype: ir.DataType, cache: ir.DataType) -> None:
+    """Its caches in 8 bits; what it computes in is told, for they no longer tell it."""
     node.attributes["dtype"] = ir.AttrInt64("dtype", dtype)
     for value in (*node.inputs[3:5], *node.outputs[1:3]):
         assert value is not None
-        value.type = ir.TensorType(ir.DataType.INT8)
+        value.type = ir.TensorType(cache)
 
 
 def lower_attention(model: ir.Model) -> dict[str, int]:

@@ -29,7 +29,7 @@ def lower(
 ) -> tuple[ir.Model, tuple[PassReport, ...]]:
     """Returns a new model in the engine's dialect and what each pass did.
 
-    Inputs and outputs are the canonical graph's; a decoder's caches are in ``dtype``, with ``kv`` in int8. Nodes of
+    Inputs and outputs are the canonical graph's; a decoder's caches are in ``dtype``, with ``kv`` in 8 bits. Nodes of
     the domain ``accel.kernels`` (all values float32 to the eye; products are made in the weights' type):
 
     - ``Linear(x, w_0 .. w_n-1, b_0 .. b_n-1)``: the n products side by side, then ``activation`` if there is one.
@@ -39,7 +39,7 @@ def lower(
     - ``Gather(words, scales, ids)`` with ``bits``: rows of an integer table, float32.
     - ``CachedAttention(query, key, value, past_key, past_value, past_lengths, query_lengths, cos, sin)``: as the
       canonical node; key and value absent: query holds all three side by side; with tables [positions, D / 2],
-      queries and keys are rotated by halves first. Caches in int8: followed by ``key_scales, value_scales``, float32
+      queries and keys are rotated by halves first. Caches in 8 bits: followed by ``key_scales, value_scales``, float32
       [KV, D], of keys after their rotation and values; both tables absent: nothing rotates; ``dtype`` is computed in.
     - ``Attention(query, key, value, attention_mask, bias)``: as the canonical node, packed likewise.
 
@@ -47,7 +47,7 @@ def lower(
         model: Canonical model in float32; left as it is.
         max_positions: Rows of the rotary tables.
         dtype: FLOAT, FLOAT16 or BFLOAT16, of matrices and embeddings that are not quantised, and of caches.
-        kv: Scales of a decoder's caches, which become integers; None: they are in ``dtype``.
+        kv: Scales of a decoder's caches, which become int8 or 8-bit floats; None: they are in ``dtype``.
 
     Raises:
         FusionError: An attention layer is lost.

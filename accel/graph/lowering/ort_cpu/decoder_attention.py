@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from accel.errors import InputError
 from accel.graph.checks import attention_nodes
 from accel.graph.edit import make_constant, replace_value
 from accel.graph.lowering.grouped_query import (
@@ -58,12 +59,14 @@ def lower_cached_attention(
 
     Raises:
         FusionError: A head size that the kernel refuses.
-        InputError: ``kv`` does not fit the model.
+        InputError: ``kv`` does not fit the model, or holds floats.
     """
     graph = model.graph
     require_head_sizes(arch, "ort-cpu")
     if kv is not None:
         kv.check(arch)
+        if kv.float8:
+            raise InputError("ONNX Runtime has no caches of 8-bit floats", where="kv", remedy="Take kv8 or kv4")
     inputs = _add_step_inputs(graph)
     tables = RotaryTables(model, max_positions)
     packed = rotary = 0
