@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any, Protocol
 
+import torch
+
 from accel_kernels.block_gemm import BlockTile
 from accel_kernels.gemv import GemvTile
 from accel_kernels.narrow_gemm import NarrowTile
@@ -112,22 +114,29 @@ def narrow_split_tile(layer: Layer, rows: int) -> NarrowTile:
     return NarrowTile(64, 256, splits, 4, 3) if layer.inputs // splits <= 1024 else NarrowTile(64, 128, splits, 4, 4)
 
 
-def decode_launch(rows: int, kv_heads: int, dim: int, long_past: bool) -> dict[str, Any]:
+def decode_launch(rows: int, kv_heads: int, dim: int, long_past: bool, cache: torch.dtype) -> dict[str, Any]:
     """Keyword arguments of ``decode_attention``.
 
     Args:
         long_past: Whether a row may have ``SHORT_PAST`` positions in the cache, or more.
+        cache: Its type.
     """
-    few = rows * kv_heads <= _BLOCKS
-    splits = max(1, min(_MOST_SPLITS, _BLOCKS // (rows * kv_heads))) if long_past else 1
-    return {"splits": splits, "block": _block(few, dim), "least": 256, "warps": 8 if few else 4}
+    heads = rows * kv_heads
+    splits = max(1, min(_MOST_SPLITS, 2 * _BLOCKS // heads)) if long_past else 1
+    few = heads * splits <= _BLOCKS
+    block = _block(few, dim, long_past)
+    if cache.itemsize == 1:  # whose conversion takes registers
+        block = min(block, 128 if dim <= 64 else 64)
+    return {"splits": splits, "block": block, "least": 256, "warps": 8 if few else 4}
 
 
-def _block(few: bool, dim: int) -> int:
+def _block(few: bool, dim: int, long_past: bool) -> int:
     """Positions of a turn: asking for many at once hides the memory's latency, but larger heads leave less room."""
     if dim > 128:
         return 64
-    return 256 if few and dim <= 64 else 128
+    if dim > 64:
+        return 256 if few and long_past else 128
+    return 256 if few or long_past else 128
 
 
 def label(launch: Any) -> str:

@@ -105,7 +105,7 @@ class CachedAttention:
                 constants: Constants) -> torch.Tensor:  # fmt: skip
         rows = step.past_lengths.numel()
         kv_heads, dim = keys.shape[1], keys.shape[3]
-        launch = decode_launch(rows, kv_heads, dim, step.long_past)
+        launch = decode_launch(rows, kv_heads, dim, step.long_past, keys.dtype)
         packed = qkv.parts if isinstance(qkv, Parts) else qkv
         out = torch.empty(rows, heads * dim, dtype=self._products.dtype, device=keys.device)
         return decode_attention(

@@ -82,7 +82,7 @@ def _prepare_decode(sizes: Decoder, rows: int, past: int, operands: Operands) ->
     pasts = torch.full((rows,), past, dtype=torch.int32, device=device)
     cos, sin = _tables(past + 1, dim, device)
     options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin}
-    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST)
+    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST, DTYPE)
     space = decode.workspace(rows, kv_heads, heads // kv_heads, dim, launch["splits"], device)
     out = operands.unwritten(rows, heads * dim)
     last_cos, last_sin = (table[past] for table in peers.whole_tables(cos, sin))
@@ -114,12 +114,13 @@ def _prepare_narrow_decode(sizes: Decoder, rows: int, past: int, operands: Opera
     qkv, whole = _qkv_of_step(operands, sizes, rows)
     shape = rows, kv_heads, -(-(past + 1) // _ROOM) * _ROOM, dim
     cells = 2 * rows * kv_heads * dim  # bytes of one position
+    long_past = past >= launches.SHORT_PAST
     caches = operands.copies(lambda _: (operands.int8(*shape), operands.int8(*shape)), cells * (past + 1))
     scales = {name: operands.normal(kv_heads, dim, dtype=torch.float32).abs() / 40 + 0.01 for name in _SCALES}
     pasts = torch.full((rows,), past, dtype=torch.int32, device=device)
     cos, sin = _tables(past + 1, dim, device)
     options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin, **scales}
-    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST)
+    launch = launches.decode_launch(rows, kv_heads, dim, long_past, torch.int8)
     space = decode.workspace(rows, kv_heads, heads // kv_heads, dim, launch["splits"], device)
     out = operands.unwritten(rows, heads * dim)
     last_cos, last_sin = (table[past] for table in peers.whole_tables(cos, sin))
