@@ -123,6 +123,7 @@ class CudaDecoderSession:
         """See ``DecoderSession.copy_row``."""
         self._lifetime.check()
         with translated_errors("copying a row"):
+            self._forget()
             for pair in self._caches:
                 for cache in pair:
                     cache[target, :, :length] = cache[source, :, :length]
@@ -144,6 +145,7 @@ class CudaDecoderSession:
         """
         self._lifetime.check()
         place = self._device.torch
+        self._forget()
         with translated_errors("decoder step"):
             zeros = torch.zeros(rows, dtype=torch.int32, device=place)
             index = torch.arange(rows * prompt, dtype=torch.int32, device=place)
@@ -177,12 +179,17 @@ class CudaDecoderSession:
         if key not in self._decodes:
             self._decodes[key] = DecodePlace(*key, self._device, self._executor)
         if self._current is not self._decodes[key]:
-            if self._current is not None:
-                self._current.forget()
+            self._forget()
             self._current = self._decodes[key]
         return self._current
 
+    def _forget(self) -> None:
+        """The cache is about to be written to otherwise: what ran ahead may have seen a row's last sequence."""
+        if self._current is not None:
+            self._current.forget()
+
     def _packed_place(self, inputs: StepInputs) -> PackedPlace:
+        self._forget()
         sizes = len(inputs.input_ids), int(inputs.query_lengths.max()), max(1, len(inputs.logits_positions))
         tokens, longest, wanted = (_at_least(size) for size in sizes)
         key = tokens, longest, wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from accel.engines.cuda.replay import Replay
 from accel.engines.session import ChosenTokens, Draws, StepInputs
 
 SITS_OUT = -1
+_log = logging.getLogger("accel")
 # float64 [R, 5], how each row's token is drawn: temperature (0: not at all), top_k, top_p, min_p, uniform.
 Table = NDArray[np.float64]
 
@@ -66,19 +68,19 @@ class DecodePlace:
         self._device, self._executor, self._rows, self._long_past = device, executor, rows, long_past
         place = device.torch
         self._host = device.pinned(3 * rows)
-        self._inputs = torch.zeros(3 * rows, dtype=torch.int64, device=place)  # ids, positions, lengths as int32
+        self._inputs = torch.zeros(3 * rows, dtype=torch.int64, device=place)  # ids, positions; as int32 lengths, turn
         self._ids, self._positions = self._inputs[:rows], self._inputs[rows : 2 * rows]
-        self._lengths = self._inputs[2 * rows :].view(torch.int32)[:rows]
+        self._lengths, self._turn = self._inputs[2 * rows :].view(torch.int32)[: rows + 1].split([rows, 1])
         self._lengths.fill_(SITS_OUT)
         self._logits: torch.Tensor | None = None  # float32 [rows, V], where the run leaves them
         self._best = torch.zeros(2 * rows, dtype=torch.int64, device=place)  # tokens, then their logits' float32
         self._space = argmax_workspace(rows, place)
         self._told = device.pinned(4 * rows)  # what two steps left: the device writes it to the host
-        self._turn = torch.zeros(1, dtype=torch.int32, device=place)
         self._events: list[Any] = [device.event() for _ in range(2)]
         self._copied: Any = None
         self._under_way: deque[UnderWay] = deque()
-        self._launched = 0  # steps, that of the place's first run included
+        self._launched = 0  # steps, that of the place's first run included: the next one's turn, if that is even or odd
+        self._room_ahead = True
         self._tokens: NDArray[np.int64] | None = None  # of the step that was read last
         self._draws = DrawTable(rows, 2, device)
         self._greedy, self._sampled = Replay(device, self._run_greedy), Replay(device, self._run_sampled)
@@ -96,8 +98,8 @@ class DecodePlace:
             self._fill(inputs, lengths)
             self._launch(lengths, table)
         limit = capacity if self._long_past else min(capacity, SHORT_PAST)
-        if ahead and len(self._under_way) < 2 and lengths.max() + 1 < limit:
-            self._launch(np.where(lengths >= 0, lengths + 1, lengths), self._table_of(lengths, draws, 1))
+        if ahead and self._room_ahead and len(self._under_way) < 2 and lengths.max() + 1 < limit:
+            self._launch_ahead(np.where(lengths >= 0, lengths + 1, lengths), self._table_of(lengths, draws, 1))
 
     def forget(self) -> None:
         """Nobody will ask for the steps under way: others may have written to the cache meanwhile."""
@@ -149,7 +151,8 @@ class DecodePlace:
         ids, positions, tail = self._host.numpy().reshape(3, self._rows)
         ids[:], positions[:] = 0, np.maximum(lengths, 0)
         ids[lengths >= 0] = inputs.input_ids
-        tail.view(np.int32)[: self._rows] = lengths
+        tail = tail.view(np.int32)
+        tail[: self._rows], tail[self._rows] = lengths, self._launched % 2  # a run that failed did not take its turn
         self._inputs.copy_(self._host, non_blocking=True)
         if self._device.is_gpu:
             self._copied = self._device.event()
@@ -161,11 +164,19 @@ class DecodePlace:
             if self._events[place] is not None:
                 self._events[place].synchronize()  # the last but one step, over unless nobody asked for it, reads it
             self._draws.write(place, table)
-        self._launched += 1
         (self._greedy if table is None else self._sampled).run()
+        self._launched += 1
         if self._events[place] is not None:
             self._events[place].record()
         self._under_way.append(UnderWay(lengths, place, table))
+
+    def _launch_ahead(self, lengths: NDArray[np.int64], table: Table | None) -> None:
+        """Nobody asked for this step yet, so that it cannot be is no reason to fail."""
+        try:
+            self._launch(lengths, table)
+        except torch.cuda.OutOfMemoryError:
+            self._room_ahead = False
+            _log.warning("steps of %d rows do not run ahead: the GPU's memory has no room for another run", self._rows)
 
     def _run(self) -> torch.Tensor:
         feeds = {"input_ids": self._ids, "position_ids": self._positions}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from accel.engines.cuda import staging
 from accel.engines.cuda.decoder import CudaDecoderSession
@@ -111,3 +112,64 @@ def test_nan_ends_the_sequence_alone(session: CudaDecoderSession) -> None:
         loop.step()
     assert isinstance(sequences[0].error, EngineError) and "largest logit is nan" in str(sequences[0].error)
     assert sequences[1].error is None and len(sequences[1].new_ids) == 3
+
+
+def greedy_tokens(engine: Any, *prompts: list[int], count: int = 6) -> list[list[int]]:
+    """Of one sequence after the other, each of which has row 0."""
+    loop, made = SlotLoop(engine), []
+    for prompt in prompts:
+        made.append(Sequence(np.array(prompt), Sampler(GREEDY, engine.vocab_size), count))
+        loop.submit(made[-1])
+        while loop.has_work:
+            loop.step()
+    assert all(sequence.error is None for sequence in made)
+    return [sequence.new_ids for sequence in made]
+
+
+def test_the_next_sequence_of_a_row_does_not_get_what_ran_ahead_of_the_last_one(
+    session: CudaDecoderSession, reference: Any
+) -> None:
+    """It begins with the last one's last token, at the same length: only the cache tells them apart."""
+    first = [7, 8, 9]
+    last = greedy_tokens(reference, first, count=2)[0][-1]
+    prompts = np.random.default_rng(0).integers(3, 250, (5000, 4)).tolist()
+    second = next(prompt for prompt in prompts if greedy_tokens(reference, prompt, count=1)[0] == [last])
+    expected = [*greedy_tokens(reference, first, count=2), *greedy_tokens(reference, second)]
+    assert [*greedy_tokens(session, first, count=2), *greedy_tokens(session, second)] == expected
+
+
+def out_of_memory(*_: Any, **__: Any) -> None:
+    raise torch.cuda.OutOfMemoryError("out of memory")
+
+
+def test_after_a_draw_that_found_no_memory_every_step_gets_its_own_tokens(
+    session: CudaDecoderSession, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = inputs({0: [5, 6, 7]}, {}), inputs({0: [11]}, {0: 3})
+    for engine in (session, reference):
+        engine.step(first)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "sample", out_of_memory)
+        with pytest.raises(EngineError, match="memory"):
+            session.sample(second, draws_of(samplers(session.vocab_size, HOT)))
+    draw(session, reference, second, samplers(session.vocab_size, HOT))
+    assert greedy_tokens(session, [3, 4, 5, 6]) == greedy_tokens(reference, [3, 4, 5, 6])
+
+
+def test_where_only_the_step_ahead_finds_no_memory_the_step_itself_holds(
+    session: CudaDecoderSession, reference: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = staging.sample, []
+
+    def once(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return real(*args, **options) if len(calls) == 1 else out_of_memory()
+
+    for engine in (session, reference):
+        engine.step(inputs({0: [5, 6, 7]}, {}))
+    chosen = samplers(session.vocab_size, HOT)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "sample", once)
+        (token,) = draw(session, reference, inputs({0: [11]}, {0: 3}), chosen)
+    assert len(calls) == 2 and "do not run ahead" in caplog.text
+    draw(session, reference, inputs({0: [token]}, {0: 4}), chosen)
