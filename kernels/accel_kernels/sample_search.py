@@ -87,8 +87,9 @@ def _need(draws, levels, row, N, BY_MASS: tl.constexpr):
     if BY_MASS:
         total = tl.load(levels + row * 4 * LEVELS + 2 * LEVELS + LEVELS - 1)
         return _mass_needed(tl.load(draws + row * 5 + 2), total)
-    else:
-        return tl.load(draws + row * 5 + 1).to(tl.int64)
+    else:  # of a cold row's top_k what lies deeper than any weight reaches need not be found
+        surveyed = tl.load(levels + row * 4 * LEVELS + LEVELS - 1)
+        return tl.minimum(tl.load(draws + row * 5 + 1).to(tl.int64), surveyed)
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def _narrowed(levels, need, low, high, step, base):
 def _first_step(draws, worst, row, top, temperature, chunks, N, CHUNKS: tl.constexpr, BY_MASS: tl.constexpr):
     """The first survey's step: a power of two, so that every level is exact, 16 of which reach the worst score.
 
-    Or as far as counts: the tokens below the last level all go, or weigh nothing.
+    Or as far as counts: the tokens below the last level all go, or weigh nothing, or both.
     """
     chunk = tl.arange(0, CHUNKS)
     least = tl.min(tl.load(worst + row * chunks + chunk, mask=chunk < chunks, other=float("inf")), 0)
@@ -127,6 +128,12 @@ def _first_step(draws, worst, row, top, temperature, chunks, N, CHUNKS: tl.const
 
 
 @triton.jit
+def _end(step, BY_MASS: tl.constexpr):
+    """Where the first survey ends: all mass is somewhere, but scores are counted as far as they weigh anything."""
+    return float("inf") if BY_MASS else LEVELS * step
+
+
+@triton.jit
 def _range(draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS: tl.constexpr, BY_MASS: tl.constexpr):
     """After the first survey: (low, high] of the depths among which the threshold is, the sum above them, the second
     survey's step, what is needed, and whether so few are left that it is not made. Of few that top_k left all are.
@@ -134,7 +141,7 @@ def _range(draws, worst, levels, state, row, top, temperature, chunks, N, CHUNKS
     need = _need(draws, levels, row, N, BY_MASS)
     step = _first_step(draws, worst, row, top, temperature, chunks, N, CHUNKS, BY_MASS)
     first = levels + row * 4 * LEVELS + BY_MASS * 2 * LEVELS
-    low, high, base, found = _narrowed(first, need, -1.0, float("inf"), step, tl.zeros((), tl.int64))
+    low, high, base, found = _narrowed(first, need, -1.0, _end(step, BY_MASS), step, tl.zeros((), tl.int64))
     finer = step / LEVELS
     if BY_MASS:
         few = tl.load(state + row * STATE + KEPT) <= FEW
@@ -165,8 +172,8 @@ def survey_kernel(
             )  # fmt: skip
             wanted = drawn & (few == 0)
         else:
-            low, high, wanted = -1.0, float("inf"), drawn
             step = _first_step(draws, worst, row, top, temperature, chunks, N, CHUNKS, BY_MASS)
+            low, high, wanted = -1.0, _end(step, BY_MASS), drawn
         if wanted:
             logit = tl.load(logits + row * N + n, mask=n < N, other=float("-inf"))
             depth = depths(logit, top, temperature)

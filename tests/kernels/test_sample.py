@@ -25,6 +25,7 @@ FILTERS: tuple[tuple[float, int, float, float], ...] = (
     (1.0, 0, 1.0, 0.0), (0.8, 50, 1.0, 0.0), (0.8, 50, 0.95, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 0, 0.9, 0.1),
     (100.0, 0, 0.5, 0.0), (1.3, 7, 0.5, 0.2), (1.0, 0, 0.0, 0.0), (1e-30, 0, 0.5, 0.0), (0.01, 0, 0.999, 0.0),
     (2.0, 3, 0.999999, 0.0), (1.0, 100_000, 0.7, 0.0), (1.0, 0, 1.0, 1.0), (1.7, 900, 0.4, 0.0),
+    (0.01, 50, 1.0, 0.0), (0.05, 400, 0.9, 0.0),
 )  # fmt: skip
 ROUNDING = 1e-6  # how far weights may move a border: what a GPU's exp and sums of float32 lose
 KINDS = ("flat", "peaked", "ties", "half banned", "equal", "one", "narrow", "outlier")
@@ -112,6 +113,20 @@ def test_more_than_one_program_searches(device: Any, filters: tuple[float, int, 
     """Both surveys take part: a part of the scores' range holds more than what is few."""
     for kind in ("flat", "narrow"):
         check(device, scores_of(kind, 30_011), [(*filters, 0.2), (*filters, LAST)], span=8192)
+
+
+def test_of_a_cold_row_only_what_weighs_anything_is_listed(device: Any) -> None:
+    """One program searches the list: of a cold row's top_k it would be nearly the vocabulary."""
+    size = 30_011
+    scores = 3 * np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    rows: list[Draw] = [(0.01, 50, 1.0, 0.0, 0.5), (0.05, 200, 1.0, 0.0, 0.5), (0.8, 50, 1.0, 0.0, 0.5)]
+    check(device, scores, rows)
+    logits = torch.from_numpy(np.tile(scores, (len(rows), 1))).to(device)
+    draws = torch.tensor(rows, dtype=torch.float64, device=device)
+    space = sample_workspace(*logits.shape, logits.device)
+    out, value = torch.empty(len(rows), dtype=torch.int64, device=device), torch.empty(len(rows), device=device)
+    sample(logits, draws, out, value, space)
+    assert (space.cursors[:, 0] <= 4096).all() and (space.cursors[:, 0] > 0).all(), space.cursors
 
 
 def test_many_draws_and_rows(device: Any) -> None:
