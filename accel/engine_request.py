@@ -16,7 +16,7 @@ from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, passes_
 from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_gpu, current_sm
 from accel.errors import DependencyError, InputError
-from accel.scheme import Scheme, parse_scheme
+from accel.scheme import FLOAT8_SM, Scheme, parse_scheme
 from accel.sizes import parse_size
 from accel.spec import ArchSpec, ProfileRanges, TensorSpec
 from accel.store import EngineKey
@@ -31,7 +31,6 @@ DEFAULT_CAPACITY = 2048  # positions; a cache is reserved whole on a GPU
 DEFAULT_PRECISION = "fp16"
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 BFLOAT16_SM = INT4_SM = 80  # the first that computes in bf16, and that reads int4 [TensorRT-RTX 1.7.1 on sm75]
-FLOAT8_SM = 89
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ Activations = Literal["none", "dynamic", "static"]
 BASES: tuple[Base, ...] = ("fp32", "fp16", "bf16", "fp8")
 GROUPS = (32, 64, 128)
 QUANTIZED = ("w8a8-dyn", "w8a8", *(f"w{bits}g{group}" for bits in (8, 4) for group in GROUPS))
+FLOAT8_SM = 89  # the first GPUs that convert and multiply 8-bit floats
 CACHES = {"kv8": 8, "kv4": 4, "kvfp8": 8}  # bits
 FLOAT8_CACHE = "kvfp8"
 _GROUPED = re.compile(r"w([48])g(\d+)")
@@ -115,6 +116,6 @@ def _unknown(name: str) -> InputError:
 
 
 __all__ = [
-    *("BASES", "CACHES", "GROUPS", "QUANTIZED"),
+    *("BASES", "CACHES", "FLOAT8_SM", "GROUPS", "QUANTIZED"),
     *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers"),
 ]

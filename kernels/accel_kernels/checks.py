@@ -78,7 +78,7 @@ class Expect:
             self.tensor(name, scales, key_cache.shape[1], key_cache.shape[3], dtypes=(torch.float32,))
         if key_cache.dtype == torch.float8_e4m3fn and key_cache.device.type == "cuda":
             found = capability(key_cache.device)
-            self.that(found >= FLOAT8_SM, f"caches of {key_cache.dtype} need sm89, this is sm{found[0]}{found[1]}")
+            self.that(found >= FLOAT8_SM, f"caches of {key_cache.dtype} need {_sm(FLOAT8_SM)}, this is {_sm(found)}")
         return narrow
 
     def heads(self, heads: int, kv_heads: int) -> None:
@@ -110,6 +110,10 @@ class Expect:
         """Raises ValueError with ``what`` unless the condition holds."""
         if not condition:
             raise ValueError(f"{self._op}: {what}")
+
+
+def _sm(capability: tuple[int, int]) -> str:
+    return f"sm{capability[0]}{capability[1]}"
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:

@@ -152,6 +152,7 @@ CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (gather, to("ids", lambda ids: ids.float()), TypeError, "ids is torch.float32"),
     (gather, lambda call: {**call, "added": half(3, 8), "out": half(3, 8)}, ValueError, "no multiple of 2 ids"),
     (gather, lambda call: {**call, "second": (half(2, 7), ints(1))}, ValueError, r"second has shape \[2, 7\]"),
+    (gather, lambda call: {**call, "second": (half(2, 8), ints())}, ValueError, "2 rows are no multiple of 0 ids"),
     (gather, lambda call: {**call, "third": (half(2, 8), ints(1, 0, 1))}, ValueError, "no multiple of 3 ids"),
     (gather, to("out", half(3, 8)), ValueError, r"out has shape \[3, 8\], not \[2, 8\]"),
     (argmax, to("logits", lambda x: x.half()), TypeError, "logits is torch.float16"),

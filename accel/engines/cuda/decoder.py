@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accel_kernels.launches import SHORT_PAST
+from accel_kernels.sample import MAX_VOCAB
 from numpy.typing import NDArray
 
 from accel.engines.cuda.attention import CachedAttention, StepTensors
@@ -60,6 +61,8 @@ class CudaDecoderSession:
         self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
         self._device, self._lifetime = device, Lifetime("decoder")
+        if arch.vocab_size > MAX_VOCAB:  # then it is no ``SamplingSession``: the host draws
+            self.sample = None  # type: ignore[method-assign,assignment]
         with translated_errors("loading"):
             program = load_program(path, device.torch, dtype)
             nodes = [node for node in program.nodes if node.op_type == "CachedAttention"]

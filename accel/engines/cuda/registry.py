@@ -9,12 +9,11 @@ from accel.engines.kv_cache import cache_item_bytes, resolve_cache, rounded_cach
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
 from accel.measurements import folders
-from accel.scheme import gpu_type
+from accel.scheme import FLOAT8_SM, gpu_type
 
 TARGET = "cuda"  # of the graph
 PRECISIONS = ("fp16", "bf16", "fp32")
 MINIMUM_SM = 80  # the first with bf16 and asynchronous copies
-FLOAT8_SM = 89  # the first that converts 8-bit floats
 _SHARE_LEFT = 0.9  # of the free memory: steps need some of their own
 
 

@@ -29,11 +29,22 @@ def _tables(positions: int, dim: int, device: torch.device) -> tuple[torch.Tenso
     return angles.cos(), angles.sin()
 
 
-def _caches(operands: Operands, sizes: Decoder, sequences: int, positions: int) -> Copies[_Caches]:
-    """Keys and values [B, KV, C, D] of normal numbers, C at least ``positions``; a copy per layer, so to speak."""
+def _caches(
+    operands: Operands, sizes: Decoder, sequences: int, positions: int, dtype: torch.dtype = DTYPE
+) -> Copies[_Caches]:
+    """Keys and values [B, KV, C, D] of random numbers, C at least ``positions``; a copy per layer, so to speak."""
     shape = sequences, sizes.kv_heads, -(-positions // _ROOM) * _ROOM, sizes.dim
-    touched = 2 * 2 * sequences * sizes.kv_heads * positions * sizes.dim
-    return operands.copies(lambda _: (operands.normal(*shape), operands.normal(*shape)), touched)
+    touched = 2 * dtype.itemsize * sequences * sizes.kv_heads * positions * sizes.dim
+    make = operands.normal if dtype == DTYPE else operands.int8
+    return operands.copies(lambda _: (make(*shape), make(*shape)), touched)
+
+
+def _scales(operands: Operands, sizes: Decoder, cache: torch.dtype) -> dict[str, torch.Tensor]:
+    """Of caches in 8 bits: with which int8's largest number is about 3."""
+    if cache.itemsize > 1:
+        return {}
+    shape = sizes.kv_heads, sizes.dim
+    return {name: 0.02 + operands.normal(*shape, dtype=torch.float32).abs() / 200 for name in _SCALES}
 
 
 def _prepare_rotary(sizes: Decoder, sequences: int, tokens: int, operands: Operands) -> Problem:
@@ -75,14 +86,16 @@ def _qkv_of_step(operands: Operands, sizes: Decoder, rows: int) -> tuple[torch.T
     return parts, parts.sum(0).to(DTYPE)
 
 
-def _prepare_decode(sizes: Decoder, rows: int, past: int, operands: Operands) -> Problem:
+def _prepare_decode(sizes: Decoder, rows: int, past: int, cache: torch.dtype, operands: Operands) -> Problem:
+    """Caches in 8 bits are dequantised by PyTorch before it attends."""
     heads, kv_heads, dim, device = sizes.heads, sizes.kv_heads, sizes.dim, operands.device
     qkv, whole = _qkv_of_step(operands, sizes, rows)
-    caches = _caches(operands, sizes, rows, past + 1)
+    caches = _caches(operands, sizes, rows, past + 1, cache)
     pasts = torch.full((rows,), past, dtype=torch.int32, device=device)
     cos, sin = _tables(past + 1, dim, device)
-    options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin}
-    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST, DTYPE)
+    scales = _scales(operands, sizes, cache)
+    options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin, **scales}
+    launch = launches.decode_launch(rows, kv_heads, dim, past >= launches.SHORT_PAST, cache)
     space = decode.workspace(rows, kv_heads, heads // kv_heads, dim, launch["splits"], device)
     out = operands.unwritten(rows, heads * dim)
     last_cos, last_sin = (table[past] for table in peers.whole_tables(cos, sin))
@@ -93,56 +106,19 @@ def _prepare_decode(sizes: Decoder, rows: int, past: int, operands: Operands) ->
         return out, keys, values
 
     def peer(index: int) -> tuple[torch.Tensor, ...]:
-        keys, values = caches(index)
+        both = caches(index)
         query, key, value = whole.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
-        keys[:, :, past] = peers.turned(key, last_cos, last_sin)
-        values[:, :, past] = value
+        seen = []
+        for held, new, name in zip(both, (peers.turned(key, last_cos, last_sin), value), _SCALES):
+            seen.append(peers.appended(held, new, past, scales.get(name)))
         query = peers.turned(query, last_cos, last_sin)[:, :, None]
-        seen = keys[:, :, : past + 1], values[:, :, : past + 1]
-        result = functional.scaled_dot_product_attention(query, *seen, enable_gqa=True)
-        return result.reshape(rows, -1), keys, values
+        result = functional.scaled_dot_product_attention(query, seen[0], seen[1], enable_gqa=True)
+        return result.reshape(rows, -1), *both
 
-    cells = 2 * rows * kv_heads * dim * 2  # bytes of one position
+    cells = 2 * rows * kv_heads * dim * cache.itemsize  # bytes of one position
     moved = size_of(whole, out, pasts) + cells * (past + 1)
     reference = partial(decode.reference, qkv, *caches(0), pasts, **options)
     return Problem({launches.label(launch): run}, peer, reference, moved, 4 * rows * heads * dim * (past + 1))
-
-
-def _prepare_narrow_decode(sizes: Decoder, rows: int, past: int, operands: Operands) -> Problem:
-    """As ``_prepare_decode`` with caches in int8, which PyTorch dequantises first."""
-    heads, kv_heads, dim, device = sizes.heads, sizes.kv_heads, sizes.dim, operands.device
-    qkv, whole = _qkv_of_step(operands, sizes, rows)
-    shape = rows, kv_heads, -(-(past + 1) // _ROOM) * _ROOM, dim
-    cells = 2 * rows * kv_heads * dim  # bytes of one position
-    long_past = past >= launches.SHORT_PAST
-    caches = operands.copies(lambda _: (operands.int8(*shape), operands.int8(*shape)), cells * (past + 1))
-    scales = {name: operands.normal(kv_heads, dim, dtype=torch.float32).abs() / 40 + 0.01 for name in _SCALES}
-    pasts = torch.full((rows,), past, dtype=torch.int32, device=device)
-    cos, sin = _tables(past + 1, dim, device)
-    options: dict[str, Any] = {"heads": heads, "scale": dim**-0.5, "cos": cos, "sin": sin, **scales}
-    launch = launches.decode_launch(rows, kv_heads, dim, long_past, torch.int8)
-    space = decode.workspace(rows, kv_heads, heads // kv_heads, dim, launch["splits"], device)
-    out = operands.unwritten(rows, heads * dim)
-    last_cos, last_sin = (table[past] for table in peers.whole_tables(cos, sin))
-
-    def run(index: int) -> torch.Tensor:
-        keys, values = caches(index)
-        return decode.decode_attention(qkv, keys, values, pasts, out, space, **options, **launch)
-
-    def peer(index: int) -> torch.Tensor:
-        query, key, value = whole.view(rows, -1, dim).split([heads, kv_heads, kv_heads], 1)
-        seen: list[torch.Tensor] = []
-        for cache, new, scale in zip(caches(index), (peers.turned(key, last_cos, last_sin), value), scales.values()):
-            cache[:, :, past] = (new.float() / scale).round().clamp(-128, 127).to(torch.int8)
-            seen.append(cache[:, :, : past + 1].to(DTYPE) * scale.to(DTYPE)[:, None])
-        query = peers.turned(query, last_cos, last_sin)[:, :, None]
-        return functional.scaled_dot_product_attention(query, seen[0], seen[1], enable_gqa=True).reshape(rows, -1)
-
-    moved = size_of(whole, out, pasts) + cells * (past + 1)
-    return Problem(
-        {launches.label(launch): run}, peer, lambda: decode.reference(qkv, *caches(0), pasts, **options)[0], moved,
-        4 * rows * heads * dim * (past + 1),
-    )  # fmt: skip
 
 
 def _limits(sequences: int, tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,6 +191,13 @@ def _prepare_prompts(sizes: Decoder, sequences: int, tokens: int, operands: Oper
     )
 
 
+def _decode_row(sizes: Decoder, rows: int, past: int, cache: torch.dtype) -> Row:
+    shape = f"{rows} x 1 token, {past} in the cache, {sizes.heads} heads on {sizes.kv_heads} of {sizes.dim}"
+    dtype, ops = ("fp16", "") if cache == DTYPE else ("int8", "mul, ")
+    prepare = partial(_prepare_decode, sizes, rows, past, cache)
+    return Row("decode_attention", shape, dtype, "cache", f"rotation, copies, {ops}SDPA", prepare)
+
+
 def rows_of(shapes: Shapes) -> list[Row]:
     """All of them."""
     decoder, encoder = shapes.decoder, shapes.encoder
@@ -226,13 +209,8 @@ def rows_of(shapes: Shapes) -> list[Row]:
         shape = f"{sequences} x {tokens} tokens, {heads}"
         found.append(Row("rotary_append", shape, "fp16", "", "mul, neg, cat, mul, add; copies", prepare))
     for rows, past in shapes.pasts:
-        prepare = partial(_prepare_decode, decoder, rows, past)
-        shape = f"{rows} x 1 token, {past} in the cache, {heads}"
-        found.append(Row("decode_attention", shape, "fp16", "cache", "rotation, copies, SDPA", prepare))
-    rows, past = shapes.pasts[-1]
-    prepare = partial(_prepare_narrow_decode, decoder, rows, past)
-    shape = f"{rows} x 1 token, {past} in the cache, {heads}"
-    found.append(Row("decode_attention", shape, "int8 cache", "cache", "rotation, copies, mul, SDPA", prepare))
+        found.append(_decode_row(decoder, rows, past, DTYPE))
+    found.append(_decode_row(decoder, *shapes.pasts[-1], torch.int8))
     for sequences, tokens in shapes.batches:
         prepare = partial(_prepare_encoder, encoder, sequences, tokens)
         shape = f"{sequences} x {tokens} tokens, {encoder.heads} heads of {encoder.dim}"

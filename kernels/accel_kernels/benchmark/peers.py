@@ -76,4 +76,17 @@ def whole_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.cat([cos, cos], -1).to(DTYPE), torch.cat([sin, sin], -1).to(DTYPE)
 
 
-__all__ = ["activated", "halves", "linear", "linear_ops", "turned", "whole_tables"]
+def appended(cache: torch.Tensor, new: torch.Tensor, past: int, scales: torch.Tensor | None) -> torch.Tensor:
+    """The first ``past`` + 1 positions of a cache [B, KV, C, D], with the new ones [B, KV, D] in their place, in fp16.
+
+    Args:
+        scales: float32 [KV, D] of a cache in int8.
+    """
+    if scales is None:
+        cache[:, :, past] = new
+        return cache[:, :, : past + 1]
+    cache[:, :, past] = (new.float() / scales).round().clamp(-128, 127).to(torch.int8)
+    return cache[:, :, : past + 1].to(DTYPE) * scales.to(DTYPE)[:, None]
+
+
+__all__ = ["activated", "appended", "halves", "linear", "linear_ops", "turned", "whole_tables"]

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from accel.engines.cuda import staging
+from accel.engines.cuda import decoder, staging
 from accel.engines.cuda.decoder import CudaDecoderSession
-from accel.engines.cuda.device import INTERPRETED
-from accel.engines.session import Draws, SamplingSession, StepInputs
+from accel.engines.cuda.device import INTERPRETED, Device
+from accel.engines.kv_cache import CacheShape
+from accel.engines.session import Draws, GreedySession, SamplingSession, StepInputs
 from accel.errors import EngineError
 from accel.runtime.sampling import Sampler, SamplingParams
 from accel.runtime.sequence import Sequence
 from accel.runtime.slots import SlotLoop
-from tests.engines.cuda.steps import CASES, GREEDY, HOT, MIXED, WithoutSampling, count_runs, generate, inputs
+from tests.engines.cuda.steps import CAPACITY, CASES, GREEDY, HOT, MIXED, WithoutSampling, count_runs, generate, inputs
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
@@ -173,3 +174,14 @@ def test_where_only_the_step_ahead_finds_no_memory_the_step_itself_holds(
         (token,) = draw(session, reference, inputs({0: [11]}, {0: 3}), chosen)
     assert len(calls) == 2 and "do not run ahead" in caplog.text
     draw(session, reference, inputs({0: [token]}, {0: 4}), chosen)
+
+
+def test_a_larger_vocabulary_is_drawn_from_by_the_host(
+    graph: Any, session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, arch = graph
+    monkeypatch.setattr(decoder, "MAX_VOCAB", arch.vocab_size - 1)
+    opened = CudaDecoderSession(path, arch, "fp32", CacheShape(1, CAPACITY), Device(torch.device("cpu")), torch.float32)
+    assert not isinstance(opened, SamplingSession) and isinstance(opened, GreedySession)
+    assert isinstance(session, SamplingSession)
+    opened.close()
