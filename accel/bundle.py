@@ -18,7 +18,7 @@ from typing import Any, Self
 from accel.errors import BundleError, InputError, StorageError
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, Variant
 from accel.schema import from_dict, suggest, to_dict
-from accel.scheme import BASES, CACHES, QUANTIZED, parse_scheme
+from accel.scheme import BASES, QUANTIZED, parse_scheme
 from accel.spec import ArchSpec
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
@@ -122,7 +122,7 @@ class Bundle:
         try:
             scheme = parse_scheme(name)
         except InputError:
-            return suggest(name, [*self.manifest.variants, *BASES, *QUANTIZED, *CACHES])
+            return suggest(name, list(dict.fromkeys([*self.manifest.variants, *BASES, *QUANTIZED])))
         if scheme.name in self.manifest.variants:  # kv8 is short for fp32+kv8
             return f"Call it '{scheme.name}'"
         return f"accel quantize {self.path} --variant {name} adds it"

@@ -213,7 +213,7 @@ def _add_gate(parser: argparse.ArgumentParser) -> None:
 
 def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    variants = "fp16, bf16, fp8, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, w4g32+kv8, kvfp8, ...; may be repeated"
+    variants = "fp16, bf16, fp8, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, fp16+kvfp8, ...; may be repeated"
     targets = "ort-cpu, openvino, tensorrt, cuda, ort-cuda; may be repeated"
     parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
     parser.add_argument(

@@ -101,13 +101,13 @@ def gpu_type(name: str, dtype: str) -> str:
 
     Args:
         name: The variant's.
-        dtype: That of its manifest entry, which is the CPU's where weights or caches are integers.
+        dtype: That of its manifest entry, which is the CPU's where weights are integers.
     """
     try:
         scheme = parse_scheme(name)
     except InputError:
         return dtype
-    return "float16" if scheme.quantized or (scheme.kv_bits is not None and scheme.base == "fp32") else dtype
+    return "float16" if scheme.quantized else dtype
 
 
 def _unknown(name: str) -> InputError:

@@ -205,7 +205,10 @@ def _refuse_cuda(kind: Kind, scheme: Scheme) -> str | None:
     if scheme.kv_bits is not None and kind != "decoder":
         return "an encoder has no cache"
     if scheme.kv_bits not in (None, 8):
-        return f"its caches are floats or int8, not int{scheme.kv_bits}"
+        return f"its caches are floats, of 8 bits too, or int8, not int{scheme.kv_bits}"
+    if scheme.kv_bits is not None and scheme.base == "fp32" and not scheme.quantized:
+        cache = "kvfp8" if scheme.kv_float8 else "kv8"
+        return f"beside such a cache it computes in fp16 or bf16: fp16+{cache}, bf16+{cache}"
     return _refuse_ungrouped(scheme)
 
 

@@ -352,6 +352,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.work is None:
         parser.error("--work says where bundles and checkpoints go")
+    if options.only and not names:
+        print("there is no NVIDIA GPU here to measure", file=sys.stderr)
+        return 1
     versions = {name: version for name in DISTRIBUTIONS if (version := version_of(name))}
     kept |= {"gpu": names[0] if names else "", "driver": driver, "versions": versions, "date": today()}
     kept["model"] = f"Llama-3.2-1B and BERT-base shapes, random weights; prompt {PROMPT}, {NEW} new tokens"

@@ -30,7 +30,7 @@ def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
 
 REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("kv8", None, {"algorithm": "gptq"}, "^kv8 has no integer weights to choose"),
-    ("kv4", "cuda", {}, "cuda engine cannot run this decoder as kv4: its caches are floats or int8, not int4.*ort-cpu"),
+    ("kv4", "cuda", {}, "cuda engine cannot run .* as kv4: its caches are floats, .*or int8, not int4.*ort-cpu"),
     ("w8a8+kv8", "cuda", {}, "the cuda engine cannot run this decoder as w8a8.kv8: its kernels take floats"),
     ("fp16+kv8", "ort-cuda", {}, "Runtime CUDA cannot run this decoder as fp16.kv8: its caches are floats.*: cuda"),
     ("fp16+kv8", "tensorrt", {}, "TensorRT cannot run .*: its cache layer takes no integers .*: cuda"),
@@ -52,7 +52,9 @@ REFUSED: list[tuple[str, str | None, dict[str, Any], str]] = [
     ("fp16+kvfp8", "ort-cuda", {}, "ONNX Runtime CUDA cannot run .*: its caches are floats of 16 bits .*: cuda"),
     ("w4g32+kvfp8", "ort-cpu", {}, "cannot run .* as w4g32.kvfp8: its caches are fp32, int8 or int4 .*: cuda"),
     ("kvfp8", "tensorrt", {}, "TensorRT cannot run this decoder as kvfp8: its cache layer takes no 8-bit floats"),
-    ("fp16+kv4", None, {}, "no target runs this decoder as fp16\\+kv4 .*cuda engine: its caches are floats or int8"),
+    ("fp16+kv4", None, {}, "no target runs this decoder as fp16\\+kv4 .*cuda engine: its caches are floats, .*or int8"),
+    ("kv8", "cuda", {}, "cannot run this decoder as kv8: .*it computes in fp16 or bf16: fp16.kv8, bf16.kv8"),
+    ("kvfp8", None, {}, "no target runs this decoder as kvfp8 .*fp16.kvfp8, bf16.kvfp8"),
 ]
 
 

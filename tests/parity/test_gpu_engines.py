@@ -38,7 +38,7 @@ ROWS, CAPACITY = 3, 64
 needs_kernels = pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reason="needs an NVIDIA GPU")
 ENGINES = [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", marks=needs_onnxruntime)]
 FLOATS, INTEGERS = ("fp16", "bf16"), ("w4g32", "w8g32")
-CACHES = ("kv8", "bf16+kv8", "w4g32+kv8", "fp16+kvfp8", "w4g32+kvfp8")
+CACHES = ("fp16+kv8", "bf16+kv8", "w4g32+kv8", "fp16+kvfp8", "w4g32+kvfp8")
 CALIBRATION = (90, 100, 110)  # tokens of random passages
 pytestmark = pytest.mark.gpu
 

@@ -31,9 +31,9 @@ def pick_precision(bundle: Bundle, variant: str) -> str | None:
 def probe(bundle: Bundle, variant: str) -> str | None:
     """Why the engine cannot run a bundle here, or None."""
     if pick_precision(bundle, variant) is None:
-        asked = "fp16" if variant == "auto" else variant
+        asked = "fp16" if variant == "auto" else variant.replace("fp32+", "fp16+")  # beside 8-bit caches
         command = f"accel quantize {bundle.path} --variant {asked} --target cuda"
-        return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds it"
+        return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds one"
     missing = [name for name in ("torch", "triton", "onnx_ir") if find_spec(name) is None]
     if missing:
         return f'{" and ".join(missing)} missing: pip install "accelrt[cuda]"'
