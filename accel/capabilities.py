@@ -214,11 +214,11 @@ def _onnxruntime_engine(found: OnnxRuntime) -> EngineStatus:
 def _cuda_engine(gpus: tuple[Gpu, ...], hidden: str | None) -> EngineStatus:
     """What can be said without importing PyTorch; loading proves that it sees the GPU."""
     missing = [name for name in ("torch", "triton", "onnx_ir") if importlib.util.find_spec(name) is None]
-    if missing:
-        install = 'pip install "accelrt[cuda]"' if gpus else None
-        return EngineStatus("cuda", False, f"{' and '.join(missing)} missing", install)
     if hidden is not None or not gpus:
         return EngineStatus("cuda", False, hidden or "no NVIDIA GPU or driver", None)
+    if missing:  # named one by one: the extra would bring onnxruntime-gpu beside onnxruntime
+        install = f"pip install {' '.join(missing).replace('_', '-')}"
+        return EngineStatus("cuda", False, f"{' and '.join(missing)} missing", install)
     return EngineStatus("cuda", True, f"triton {version_of('triton')} on PyTorch", None)
 
 
@@ -313,7 +313,7 @@ def _packages(gpus: tuple[Gpu, ...]) -> tuple[Package, ...]:
         add(name, "exporting GGUF files", "pip install gguf accelerate")
     swap = "pip uninstall -y onnxruntime && " if version_of("onnxruntime") is not None else ""
     add("onnxruntime-gpu", "running on NVIDIA GPUs", f'{swap}pip install "accelrt[cuda]"' if has_gpu else None)
-    add("triton", "own GPU kernels", 'pip install "accelrt[cuda]"' if has_gpu else None)
+    add("triton", "own GPU kernels", "pip install triton" if has_gpu else None)
     building = "building TensorRT engines (pip must reach pypi.nvidia.com)"
     for name, kinds, purpose in (
         ("tensorrt", ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), building),

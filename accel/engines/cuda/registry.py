@@ -8,6 +8,7 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import cache_item_bytes, resolve_cache, rounded_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
+from accel.machine import gpu_models
 from accel.measurements import folders
 from accel.scheme import FLOAT8_SM, gpu_type
 
@@ -35,8 +36,10 @@ def probe(bundle: Bundle, variant: str) -> str | None:
         command = f"accel quantize {bundle.path} --variant {asked} --target cuda"
         return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds one"
     missing = [name for name in ("torch", "triton", "onnx_ir") if find_spec(name) is None]
-    if missing:
-        return f'{" and ".join(missing)} missing: pip install "accelrt[cuda]"'
+    if missing and not gpu_models()[0]:
+        return "there is no NVIDIA GPU here"
+    if missing:  # named one by one: the extra would bring onnxruntime-gpu beside onnxruntime
+        return f"{' and '.join(missing)} missing: pip install {' '.join(missing).replace('_', '-')}"
     import torch
 
     if not torch.cuda.is_available():

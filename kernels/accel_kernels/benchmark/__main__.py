@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from accel_kernels.benchmark.problem import names_of
         from accel_kernels.benchmark.rows import rows_of
     except ModuleNotFoundError as error:
-        return _refuse(f'{error.name} is not installed: pip install "accelrt[cuda]"')
+        return _refuse(f"{error.name} is not installed: pip install {error.name}")
     from accel_kernels.benchmark.shapes import FULL, TINY
 
     rows = rows_of(TINY if options.tiny else FULL)
