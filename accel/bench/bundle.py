@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accel.bench.cases import Case
-from accel.bench.contest import COSTS, TORCH, Arena, Outcome, choose, find_contestants, rows_of
+from accel.bench.contest import COSTS, TORCH, Arena, Contestant, Outcome, choose, find_contestants, rows_of
 from accel.bench.limits import Limits, measure_limits, work_of
 from accel.bench.machine import describe_machine, today
 from accel.bench.roofline import ENGINE, Roofline, measure_roofline
@@ -53,6 +53,7 @@ class BenchReport:
         chosen: What ``accel.load`` takes unasked: ``engine variant``.
         passed_over: Engine, or ``engine variant`` -> why it was not measured.
         roofline: Where the ``cuda`` engine's time goes and how near the GPU's limits it is, if those were asked for.
+        elsewhere: Variant that no engine runs here -> the targets of its graphs.
         remembered: Whether ``accel.load`` knows this from now on; if not, ``unremembered`` says why.
     """
 
@@ -69,6 +70,7 @@ class BenchReport:
     remembered: bool = False
     unremembered: str = ""
     roofline: Roofline | None = None
+    elsewhere: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +103,7 @@ class BenchReport:
             times = "".join(f"{row.times[metric]:{width}.2f}" for metric in metrics)
             lines.append(f"{name:34}{times}{'  <' if name == self.chosen else ''}")
         lines += [f"Not measured: {name}: {reason}" for name, reason in self.passed_over.items()]
+        lines += [f"Not measured: {name}: it has graphs for {targets}" for name, targets in self.elsewhere.items()]
         known = f"From now on accel.load takes {self.chosen} here"
         return [*lines, known if self.remembered else f"Not remembered for accel.load: {self.unremembered}"]
 
@@ -154,7 +157,15 @@ def bench_bundle(
     return BenchReport(
         path.resolve().name, rounds, threads, rows, comparison, limits, describe_machine(),
         tuple(engines), chosen, passed_over, unremembered is None, unremembered or "", roofline,
+        _elsewhere(bundle, contestants),
     )  # fmt: skip
+
+
+def _elsewhere(bundle: Bundle, contestants: Sequence[Contestant]) -> dict[str, str]:
+    """Variants that nothing here runs -> the targets of their graphs."""
+    ran = {"fp32", *(one.variant for one in contestants)}  # fp32 is what PyTorch runs, where nothing else does
+    variants = bundle.manifest.variants.items()
+    return {name: ", ".join(sorted(entry.graphs)) for name, entry in variants if name not in ran and entry.graphs}
 
 
 def _roofline(bundle: Bundle, engines: Sequence[Measured], cases: Sequence[Case], store: str | None) -> Roofline | None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from accel.bench import SHAPES
-from accel.bench.bundle import BenchReport, BenchRow, cases_of
+from accel.bench.bundle import BenchReport, BenchRow, _elsewhere, cases_of
+from accel.bench.contest import Contestant
 from accel.bench.limits import Limits
 from accel.bench.stats import Ratio
 from accel.errors import InputError
@@ -74,5 +76,15 @@ def test_report_of_the_engines() -> None:
     assert lines[4].startswith("Engines, medians in ms")
     assert [line.split() for line in lines[5:7]] == [["ort-cpu", "fp32", "3.00"], ["openvino", "fp32", "2.00", "<"]]
     assert lines[7:] == ["Not measured: torch: it is absent", "From now on accel.load takes openvino fp32 here"]
+    more = dataclasses.replace(known, elsewhere={"fp16+kv8": "cuda"})
+    assert "Not measured: fp16+kv8: it has graphs for cuda" in str(more).splitlines()
     unknown = dataclasses.replace(known, remembered=False, unremembered="the disk is full")
     assert str(unknown).splitlines()[-1] == "Not remembered for accel.load: the disk is full"
+
+
+def test_variants_that_nothing_here_runs_are_named() -> None:
+    graphs: dict[str, Any] = {"fp32": ["ort-cpu"], "fp16": ["tensorrt", "cuda"], "w4g32": ["ort-cpu", "cuda"]}
+    variants = {name: SimpleNamespace(graphs=dict.fromkeys(targets)) for name, targets in graphs.items()}
+    bundle: Any = SimpleNamespace(manifest=SimpleNamespace(variants=variants))
+    found = [Contestant("torch", "auto", ""), Contestant("ort-cpu", "w4g32", "ort-cpu")]
+    assert _elsewhere(bundle, found) == {"fp16": "cuda, tensorrt"}
