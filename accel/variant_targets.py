@@ -274,7 +274,7 @@ def check_runnable(kind: Kind, variant: str) -> None:
 
 
 def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
-    """The targets of a variant that are meant where none is named: all for floats, for integers the first.
+    """The targets of a variant that are meant where none is named: the first where something is rounded, else all.
 
     Each target stores integers in a layout of its own, and choosing them, or a cache's scales, takes its time.
 

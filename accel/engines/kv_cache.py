@@ -13,6 +13,7 @@ from accel.spec import ArchSpec
 
 DEFAULT_MAX_BATCH = 8
 DEFAULT_CAPACITY = 4096  # positions; more only when asked for
+ROUNDED_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}  # of a number in caches that are rounded
 _MEMORY_SHARE = 2  # the default takes at most one part in this many of what is available
 
 
@@ -58,7 +59,7 @@ def rounded_cache(bundle: Bundle, variant: str) -> str | None:
     for graph in bundle.variant(variant).graphs.values():
         dtype = next((spec.dtype for spec in graph.inputs if spec.name == "past.0.key"), None)
         if dtype in ("int8", "uint8"):
-            return f"int{int(8 * cache_item_bytes(arch, graph))}"
+            return "int8" if cache_item_bytes(arch, graph) == ROUNDED_BYTES["int8"] else "int4"
         if dtype == "float8_e4m3fn":
             return "fp8"
     return None
@@ -131,6 +132,7 @@ def _check_asked(arch: ArchSpec, asked: int, rows: int, row_bytes: int, memory: 
 
 
 __all__ = [
+    "ROUNDED_BYTES",
     "CacheShape",
     "bytes_per_token",
     "cache_item_bytes",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from accel.bundle import ITEM_BYTES, Bundle
-from accel.engines.kv_cache import bytes_per_token, rounded_cache
+from accel.engines.kv_cache import ROUNDED_BYTES, bytes_per_token, rounded_cache
 from accel.errors import BundleError, DependencyError
 from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
 from accel.inspection.report import (
@@ -173,7 +173,7 @@ class _Collector:
             bytes_per_token=token,
             rows=tuple(CacheRow(capacity, capacity * token) for capacity in capacities),
             rounded=tuple(
-                (name, kind, bytes_per_token(arch, int(kind[-1]) / 8))  # int8, int4, fp8
+                (name, kind, bytes_per_token(arch, ROUNDED_BYTES[kind]))
                 for name in self.manifest.variants
                 if (kind := rounded_cache(self.bundle, name)) is not None
             ),

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no kernel {', '.join(sorted(unknown))}; there are {', '.join(names_of(rows))}")
     rows = [row for row in rows if row.kernel in (options.only or names_of(rows))]
     if options.list:
-        print("\n".join(f"{row.kernel:17}{row.shape:62}{row.dtype:10}{row.peer}" for row in rows))
+        print("\n".join(f"{row.kernel:17}{row.shape:62} {row.dtype:11}{row.peer}" for row in rows))
         return 0
     if options.tiny:
         from accel_kernels.benchmark.commands import compare_rows

@@ -18,7 +18,7 @@ from accel_kernels.benchmark.measure import Measured
 from accel_kernels.benchmark.timing import Limits
 
 _COLUMNS = (
-    f"{'kernel':17}{'shape':62}{'dtype':10}{'cold':8}{'us':>9}{'(least-most)':>19}{'MB':>9}{'GFLOP':>9}"
+    f"{'kernel':17}{'shape':62}{'dtype':11}{'cold':8}{'us':>9}{'(least-most)':>19}{'MB':>9}{'GFLOP':>9}"
     f"{'roofline':>10}{'PyTorch us':>12}{'ratio':>7}  chosen of several"
 )
 _UNKNOWN = "unknown"
@@ -68,7 +68,7 @@ def head(about: dict[str, Any]) -> str:
 def line(measured: Measured) -> str:
     """One row of the table; what failed stands below."""
     row, times, percent, ratio = measured.row, measured.times, measured.roofline_percent, measured.ratio
-    text = f"{row.kernel:17}{row.shape:62}{row.dtype:10}{row.cold:8}"
+    text = f"{row.kernel:17}{row.shape:62}{row.dtype:11}{row.cold:8}"
     if times is None:
         text += f"{'none':>9}{'':19}"
     else:
