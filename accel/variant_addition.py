@@ -199,6 +199,11 @@ class Addition:
         found = self.bundle.manifest.variants.get(self.variant)
         return {} if found is None else found.graphs
 
+    def _base_graphs(self) -> list[Path]:
+        """The graph whose weights this one reads anyway: what it packed for this target is not packed again."""
+        graph = self.bundle.variant(BASE).graphs.get(self.target.name) if self._reads_base() else None
+        return [] if graph is None else [self.bundle.file(graph.file)]
+
     def _stem(self) -> str:
         """What the names of the weights that only this target reads begin with."""
         return f"{self.variant}.{self.target.name}" if self._others() else self.variant
@@ -225,7 +230,7 @@ class Addition:
         self.progress.stage("Writing the weights")
         # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
         keep = self.bundle.path if self._reads_base() else None
-        stored = StoredTensors(path for path, _ in self._others())
+        stored = StoredTensors([*(path for path, _ in self._others()), *self._base_graphs()])
         write_external(model, self._free(self._stem(), ".weights"), keep, self.progress.advance, stored)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
         graph = self._free(f"{self.variant}.{self.target.name}", ".onnx")
