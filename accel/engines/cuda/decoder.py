@@ -61,7 +61,7 @@ class CudaDecoderSession:
         self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
         self.max_batch, self.capacity, self.vocab_size = shape.rows, shape.capacity, arch.vocab_size
         self._device, self._lifetime = device, Lifetime("decoder")
-        if arch.vocab_size > MAX_VOCAB:  # then it is no ``SamplingSession``: the host draws
+        if arch.vocab_size > MAX_VOCAB:  # then the host draws
             self.sample = None  # type: ignore[method-assign,assignment]
         with translated_errors("loading"):
             program = load_program(path, device.torch, dtype)
