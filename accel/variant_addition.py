@@ -199,11 +199,6 @@ class Addition:
         found = self.bundle.manifest.variants.get(self.variant)
         return {} if found is None else found.graphs
 
-    def _base_graphs(self) -> list[Path]:
-        """The graph whose weights this one reads anyway: what it packed for this target is not packed again."""
-        graph = self.bundle.variant(BASE).graphs.get(self.target.name) if self._reads_base() else None
-        return [] if graph is None else [self.bundle.file(graph.file)]
-
     def _stem(self) -> str:
         """What the names of the weights that only this target reads begin with."""
         return f"{self.variant}.{self.target.name}" if self._others() else self.variant
@@ -220,8 +215,7 @@ class Addition:
         from accel.graph.external import StoredTensors, external_files, write_external
         from accel.graph.save import load_canonical, save_graph
 
-        arch = self.bundle.manifest.arch
-        entry = self.bundle.graph(BASE, CANONICAL)
+        arch, entry = self.bundle.manifest.arch, self.bundle.graph(BASE, CANONICAL)
         canonical = load_canonical(self.bundle.file(entry.file))
         canonical, plan = self._plan(canonical)
         self._told = plan
@@ -230,13 +224,14 @@ class Addition:
         self.progress.stage("Writing the weights")
         # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
         keep = self.bundle.path if self._reads_base() else None
-        stored = StoredTensors([*(path for path, _ in self._others()), *self._base_graphs()])
+        packed = self.bundle.variant(BASE).graphs.get(self.target.name) if keep else None  # for this target, in fp32
+        paths = [path for path, _ in self._others()] + ([] if packed is None else [self.bundle.file(packed.file)])
+        stored = StoredTensors(paths)
         write_external(model, self._free(self._stem(), ".weights"), keep, self.progress.advance, stored)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
         graph = self._free(f"{self.variant}.{self.target.name}", ".onnx")
         saved = save_graph(model, graph, names, (*entry.passes, *passes), __version__)
-        saved = dataclasses.replace(saved, lowering=self.target.version, weights=external_files(model))
-        return canonical, model, saved
+        return canonical, model, dataclasses.replace(saved, lowering=self.target.version, weights=external_files(model))
 
     def _plan(self, canonical: ir.Model) -> tuple[ir.Model, Plan]:
         """The canonical graph with the scheme's weights, and what the lowering is told."""
