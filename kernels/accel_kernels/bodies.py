@@ -314,6 +314,26 @@ Bias (bias, index, slot) => (y)
 """
 )
 
-SHARED = (ACTIVATE, GATE, LINEAR, UNPACK, NORMALIZE, HEADS, ROTATE, STORED, MEANING, BIAS, ATTEND)
+# x [T, K], table [V, K], ids [P]; P divides T, and the ids are used over and over
+ADD_ROWS = (
+    HEADER
+    + """
+AddRows (x, table, ids) => (y)
+{
+    low = Gather <axis = 0> (table, ids)
+    rows = Cast <to = 1> (low)
+    shape = Shape (rows)
+    last = Constant <value_ints = [-1]> ()
+    by_turn = Concat <axis = 0> (last, shape)
+    turns = Reshape (x, by_turn)
+    sums = Add (turns, rows)
+    width = Shape <start = 1> (rows)
+    flat = Concat <axis = 0> (last, width)
+    y = Reshape (sums, flat)
+}
+"""
+)
+
+SHARED = (ACTIVATE, ADD_ROWS, GATE, LINEAR, UNPACK, NORMALIZE, HEADS, ROTATE, STORED, MEANING, BIAS, ATTEND)
 
 __all__ = ["DOMAIN", "HEADER", "OPSET", "SHARED"]
