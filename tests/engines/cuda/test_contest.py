@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was timed, in order; ways return their names, and their times are ``TIMES``."""
     found: list[str] = []
 
-    def microseconds(way: Callable[[], Any], before: Callable[[], object]) -> float:
-        found.append(way())
-        return TIMES[found[-1]]
+    def times_of(ways: Mapping[str, Callable[[], Any]], before: Callable[[], object]) -> dict[str, float]:
+        found.extend(way() for way in ways.values())
+        return {name: TIMES[name] for name in ways}
 
-    monkeypatch.setattr(contest, "_microseconds", microseconds)
+    monkeypatch.setattr(contest, "_times_of", times_of)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return found
 
@@ -119,11 +119,31 @@ def test_a_way_that_finds_no_room() -> None:
     def fail() -> None:
         raise torch.cuda.OutOfMemoryError
 
-    assert contest._microseconds(fail, lambda: None) == contest._NO_ROOM
+    assert contest._times_of({"way": fail}, lambda: None) == {"way": contest._NO_ROOM}
 
 
 def test_a_way_that_fails_loses() -> None:
     def fail() -> None:
         raise RuntimeError("out of resource: shared memory")
 
-    assert contest._microseconds(fail, lambda: None) == contest._NEVER
+    assert contest._times_of({"way": fail}, lambda: None) == {"way": contest._NEVER}
+
+
+def test_ways_take_turns_and_the_best_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks that slow down meanwhile slow all of them; a way that cannot run takes no turn."""
+    turns: list[str] = []
+
+    def replay(name: str) -> float:
+        turns.append(name)
+        return len(turns) + (0.5 if name == "slower" else 0.0)
+
+    def recording(way: Callable[[], str], before: Callable[[], object], pool: Any) -> str:
+        if way() == "broken":
+            raise RuntimeError("out of resource")
+        return way()
+
+    monkeypatch.setattr(contest, "_recording", recording)
+    monkeypatch.setattr(contest, "_replay_microseconds", replay)
+    found = contest._times_of(ways("faster", "broken", "slower"), lambda: None)
+    assert turns == ["faster", "slower"] * contest._ROUNDS
+    assert found == {"faster": 1.0, "broken": contest._NEVER, "slower": 2.5}
