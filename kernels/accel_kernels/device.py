@@ -44,6 +44,14 @@ def has_tensor_memory_access(device: torch.device) -> bool:
     return capability(device) >= (9, 0)
 
 
+def has_warp_jobs(device: torch.device) -> bool:
+    """Whether groups of warps can have programs of their own and multiply together, as SM 90 alone does (WGMMA).
+
+    Triton's interpreter has no such thing.
+    """
+    return not INTERPRETED and capability(device)[0] == 9
+
+
 def launch_options(
     device: torch.device, dependent: bool | None, warps: int, stages: int | None = None
 ) -> dict[str, Any]:
@@ -87,6 +95,7 @@ __all__ = [
     "fitting_stages",
     "has_dependent_launch",
     "has_tensor_memory_access",
+    "has_warp_jobs",
     "launch_options",
     "multiprocessors",
     "next_power_of_2",

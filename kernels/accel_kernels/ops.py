@@ -53,6 +53,7 @@ OPS = (
     Op("narrow_gemm", "NarrowGemm"),
     Op("block_gemm", "BlockGemm"),
     Op("wide_gemm", "WideGemm"),
+    Op("specialized_gemm", "SpecializedGemm"),
     Op("quantized_gemv", "QuantizedGemv"),
     Op("quantized_gemm", "QuantizedGemm"),
     Op("quantized_gather", "QuantizedGather"),

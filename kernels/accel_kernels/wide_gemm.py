@@ -69,7 +69,7 @@ class WideTile:
 
 
 @triton.jit
-def _place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def place(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """First row and first output of a tile; tiles of GROUP bands of rows follow one another."""
     high, wide = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     band = tile // (GROUP * wide)
@@ -106,7 +106,7 @@ def wide_gemm_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     ROUNDED: tl.constexpr = tl.float32 != ELEMENT
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
-        m, n = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
+        m, n = place(tile, M, N, BLOCK_M, BLOCK_N, GROUP)
         total = _sums(x, weight, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         if PIECES == 1:
             whole = _finish(total, bias, n + tl.arange(0, BLOCK_N), N, HAS_BIAS, ACTIVATION, ROUNDED)
@@ -130,7 +130,7 @@ def gated_gemm_kernel(
     HALF: tl.constexpr = BLOCK_N // 2
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(2 * N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=FLATTEN):
-        m, n = _place(tile, M, 2 * N, BLOCK_M, BLOCK_N, GROUP)
+        m, n = place(tile, M, 2 * N, BLOCK_M, BLOCK_N, GROUP)
         total = _sums(x, weight, m, n, K, BLOCK_M, BLOCK_N, BLOCK_K)
         gate, up = total.reshape((BLOCK_M, 2, HALF)).permute((0, 2, 1)).split()
         out.store([m, n // 2], (activate(gate, ACTIVATION, tl.float32 != ELEMENT) * up).to(ELEMENT))
@@ -211,4 +211,4 @@ def _check(
         expect.that(width % 16 == 0, f"a row of {name} has {width} bytes, no multiple of 16")
 
 
-__all__ = ["BODY", "TOLERANCES", "WideTile", "reference", "wide_gemm"]
+__all__ = ["BODY", "TOLERANCES", "WideTile", "place", "reference", "wide_gemm"]

@@ -34,7 +34,7 @@ SCRATCH = {
     "longest",
     "room",
 }
-TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "flatten"}
+TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "group", "flatten"}
 
 
 def test_every_file_of_an_op_is_listed() -> None:
@@ -47,7 +47,7 @@ def test_an_op_has_what_it_needs(op: Op) -> None:
     assert op.launch.__doc__ and "Raises:" in op.launch.__doc__
     assert op.tolerances and all(0 <= limit < 0.05 for limit in op.tolerances.values())
     launch, reference = (set(inspect.signature(call).parameters) for call in (op.launch, op.reference))
-    assert launch - TUNING == reference - ({"stripe"} if op.name == "wide_gemm" else set())
+    assert launch - TUNING == reference - ({"stripe"} if op.name in ("wide_gemm", "specialized_gemm") else set())
 
 
 def jitted(function: ast.FunctionDef) -> bool:

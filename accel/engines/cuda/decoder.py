@@ -72,7 +72,7 @@ class CudaDecoderSession:
             sizes = [(shape.rows, layer.kv_heads, shape.capacity, layer.head_dim) for layer in arch.layers]
             made = {"dtype": program.cache_type, "device": device.torch}
             self._caches = [(torch.zeros(size, **made), torch.zeros(size, **made)) for size in sizes]
-            products = Products(dtype, device.tensor_memory, Contest(device, kept))
+            products = Products(dtype, device.tensor_memory, Contest(device, kept), warp_jobs=device.warp_jobs)
             attention = CachedAttention(dict(zip(nodes, self._caches, strict=True)), products)
             self._executor = Executor(program, products, attention)
         self._decodes: dict[tuple[int, bool], DecodePlace] = {}

@@ -44,6 +44,11 @@ class Device:
         """Whether tiles can come through the tensor memory accelerator."""
         return self.is_gpu and torch.cuda.get_device_capability(self.torch) >= (9, 0)
 
+    @property
+    def warp_jobs(self) -> bool:
+        """Whether groups of warps can have programs of their own and multiply together."""
+        return self.is_gpu and torch.cuda.get_device_capability(self.torch)[0] == 9
+
     def free_memory(self) -> int | None:
         """Bytes that can be had; None: unknown."""
         return torch.cuda.mem_get_info(self.torch)[0] if self.is_gpu else None

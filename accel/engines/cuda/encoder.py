@@ -59,7 +59,8 @@ class CudaEncoderSession:
             if set(self._inputs) - set(INPUTS):
                 what = f"The graph takes {', '.join(self._inputs)}"
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
-            self._executor = Executor(program, Products(dtype, device.tensor_memory, Contest(device, kept)))
+            products = Products(dtype, device.tensor_memory, Contest(device, kept), warp_jobs=device.warp_jobs)
+            self._executor = Executor(program, products)
         self._places: OrderedDict[tuple[int, int], _Place] = OrderedDict()
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
 

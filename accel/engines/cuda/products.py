@@ -37,6 +37,7 @@ from accel_kernels.norm import norm
 from accel_kernels.quantized_gather import quantized_gather
 from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
 from accel_kernels.quantized_gemv import quantized_gemv
+from accel_kernels.specialized_gemm import specialized_gemm
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
 from accel_kernels.wide_gemm import wide_gemm
 
@@ -60,10 +61,14 @@ class Products:
         dtype: Of the weights, and of results that other kernels read.
         tensor_memory: Whether the GPU has the tensor memory accelerator (SM 90 and later).
         contest: Finds the fastest way for a shape; None: the first one.
+        warp_jobs: Whether groups of its warps can have programs of their own (SM 90).
     """
 
-    def __init__(self, dtype: torch.dtype, tensor_memory: bool, contest: Contest | None = None) -> None:
+    def __init__(
+        self, dtype: torch.dtype, tensor_memory: bool, contest: Contest | None = None, *, warp_jobs: bool = False
+    ) -> None:
         self.dtype, self._tensor_memory, self._contest = dtype, tensor_memory, contest
+        self._warp_jobs = warp_jobs
 
     def low(self, value: object) -> torch.Tensor:
         """A value as a [T, K] tensor of the engine's type."""
@@ -245,6 +250,8 @@ class Products:
             ways |= {f"{tile}": partial(block_gemm, x, matrix.weight, out, tile=tile, **options) for tile in tiles}
         if self._tensor_memory and len(x) >= WIDE_ROWS:
             ways |= {f"{tile}": partial(wide_gemm, x, matrix.weight, out, tile=tile, **options) for tile in WIDE_TILES}
+        if self._warp_jobs and len(x) >= WIDE_ROWS:
+            ways["specialized"] = partial(specialized_gemm, x, matrix.weight, out, **options)
         blas = {"blas": partial(self._blas, x, matrix, kind, out)}
         return self._fastest(x, matrix, kind, blas | ways if kind is None else ways | blas)
 
@@ -265,6 +272,10 @@ class Products:
             tile = WIDE_TILES[-1]  # as wide as a stripe of both
             ways["wide"] = partial(
                 wide_gemm, x, matrix.weight, out, gated=True, activation=KINDS[kind], tile=tile
+            )  # fmt: skip
+        if self._warp_jobs and len(x) >= WIDE_ROWS and matrix.stripe == STRIPE:
+            ways["specialized"] = partial(
+                specialized_gemm, x, matrix.weight, out, gated=True, activation=KINDS[kind]
             )  # fmt: skip
         ways["blas"] = partial(self._gated_blas, x, matrix, kind, out)
         return self._fastest(x, matrix, kind, ways)

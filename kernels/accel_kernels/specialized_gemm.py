@@ -1,0 +1,283 @@
+"""Many rows times a weight matrix on SM 90, with a job for each group of warps.
+
+Two groups multiply, each one half of a tile's rows, and the first one fetches for both. A third one adds the bias,
+applies the activation and stores while the others are at the next tile: an epilogue costs the tensor cores nothing but
+the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less from shared memory
+and from the L2 than any tile that one group can hold.
+
+Written in Gluon: Triton's compiler gives warps no jobs on SM 90. The interpreter does not know it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from accel_kernels.bodies import HEADER
+from accel_kernels.checks import Expect
+from accel_kernels.device import has_warp_jobs, multiprocessors
+from accel_kernels.plain import product
+from accel_kernels.tiles import ACTIVATIONS, NO_ACTIVATION, activate
+from accel_kernels.wide_gemm import place
+
+BODY = (
+    HEADER
+    + """
+SpecializedGemm <gated: int = 0, stripe, activation: int = -1> (x, weight, bias) => (out)
+{
+    nothing = Constant <value_float = 0.0> ()
+    out = accel.kernels.Linear <gated: int = @gated, stripe: int = @stripe, activation: int = @activation>
+        (x, weight, bias, nothing)
+}
+"""
+)
+# Sums are rounded before bias and activation, and once more behind them.
+TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+HEIGHT, WIDTH, DEPTH, STAGES = 64, 256, 64, 3  # rows of a half, outputs and terms of a tile, turns in flight
+PIECE = 64  # outputs that are stored at once
+STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated tile
+# Triton 3.7 and later call them by shorter names.
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    stripe: int | None = None,
+    activation: int = NO_ACTIVATION,
+) -> torch.Tensor:
+    """What ``specialized_gemm`` computes of the same arguments with stripes of ``STRIPE`` rows: float64 [M, N]."""
+    return product(x, weight, bias, None, gated, stripe, activation)
+
+
+@gluon.jit
+def _after(stage, phase, STAGES: gl.constexpr):
+    """The next stage; phases change when all were passed."""
+    wrapped = stage + 1 == STAGES
+    return gl.where(wrapped, 0, stage + 1), gl.where(wrapped, phase ^ 1, phase)
+
+
+@gluon.jit
+def _fetch(x, weight, xs, ws, full, stage, m, n, k, pred):
+    """One turn of both halves and of the weights they share; zeros behind the ends."""
+    HEIGHT: gl.constexpr = xs.shape[1]
+    BYTES: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2
+    bar = full.index(stage)
+    mbarrier.expect(bar, BYTES, pred=pred)
+    _load(x, [m, k], bar, xs.index(2 * stage), pred=pred)
+    _load(weight, [n, k], bar, ws.index(stage), pred=pred)
+    _load(x, [m + HEIGHT, k], bar, xs.index(2 * stage + 1), pred=pred)
+
+
+@gluon.jit
+def _hand_over(sums, parts, first, COUNT: gl.constexpr):
+    """The columns of sums, COUNT pieces, into parts[first] and the ones behind it."""
+    if COUNT == 1:
+        parts.index(first).store(sums)
+    else:
+        HIGH: gl.constexpr = sums.shape[0]
+        WIDE: gl.constexpr = sums.shape[1] // 2
+        left, right = sums.reshape((HIGH, 2, WIDE)).permute((0, 2, 1)).split()
+        _hand_over(left, parts, first, COUNT // 2)
+        _hand_over(right, parts, first + COUNT // 2, COUNT // 2)
+
+
+@gluon.jit
+def _multiply(
+    x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K,
+    HALF: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """One half of every tile's rows. The first half's warps fetch for both, as soon as both have done with a turn."""
+    STAGES: gl.constexpr = ws.shape[0]
+    HEIGHT: gl.constexpr = xs.shape[1]
+    WIDTH: gl.constexpr = ws.shape[1]
+    DEPTH: gl.constexpr = ws.shape[2]
+    PIECES: gl.constexpr = parts.shape[0] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    tiles = gl.cdiv(M, 2 * HEIGHT) * gl.cdiv(COUNT, WIDTH)
+    ahead = gl.program_id(0)  # the tile that is fetched, its place, term, stage
+    m, n = place(ahead, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+    k, stage_ahead, phase_ahead = 0, 0, 1
+    if HALF == 0:
+        for _ in range(STAGES - 1):
+            _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, ahead < tiles)
+            stage_ahead += 1
+            k += DEPTH
+            if k >= K:
+                k = 0
+                ahead += PROGRAMS
+                m, n = place(ahead, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+    stage, phase, last, sent = 0, 0, 0, 1
+    for _ in range(gl.program_id(0), tiles, PROGRAMS):
+        total = gl.zeros((HEIGHT, WIDTH), gl.float32, layout)
+        for turn in range(gl.cdiv(K, DEPTH)):
+            mbarrier.wait(full.index(stage), phase)
+            total = warpgroup_mma(xs.index(2 * stage + HALF), ws.index(stage).permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma_wait(1, deps=[total])
+            mbarrier.arrive(empty.index(last), count=1, pred=turn > 0)
+            if HALF == 0:
+                more = ahead < tiles
+                mbarrier.wait(empty.index(stage_ahead), phase_ahead, pred=more)
+                _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, more)
+                stage_ahead, phase_ahead = _after(stage_ahead, phase_ahead, STAGES)
+                k += DEPTH
+                if k >= K:
+                    k = 0
+                    ahead += PROGRAMS
+                    m, n = place(ahead, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+            last = stage
+            stage, phase = _after(stage, phase, STAGES)
+        total = warpgroup_mma_wait(0, deps=[total])
+        mbarrier.arrive(empty.index(last), count=1)
+        mbarrier.wait(free.index(HALF), sent)
+        sent ^= 1
+        _hand_over(total.to(parts.dtype), parts, PIECES * HALF, PIECES)
+        mbarrier.arrive(ready.index(HALF), count=1)
+
+
+@gluon.jit
+def _finish(
+    out, bias, parts, ready, free, M, COUNT,
+    HEIGHT: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """Bias, activation and stores of both halves, one piece after another."""
+    PIECE: gl.constexpr = parts.shape[2]
+    STORED: gl.constexpr = WIDTH // PIECE // (2 if GATED else 1)  # pieces of a half
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tiles = gl.cdiv(M, 2 * HEIGHT) * gl.cdiv(COUNT, WIDTH)
+    phase = 0
+    for tile in range(gl.program_id(0), tiles, PROGRAMS):
+        m, n = place(tile, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+        left = n // 2 if GATED else n
+        for half in range(2):
+            mbarrier.wait(ready.index(half), phase)
+            for piece in range(STORED):
+                part = parts.index(half * (WIDTH // PIECE) + piece)
+                value = part.load(layout).to(gl.float32)
+                if HAS_BIAS:
+                    column = left + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+                    line = gl.load(bias + column, mask=column < COUNT, other=0.0)
+                    value += line.to(gl.float32)[None, :]
+                if ACTIVATION >= 0:
+                    value = activate(value, ACTIVATION, True)
+                if GATED:
+                    value *= parts.index(half * (WIDTH // PIECE) + STORED + piece).load(layout).to(gl.float32)
+                part.store(value.to(parts.dtype))
+                fence_async_shared()
+                _save(out, [m + half * HEIGHT, left + piece * PIECE], part)
+            tma.store_wait(0)
+            mbarrier.arrive(free.index(half), count=1)
+        phase ^= 1
+
+
+@gluon.jit
+def specialized_gemm_kernel(
+    x, weight, out, bias, M, COUNT, K,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """out[m, n] = act(x[m] . weight[n] + bias[n]) (* its partner, gated); x, weight and out are descriptors."""
+    HEIGHT: gl.constexpr = x.block_shape[0]
+    DEPTH: gl.constexpr = x.block_shape[1]
+    WIDTH: gl.constexpr = weight.block_shape[0]
+    PIECE: gl.constexpr = out.block_shape[1]
+    xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, HEIGHT, DEPTH], x.layout)
+    ws = gl.allocate_shared_memory(weight.dtype, [STAGES, WIDTH, DEPTH], weight.layout)
+    parts = gl.allocate_shared_memory(out.dtype, [2 * WIDTH // PIECE, HEIGHT, PIECE], out.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # a turn is there
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # both halves have done with it
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # a half's sums are there
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # they are stored
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    for half in gl.static_range(2):
+        mbarrier.init(ready.index(half), count=1)
+        mbarrier.init(free.index(half), count=1)
+    fence_async_shared()
+    first = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, 0, GROUP, PROGRAMS)
+    second = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, 1, GROUP, PROGRAMS)
+    finish = (out, bias, parts, ready, free, M, COUNT, HEIGHT, WIDTH, GROUP, PROGRAMS, HAS_BIAS, GATED, ACTIVATION)
+    # Registers of each thread: 128 sums and their addresses, and what an activation takes.
+    gl.warp_specialize([(_multiply, first), (_multiply, second), (_finish, finish)], [4, 4], [200, 88])
+
+
+def specialized_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    gated: bool = False,
+    activation: int = NO_ACTIVATION,
+    group: int = 8,
+    programs: int | None = None,
+) -> torch.Tensor:
+    """act(x W^T + bias). Every tensor on one device, contiguous, each row a multiple of 16 bytes.
+
+    Args:
+        x: [M, K] in float16 or bfloat16.
+        weight: [N, K]; gated: [2N, K] in stripes of ``STRIPE`` rows that divide N, and no bias.
+        out: [M, N] in x's type, written.
+        bias: [N].
+        activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION (not gated); gated: of the gate.
+        group: Tiles of rows that share their weights in the L2.
+        programs: How many stay; None: one per multiprocessor.
+
+    Raises:
+        TypeError, ValueError: A tensor has another type, shape or place; the GPU has no SM 90.
+    """
+    _check(x, weight, out, bias, gated, activation)
+    (rows, size), lines = x.shape, len(weight)
+    tiles = triton.cdiv(rows, 2 * HEIGHT) * triton.cdiv(lines, WIDTH)
+    programs = min(programs or multiprocessors(x.device), tiles)
+    blocks = (x, [HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH]), (out, [HEIGHT, PIECE])
+    specialized_gemm_kernel[(programs,)](
+        *(_described(tensor, block) for tensor, block in blocks), out if bias is None else bias, rows, lines, size,
+        STAGES=STAGES, GROUP=group, PROGRAMS=programs, HAS_BIAS=bias is not None, GATED=gated, ACTIVATION=activation,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def _described(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout.get_default_for(block, _ELEMENTS[tensor.dtype])
+    return TensorDescriptor.from_tensor(tensor, block, layout)
+
+
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, gated: bool, activation: int
+) -> None:
+    expect = Expect("specialized_gemm", x.device)
+    expect.that(has_warp_jobs(x.device), "the GPU has no SM 90, or the interpreter runs the kernels")
+    expect.tensor("x", x, -1, -1, dtypes=tuple(_ELEMENTS))
+    (rows, size), count = x.shape, out.shape[-1]
+    expect.tensor("weight", weight, (1 + gated) * count, size, dtypes=(x.dtype,))
+    expect.tensor("out", out, rows, count, dtypes=(x.dtype,))
+    expect.tensor("bias", bias, count)
+    expect.that(not (gated and bias is not None), "a gated product has no bias")
+    expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
+    expect.that(not gated or activation != NO_ACTIVATION, "a gated product needs an activation")
+    expect.that(not gated or count % STRIPE == 0, f"stripes of {STRIPE} do not divide {count}")
+    for name, tensor in (("x", x), ("out", out)):
+        width = tensor.shape[-1] * tensor.element_size()
+        expect.that(width % 16 == 0, f"a row of {name} has {width} bytes, no multiple of 16")
+
+
+__all__ = ["BODY", "STRIPE", "TOLERANCES", "reference", "specialized_gemm"]

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.comparing import Maker, assert_close
+
+torch = pytest.importorskip("torch")
+from accel_kernels.device import has_warp_jobs  # noqa: E402
+from accel_kernels.specialized_gemm import STRIPE, TOLERANCES, reference, specialized_gemm  # noqa: E402
+from accel_kernels.tiles import GELU_ERF, GELU_TANH, NO_ACTIVATION, SILU  # noqa: E402
+
+ROWS, COUNT, SIZE = 1000, 712, 416  # the last tiles and the last turn are not full
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from accel_kernels import specialized_gemm as made
+
+def described(*block):
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, "{name}"))
+    return f"tensordesc<{short}[{{block[0]}}, {{block[1]}}],{{layout!r}}>"
+
+kernel = made.specialized_gemm_kernel
+types = {{"x": described(made.HEIGHT, made.DEPTH), "weight": described(made.WIDTH, made.DEPTH)}}
+types |= {{"out": described(made.HEIGHT, made.PIECE), "bias": "*fp32", "M": "i32", "COUNT": "i32", "K": "i32"}}
+sizes = {{"STAGES": made.STAGES, "GROUP": 8, "PROGRAMS": 132, "HAS_BIAS": not {gated}, "GATED": {gated}}}
+sizes["ACTIVATION"] = {activation}
+signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
+constants = {{(kernel.arg_names.index(name),): size for name, size in sizes.items()}}
+source = GluonASTSource(kernel, signature, constants)
+compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})
+assert compiled.asm["ptx"].count("wgmma.mma_async") >= 8 and compiled.asm["cubin"]
+assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
+"""
+
+
+@pytest.fixture
+def half(device: Any) -> Maker:
+    if not has_warp_jobs(device):
+        pytest.skip("runs on SM 90 alone, and the interpreter does not know it")
+    return Maker(device, torch.float16)
+
+
+@pytest.mark.parametrize("kind", TOLERANCES, ids=str)
+@pytest.mark.parametrize("activation", [NO_ACTIVATION, SILU, GELU_ERF, GELU_TANH])
+@pytest.mark.parametrize("programs", [1, None])
+def test_agrees_with_the_reference(half: Maker, kind: Any, activation: int, programs: int | None) -> None:
+    x, weight, bias = (half.normal(*shape, dtype=kind) for shape in ((ROWS, SIZE), (COUNT, SIZE), (COUNT,)))
+    out = half.poison(ROWS, COUNT, dtype=kind)
+    options: dict[str, Any] = {"bias": bias, "activation": activation}
+    assert specialized_gemm(x, weight, out, programs=programs, **options) is out
+    assert_close(out, reference(x, weight, **options), TOLERANCES[kind])
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 128, 20000])
+def test_any_number_of_rows(half: Maker, rows: int) -> None:
+    """Down to a tile whose second half has none; and more tiles than programs."""
+    x, weight, out = half.normal(rows, 64), half.normal(8, 64), half.poison(rows, 8)
+    specialized_gemm(x, weight, out)
+    assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
+
+
+@pytest.mark.parametrize("group", [1, 3, 8])
+def test_gate_and_other_alternate_in_stripes(half: Maker, group: int) -> None:
+    x, weight, out = half.normal(ROWS, SIZE), half.normal(6 * STRIPE, SIZE), half.poison(ROWS, 3 * STRIPE)
+    specialized_gemm(x, weight, out, gated=True, activation=SILU, group=group)
+    expected = reference(x, weight, gated=True, stripe=STRIPE, activation=SILU)
+    assert_close(out, expected, 2 * TOLERANCES[torch.float16])  # two rounded sums are multiplied
+
+
+def test_engines_lay_gates_out_in_these_stripes() -> None:
+    from accel.engines.cuda import program
+
+    assert program.STRIPE == STRIPE
+
+
+def test_other_gpus_are_refused(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accel_kernels import device as features
+
+    make = Maker(device, torch.float16)
+    monkeypatch.setattr(features, "capability", lambda _: (10, 0))
+    with pytest.raises(ValueError, match="SM 90"):
+        specialized_gemm(make.normal(64, 64), make.normal(64, 64), make.poison(64, 64))
+
+
+@pytest.mark.parametrize(
+    "name, short, activation, gated", [("float16", "fp16", SILU, True), ("bfloat16", "bf16", GELU_ERF, False)]
+)
+def test_compiles_where_it_cannot_run(name: str, short: str, activation: int, gated: bool) -> None:
+    """With the Triton that is here, whose Gluon may call things by other names than the last one's."""
+    code = COMPILE.format(name=name, short=short, activation=activation, gated=gated)
+    root = Path(__file__).resolve().parents[2] / "kernels"
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
