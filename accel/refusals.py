@@ -1,13 +1,14 @@
-"""Which targets have no graph for a kind of models in a scheme, and why.
+"""Which targets have no graph for a kind of models in a scheme, and why; how a bundle comes by what it lacks.
 
 Names and schemes alone: below ``accel.bundle`` and the engines, which must not advise what a target refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 
-from accel.scheme import Scheme
+from accel.scheme import BASES, QUANTIZED, Scheme, parse_scheme
 from accel.spec import Kind
 
 NO_CACHE = "an encoder has no cache"
@@ -78,4 +79,49 @@ def refusal(target: str, kind: Kind, scheme: Scheme) -> str | None:
     return _RULES[target](kind, scheme)
 
 
-__all__ = ["NO_CACHE", "refusal"]
+def takers(kind: Kind, scheme: Scheme) -> tuple[str, ...]:
+    """The targets that refuse nothing of a scheme; what is rounded goes to the first where none is named."""
+    return tuple(target for target in _RULES if refusal(target, kind, scheme) is None)
+
+
+def how_to_get(path: Path, kind: Kind, name: str, graphs: Mapping[str, Collection[str]]) -> str:
+    """What helps a caller who asked a bundle for a variant that it has not, or not by this name.
+
+    Args:
+        path: The bundle.
+        kind: Of its model.
+        name: What was asked for: a scheme's name, or ``kv8``, short for ``fp32+kv8``.
+        graphs: The bundle's variants -> the targets that they have graphs for.
+
+    Raises:
+        InputError: No such scheme.
+    """
+    scheme = parse_scheme(name)
+    able, command, short = takers(kind, scheme), f"accel quantize {path} --variant", name != scheme.name
+    if scheme.name in graphs:
+        told = [f"{name} is short for '{scheme.name}', which it has for {', '.join(graphs[scheme.name])}"]
+    elif scheme.kv_bits is None:
+        return f"{command} {name} adds it"
+    elif able:
+        told = [f"{command} {name} adds {repr(scheme.name) if short else 'it'}, for {able[0]}"]
+        told += [f"for {target} with --target {target}" for target in able[1:]]
+    else:
+        told = [f"No target runs this {kind} so" + ("" if kind == "decoder" else f": {NO_CACHE}")]
+    if short or not able:  # no precision was named, or none that goes with such a cache
+        for target, others in _others(kind, scheme):
+            held = [repr(other) for other in others if target in graphs.get(other, ())]
+            told.append(f"for {target}" + (f" it has {', '.join(held)}" if held else f": {command} {others[0]}"))
+    return "; ".join(told)
+
+
+def _others(kind: Kind, scheme: Scheme) -> Iterator[tuple[str, list[str]]]:
+    """Targets that refuse a scheme, and what they take beside a cache like its own; without those that take nothing."""
+    cache = scheme.name.rpartition("+")[2]
+    names = [f"{weights}+{cache}" for weights in (*BASES, *QUANTIZED)]
+    for target in _RULES:
+        taken = [name for name in names if refusal(target, kind, parse_scheme(name)) is None]
+        if taken and scheme.name not in taken:
+            yield target, taken
+
+
+__all__ = ["NO_CACHE", "how_to_get", "refusal", "takers"]
