@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
+from accel.errors import InputError
 from accel.scheme import BASES, QUANTIZED, Scheme, parse_scheme
 from accel.spec import Kind
 
@@ -79,6 +80,14 @@ def refusal(target: str, kind: Kind, scheme: Scheme) -> str | None:
     return _RULES[target](kind, scheme)
 
 
+def refusal_by_name(target: str, kind: Kind, variant: str) -> str | None:
+    """``refusal`` of a variant; one whose name is no scheme is refused nowhere."""
+    try:
+        return refusal(target, kind, parse_scheme(variant))
+    except InputError:
+        return None
+
+
 def takers(kind: Kind, scheme: Scheme) -> tuple[str, ...]:
     """The targets that refuse nothing of a scheme; what is rounded goes to the first where none is named."""
     return tuple(target for target in _RULES if refusal(target, kind, scheme) is None)
@@ -124,4 +133,4 @@ def _others(kind: Kind, scheme: Scheme) -> Iterator[tuple[str, list[str]]]:
             yield target, taken
 
 
-__all__ = ["NO_CACHE", "how_to_get", "refusal", "takers"]
+__all__ = ["NO_CACHE", "how_to_get", "refusal", "refusal_by_name", "takers"]
