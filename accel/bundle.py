@@ -17,8 +17,9 @@ from typing import Any, Self
 
 from accel.errors import BundleError, InputError, StorageError
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, Variant
+from accel.refusals import how_to_get
 from accel.schema import from_dict, suggest, to_dict
-from accel.scheme import BASES, QUANTIZED, parse_scheme
+from accel.scheme import BASES, QUANTIZED
 from accel.spec import ArchSpec
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
@@ -105,8 +106,8 @@ class Bundle:
         """One precision of the model.
 
         Raises:
-            BundleError: The bundle has no such variant; lists those it has, with the command that adds it, or the
-                nearest name.
+            BundleError: The bundle has no such variant; lists those it has, with the command that adds it, where some
+                target runs it, or the nearest name; of a cache's also what goes beside it on other targets.
         """
         try:
             return self.manifest.variants[name]
@@ -119,13 +120,11 @@ class Bundle:
         """How to come by a variant that is not there: added, or called by its right name."""
         if not isinstance(name, str):
             return "Give one of these names"
+        graphs = {known: tuple(variant.graphs) for known, variant in self.manifest.variants.items()}
         try:
-            scheme = parse_scheme(name)
+            return how_to_get(self.path, self.manifest.arch.kind, name, graphs)
         except InputError:
-            return suggest(name, list(dict.fromkeys([*self.manifest.variants, *BASES, *QUANTIZED])))
-        if scheme.name in self.manifest.variants:  # kv8 is short for fp32+kv8
-            return f"Call it '{scheme.name}'"
-        return f"accel quantize {self.path} --variant {name} adds it"
+            return suggest(name, list(dict.fromkeys([*graphs, *BASES, *QUANTIZED])))
 
     def graph(self, variant: str, target: str) -> GraphEntry:
         """The graph of a variant for a target such as ``canonical`` or ``ort-cpu``.

@@ -12,7 +12,7 @@ from accel.errors import ParityError
 from accel.manifest import ParityResult
 from accel.recipe import ParityRecipe
 from accel.scheme import Scheme
-from accel.variant_targets import CPU, DEFAULT, Plan, Target
+from accel.variant_targets import CPU, DEFAULT, Plan, Target, default_targets
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -195,8 +195,9 @@ def opened(bundle: Bundle, scheme: Scheme, target: Target) -> Callable[[int, int
 
 
 def quantize_command(bundle: Bundle, variant: str, target: str) -> str:
-    """The command that adds a variant."""
-    return f"accel quantize {bundle.path} --variant {variant}" + ("" if target == DEFAULT else f" --target {target}")
+    """The command that adds a variant's graph for a target."""
+    unsaid = target == DEFAULT and target in default_targets(bundle.manifest.arch, variant)
+    return f"accel quantize {bundle.path} --variant {variant}" + ("" if unsaid else f" --target {target}")
 
 
 def _in_words(error: ParityError, bundle: Bundle, scheme: Scheme, target: Target) -> ParityError:

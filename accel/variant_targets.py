@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from accel.errors import InputError
 from accel.graph.lowering.versions import VERSIONS
 from accel.kv_quantization import KvQuantization
+from accel.refusals import NO_CACHE, refusal
 from accel.schema import suggest
 from accel.scheme import Scheme, parse_scheme
 from accel.spec import ArchSpec, Kind
@@ -57,7 +58,6 @@ class Target:
         title: In messages.
         package: Imports the lowering.
         session: (evaluated graph, arch, rows, capacity, dtype) -> encoder or decoder session over it.
-        refuses: (kind, scheme) -> why it has no graph for models of a kind in a scheme, or None.
         fp32: Kinds of models that it runs in plain fp32 too.
         rounds: Whether its engine rounds by itself: graphs of all its precisions read fp32's own weights, and are
             compared as its engine runs them, for nothing else tells what it rounds.
@@ -68,7 +68,6 @@ class Target:
     title: str
     package: Callable[[], Any]
     session: Callable[[Any, ArchSpec, int, int, ir.DataType], Any]
-    refuses: Callable[[Kind, Scheme], str | None]
     fp32: tuple[Kind, ...] = ()
     rounds: bool = False
     usable: Callable[[], bool] = lambda: True
@@ -77,6 +76,10 @@ class Target:
     def version(self) -> int:
         """Of the lowering."""
         return VERSIONS[self.name]
+
+    def refuses(self, kind: Kind, scheme: Scheme) -> str | None:
+        """Why it has no graph for models of a kind in a scheme, or None."""
+        return refusal(self.name, kind, scheme)
 
     def lower(self, model: ir.Model, arch: ArchSpec, plan: Plan) -> Lowered:
         """The lowered graph and what each pass did; ``model`` stays as it is."""
@@ -161,77 +164,16 @@ def _has_openvino() -> bool:
     return is_installed()
 
 
-def _refuse_openvino(kind: Kind, scheme: Scheme) -> str | None:
-    if kind != "encoder":
-        return "it has no caches that are updated in place"
-    if scheme.base not in ("fp32", "bf16") or scheme.quantized or scheme.kv_bits is not None:
-        return "it runs fp32 and bf16 here"
-    return None
-
-
-def _refuse_cpu(kind: Kind, scheme: Scheme) -> str | None:
-    if scheme.base in ("fp16", "bf16", "fp8"):
-        return f"ONNX Runtime computes {scheme.base} in several times fp32's time on a CPU"
-    if scheme.lossless:
-        return "every bundle has that graph already"
-    if scheme.kv_bits is not None and kind != "decoder":
-        return "an encoder has no cache"
-    if scheme.kv_float8:
-        return "its caches are fp32, int8 or int4"
-    return None
-
-
-def _refuse_tensorrt(kind: Kind, scheme: Scheme) -> str | None:
-    if scheme.kv_bits is not None:
-        return f"its cache layer takes no {'8-bit floats' if scheme.kv_float8 else 'integers'}"
-    if scheme.activations == "dynamic":
-        return "its parser has no operator that finds a scale per token; w8a8 has calibrated scales"
-    return None
-
-
-def _refuse_integers(kind: Kind, scheme: Scheme) -> str | None:
-    if scheme.quantized or scheme.kv_bits is not None or scheme.base == "fp8":
-        return "it takes no integers or 8-bit floats"
-    return None
-
-
-def _refuse_all_but_groups(kind: Kind, scheme: Scheme) -> str | None:
-    if scheme.kv_bits is not None:
-        return "its caches are floats" + (" of 16 bits" if scheme.kv_float8 else "")
-    return _refuse_ungrouped(scheme)
-
-
-def _refuse_cuda(kind: Kind, scheme: Scheme) -> str | None:
-    if scheme.kv_bits is not None and kind != "decoder":
-        return "an encoder has no cache"
-    if scheme.kv_bits not in (None, 8):
-        return f"its caches are floats, of 8 bits too, or int8, not int{scheme.kv_bits}"
-    if scheme.kv_bits is not None and scheme.base == "fp32" and not scheme.quantized:
-        cache = "kvfp8" if scheme.kv_float8 else "kv8"
-        return f"beside such a cache it computes in fp16 or bf16: fp16+{cache}, bf16+{cache}"
-    return _refuse_ungrouped(scheme)
-
-
-def _refuse_ungrouped(scheme: Scheme) -> str | None:
-    if scheme.activations != "none":
-        return "its kernels take floats times integer weights in groups (w8g32, w4g128, ...), no integers on both sides"
-    if scheme.base == "fp8":
-        return "it has no products of 8-bit floats"
-    return None
-
-
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session, _refuse_cpu),
-        Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, _refuse_tensorrt, ("encoder", "decoder")),
-        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session, _refuse_cuda),
+        Target(CPU, "ONNX Runtime CPU", _lower_ort_cpu, _no_session),
+        Target(TENSORRT, "TensorRT", _lower_tensorrt, _tensorrt_session, ("encoder", "decoder")),
+        Target("cuda", "the cuda engine", _lower_cuda, _cuda_session),
         # Its attention over a cache has no fp32 kernel.
+        Target("ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, ("encoder",)),
         Target(
-            "ort-cuda", "ONNX Runtime CUDA", _lower_ort_cuda, _ort_cuda_session, _refuse_all_but_groups, ("encoder",)
-        ),
-        Target(
-            "openvino", "OpenVINO", _lower_openvino, _no_session, _refuse_openvino, ("encoder",),
+            "openvino", "OpenVINO", _lower_openvino, _no_session, ("encoder",),
             rounds=True, usable=_has_openvino,
         ),
     )
@@ -262,7 +204,7 @@ def check_runnable(kind: Kind, variant: str) -> None:
     """Refuses a scheme that no target runs for a kind of models, before there is a bundle.
 
     Raises:
-        InputError: No such scheme, or no target runs it; says why each does not.
+        InputError: No such scheme, or no target runs it; says why each does not, or what keeps them all from it.
     """
     scheme = parse_scheme(variant)
     if _able(kind, scheme):
@@ -270,6 +212,8 @@ def check_runnable(kind: Kind, variant: str) -> None:
     reasons = {target.title: target.refuses(kind, scheme) for target in TARGETS.values()}
     told = "; ".join(f"{title}: {reason}" for title, reason in reasons.items() if reason)
     remedy = "Take the parts that one target runs: accel's README lists the schemes of each"
+    if set(reasons.values()) == {NO_CACHE}:
+        told, remedy = NO_CACHE, _without_cache(kind, variant)
     raise InputError(f"no target runs this {kind} as {variant} ({told})", where="variant", remedy=remedy)
 
 
@@ -298,8 +242,17 @@ def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
         return
     able = sensible_targets(arch, scheme.name)
     remedy = f"Targets that can: {', '.join(able)}" if able else "No target can"
+    remedy = _without_cache(arch.kind, scheme.name) if reason == NO_CACHE else remedy
     what = f"{target.title} cannot run this {arch.kind} as {scheme.name}: {reason}"
     raise InputError(what, where="target", remedy=remedy)
+
+
+def _without_cache(kind: Kind, variant: str) -> str:
+    """What is left of a variant for a model that has no cache."""
+    weights = variant.rpartition("+")[0]
+    if weights in ("", "fp32"):
+        return "Take a variant that rounds weights, or none"
+    return f"Take {weights}, which runs on {', '.join(_able(kind, parse_scheme(weights)))}"
 
 
 def _able(kind: Kind, scheme: Scheme) -> tuple[str, ...]:

@@ -31,8 +31,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import accel  # noqa: E402
 from accel.bench.cases import Case  # noqa: E402
+from accel.bench.gpu_figures import draw_figures, read_figures  # noqa: E402
 from accel.bench.machine import today  # noqa: E402
-from accel.bench.plot import Panel, draw_panels  # noqa: E402
 from accel.bench.roofline import measure_roofline  # noqa: E402
 from accel.bundle import Bundle  # noqa: E402
 from accel.capabilities import version_of  # noqa: E402
@@ -289,33 +289,6 @@ def generate_genai(og: Any, folder: Path, batch: int, graph: bool) -> Row:
     return {"first_token_ms": first[2:], "per_token_ms": per_token[2:]}
 
 
-def plot(found: Row, path: Path) -> None:
-    """Every row beside its peers, medians; of what was measured."""
-    rows = [row for part in ("decoder", "genai", "transformers") for row in found.get(part, [])]
-    panels = []
-    for batch in BATCHES:
-        for name, metric in (("token", "per_token_ms"), ("first token", "first_token_ms")):
-            own = [row for row in rows if row.get("batch") == batch and metric in row]
-            panels.append(Panel(f"{name}, batch {batch}, ms", [bar(row, row[metric]) for row in own]))
-    for batch, width in SHAPES:
-        own, peers = (
-            [row for row in found.get(part, []) if (row["batch"], row.get("tokens")) == (batch, width)]
-            for part in ("encoder", "transformers")
-        )
-        bars = [("accel cuda, on the GPU", row["graph_ms"], True) for row in own]
-        bars += [("accel cuda, NumPy to NumPy", median(row["call_ms"]), True) for row in own]
-        bars += [bar(row, row["ms"]) for row in peers]
-        panels.append(Panel(f"BERT-base fp16 {batch}x{width}, ms", bars))
-    panels = [panel for panel in panels if panel.bars]
-    draw_panels(panels, f"{found['gpu']}, {found['date']}; Llama-3.2-1B's shape; medians, lower is better", path)
-
-
-def bar(row: Row, values: list[float]) -> tuple[str, float, bool]:
-    ours = "peer" not in row
-    label = f"accel {row['engine']} {row['variant']}" if ours else row["peer"].removeprefix("BERT, ")
-    return label, median(values), ours
-
-
 def times(run: Callable[[], object], count: int) -> list[float]:
     """Milliseconds of each of ``count`` calls after four untimed ones."""
     found = []
@@ -342,16 +315,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS, help="parts (default: all); none: prepare")
     parser.add_argument("--plot", type=Path, help="draw what --json holds, and measure nothing")
     options = parser.parse_args(arguments)
-    (names, driver), kept = gpu_models(), {}
-    if options.json and options.json.exists():
-        kept = json.loads(options.json.read_text())
-    if options.plot:
-        if not any(kept.get(part) for part in PARTS):
-            parser.error("--plot draws what the file of --json holds, and there is nothing")
-        plot(kept, options.plot)
-        return 0
-    if options.work is None:
+    if options.plot and options.json is None:
+        parser.error("--plot draws what a file holds, which --json names")
+    if not options.plot and options.work is None:
         parser.error("--work says where bundles and checkpoints go")
+    try:
+        if options.plot:
+            draw_figures(options.json, options.plot)
+            return 0
+        kept = read_figures(options.json)
+    except AccelError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    names, driver = gpu_models()
     if options.only and not names:
         print("there is no NVIDIA GPU here to measure", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel_kernels", "accel_cpu", "accel.errors", "accel.machine"),
     (
         *("accel.spec", "accel.schema", "accel.scheme", "accel.sizes", "accel.progress"),
-        *("accel.quantized_tensor", "accel.kv_quantization"),
+        *("accel.quantized_tensor", "accel.kv_quantization", "accel.refusals"),
     ),
     ("accel.storage", "accel.recipe", "accel.capabilities", "accel.passages"),
     (

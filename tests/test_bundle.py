@@ -55,12 +55,48 @@ def test_a_variant_that_is_not_there(bundle: Path, name: Any, said: str) -> None
     assert caught.value.remedy == said.format(path=opened.path)
 
 
-def test_a_variant_by_its_short_name(bundle: Path) -> None:
+def decoder_with(bundle: Path, **targets: str) -> Bundle:
+    """The bundle as a decoder's, with variants ``fp16_kv8="cuda"`` that have a graph for one target each."""
     opened = Bundle.open(bundle)
-    variants = {**opened.manifest.variants, "fp32+kv8": opened.variant("fp32")}
-    opened = Bundle(opened.path, dataclasses.replace(opened.manifest, variants=variants))
-    with pytest.raises(BundleError, match=r"Call it 'fp32\+kv8'"):
-        opened.variant("kv8")
+    variants = dict(opened.manifest.variants)
+    for name, target in targets.items():
+        variants[name.replace("_", "+")] = dataclasses.replace(variants["fp32"], graphs={target: GRAPH})
+    arch = dataclasses.replace(opened.manifest.arch, kind="decoder")
+    return Bundle(opened.path, dataclasses.replace(opened.manifest, arch=arch, variants=variants))
+
+
+CPU, GPU = {"fp32_kv8": "ort-cpu"}, {"fp16_kv8": "cuda", "bf16_kv8": "cuda"}
+ADDS = "accel quantize {path} --variant"
+SHORT = "kv8 is short for 'fp32+kv8', which it has for ort-cpu"
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "said"),
+    [
+        ("kv8", {}, f"{ADDS} kv8 adds 'fp32+kv8', for ort-cpu; for cuda: {ADDS} fp16+kv8"),
+        ("kv8", CPU, f"{SHORT}; for cuda: {ADDS} fp16+kv8"),
+        ("kv8", GPU, f"{ADDS} kv8 adds 'fp32+kv8', for ort-cpu; for cuda it has 'fp16+kv8', 'bf16+kv8'"),
+        ("kv8", CPU | GPU, f"{SHORT}; for cuda it has 'fp16+kv8', 'bf16+kv8'"),
+        ("fp16+kv8", CPU, f"{ADDS} fp16+kv8 adds it, for cuda"),
+        ("w4g32+kv8", CPU, f"{ADDS} w4g32+kv8 adds it, for ort-cpu; for cuda with --target cuda"),
+        ("kvfp8", {}, f"No target runs this decoder so; for cuda: {ADDS} fp16+kvfp8"),
+        ("fp16+kv4", GPU, f"No target runs this decoder so; for ort-cpu: {ADDS} fp32+kv4"),
+        ("fp16+kv4", {"fp32_kv4": "ort-cpu"}, "No target runs this decoder so; for ort-cpu it has 'fp32+kv4'"),
+    ],
+)
+def test_a_cache_that_is_not_there(bundle: Path, name: str, known: dict[str, str], said: str) -> None:
+    """What is there with such a cache and what runs it; of what is not, the commands that work."""
+    opened = decoder_with(bundle, **known)
+    with pytest.raises(BundleError) as caught:
+        opened.variant(name)
+    have = f"It has: {', '.join(opened.manifest.variants)}"
+    assert caught.value.remedy == f"{have}. {said.format(path=opened.path)}"
+
+
+def test_an_encoder_is_told_that_it_has_no_cache(bundle: Path) -> None:
+    for name in ("kv8", "w4g32+kv8", "fp16+kvfp8"):
+        with pytest.raises(BundleError, match="It has: fp32. No target runs this encoder so: an encoder has no cache"):
+            Bundle.open(bundle).variant(name)
 
 
 def test_names_that_are_not_there(bundle: Path) -> None:

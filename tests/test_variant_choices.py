@@ -18,6 +18,7 @@ from accel.graph.lowering.versions import VERSIONS
 from accel.manifest import Quantization
 from accel.quality import Report, VariantReport, render_page, render_text, save_quality
 from accel.schema import from_dict, to_dict
+from accel.variant_targets import TARGETS
 from accel.variants import add_variant
 from tests.quality.samples import DECODER
 from tests.test_bundle_extension import content
@@ -66,6 +67,26 @@ def test_what_would_be_ignored_is_refused(
     with pytest.raises(InputError, match=said):
         add_variant(decoder, variant, target=target, **options)
     assert content(decoder) == before
+
+
+ONE_REASON = [
+    ("w4g32+kv8", r"Take w4g32, which runs on ort-cpu, tensorrt, cuda, ort-cuda"),
+    ("fp16+kvfp8", r"Take fp16, which runs on tensorrt, cuda, ort-cuda"),
+    ("kv4", r"Take a variant that rounds weights, or none"),
+]
+
+
+@pytest.mark.parametrize(("variant", "remedy"), ONE_REASON)
+def test_an_encoder_has_no_cache_whatever_the_target(minilm_bundle: Path, variant: str, remedy: str) -> None:
+    with pytest.raises(InputError) as caught:
+        add_variant(minilm_bundle, variant)
+    what = f"no target runs this encoder as {variant} (an encoder has no cache)"
+    assert (caught.value.what, caught.value.remedy) == (what, remedy)
+    for target in TARGETS.values():
+        with pytest.raises(InputError) as caught:
+            add_variant(minilm_bundle, variant, target=target.name)
+        what = f"{target.title} cannot run this encoder as {variant}: an encoder has no cache"
+        assert (caught.value.what, caught.value.remedy) == (what, remedy)
 
 
 def test_budgets_of_quality_keep_layers_finer(decoder: Path) -> None:

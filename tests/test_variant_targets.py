@@ -21,6 +21,7 @@ from accel.errors import EngineUnavailableError, FusionError, InputError
 from accel.graph.external import INLINE_BYTES
 from accel.graph.lowering import ort_cuda, tensorrt
 from accel.graph.save import load_canonical
+from accel.variant_checks import quantize_command
 from accel.variant_targets import sensible_targets
 from accel.variants import LIMITS, add_variant, is_current
 from tests.test_bundle_extension import content
@@ -154,6 +155,16 @@ def test_sensible_targets(minilm_bundle: Path, decoder: Path) -> None:
     assert sensible_targets(encoder, "fp32") == ("tensorrt", "ort-cuda", *openvino)
     assert sensible_targets(arch, "fp16") == ("tensorrt", "cuda", "ort-cuda")
     assert sensible_targets(arch, "fp32") == ("tensorrt",)
+
+
+def test_the_command_that_adds_a_graph_adds_that_one(decoder: Path) -> None:
+    """Without ``--target`` integers would go to the CPU."""
+    bundle = Bundle.open(decoder)
+    for variant, target, more in (
+        ("fp16", "tensorrt", ""), ("fp8", "tensorrt", ""), ("w4g32", "tensorrt", " --target tensorrt"),
+        ("fp16", "cuda", " --target cuda"), ("w4g32+kv8", "cuda", " --target cuda"),
+    ):  # fmt: skip
+        assert quantize_command(bundle, variant, target) == f"accel quantize {bundle.path} --variant {variant}{more}"
 
 
 def test_an_unknown_target(decoder: Path) -> None:

@@ -27,7 +27,8 @@ from accel_kernels.benchmark.problem import Operands, Problem, Row, names_of  # 
 from accel_kernels.benchmark.rows import rows_of  # noqa: E402
 from accel_kernels.benchmark.shapes import FULL, TINY  # noqa: E402
 from accel_kernels.benchmark.timing import MOST_RUNS, Limits, Times  # noqa: E402
-from accel_kernels.device import INTERPRETED, has_tensor_memory_access  # noqa: E402
+from accel_kernels.device import INTERPRETED, capability, has_tensor_memory_access  # noqa: E402
+from accel_kernels.narrow_cache import FLOAT8_SM  # noqa: E402
 from accel_kernels.ops import OPS  # noqa: E402
 
 FOLDER = Path(accel_kernels.__file__).parent
@@ -60,9 +61,57 @@ def test_rows_are_told_apart() -> None:
 def test_a_row_and_its_peer_compute_what_the_reference_does(row: Row, device: Any) -> None:
     if row.kernel == "wide_gemm" and not has_tensor_memory_access(device):
         pytest.skip("this GPU has no tensor memory accelerator")
+    if row.needs > capability(device):
+        pytest.skip("this GPU has no instructions for it")
     found = list(agreements(row, device))
     assert len(found) >= 2 and found[-1].way == PEER
     assert [one for one in found if not one.holds] == []
+
+
+NARROW = [
+    (kernel, dtype) for kernel in ("rotary_append", "decode_attention", "varlen_attention") for dtype in ("int8", "fp8")
+]
+
+
+def test_caches_in_8_bits_have_rows() -> None:
+    """8-bit floats where a GPU converts them; int8 everywhere."""
+    for rows in (rows_of(FULL), ROWS):
+        assert sorted({(row.kernel, row.dtype) for row in rows if row.dtype in ("int8", "fp8")}) == sorted(NARROW)
+        assert {row.dtype for row in rows if row.needs == FLOAT8_SM} == {"fp8"}
+        assert all(row.needs == (FLOAT8_SM if row.dtype == "fp8" else (0, 0)) for row in rows)
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), NARROW)
+def test_the_bytes_of_caches_in_8_bits(kernel: str, dtype: str) -> None:
+    """By hand: queries and results in fp16, keys and values in a byte each, scales in four."""
+    row = next(row for row in ROWS if (row.kernel, row.dtype) == (kernel, dtype))
+    heads, kv_heads, dim, scales = 4, 2, 32, 2 * 2 * 32 * 4
+    expected = {
+        "rotary_append": 36 * dim * (2 * heads * 2 + 2 * kv_heads * (2 + 1)) + 2 * 4 * 36 + 2 * 4 * 18 * 16 + scales,
+        "decode_attention": 3 * dim * (2 * (heads + 2 * kv_heads) + 2 * heads + 21 * 2 * kv_heads) + 4 * 3,
+        "varlen_attention": 70 * dim * (2 * heads + 2 * heads + 2 * kv_heads) + scales,
+    }
+    assert row.prepare(Operands(torch.device("cpu"))).bytes == expected[kernel]
+
+
+def test_rows_that_the_gpu_has_no_instructions_for_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = [row for row in ROWS if (row.kernel, row.dtype) in (("rotary_append", "int8"), ("rotary_append", "fp8"))]
+    ran: list[Row] = []
+    monkeypatch.setattr(commands, "capability", lambda _: (8, 6))
+    monkeypatch.setattr(commands, "agreements", lambda row, _: ran.append(row) or [])
+    assert commands.compare_rows(both) == 0 and [row.dtype for row in ran] == ["int8"]
+    told = f"rotary_append {both[1].shape} fp8 left out: it needs sm89, this is sm86"
+    assert capsys.readouterr().out.split() == told.split()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(commands, "measure_limits", lambda _: LIMITS)
+    monkeypatch.setattr(report, "environment", lambda *_: {"gpu": "A GPU"})
+    monkeypatch.setattr(report, "head", lambda _: "")
+    monkeypatch.setattr(commands, "measure", lambda rows, *_: ran.extend(rows) or [])
+    assert commands.measure_rows(both, tmp_path / "kernels.json") == 0 and [row.dtype for row in ran] == ["int8"] * 2
+    (left_out,) = json.loads((tmp_path / "kernels.json").read_text())["left_out"]
+    assert left_out["dtype"] == "fp8" and left_out["why"] == "it needs sm89, this is sm86"
 
 
 def test_work_is_that_of_the_shapes() -> None:
@@ -153,6 +202,19 @@ def test_a_missing_or_wrong_result_is_an_error() -> None:
     assert error_of(torch.full_like(right, float("nan")), right) == float("inf")
     assert error_of(right[:2], right) == float("inf")
     assert error_of((right, right + 1), (right, right)) > 0.1
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_a_tie_in_8_bits_is_no_error_but_many_are(kind: Any) -> None:
+    """One that became the next number counts as one of many; more than a step as what it is."""
+    right = torch.full((10, 10), 96.0, dtype=torch.float64)
+    right[0, 0] = 104.0 if kind == torch.float8_e4m3fn else 97.0
+    whole, tied, moved, wrong = (right.to(kind) for _ in range(4))
+    tied[5, 5] = right[0, 0]
+    moved[:] = tied[5, 5]
+    wrong[5, 5] = 13.0
+    assert [error_of(one, right) for one in (whole, tied)] == [0.0, 0.01]
+    assert error_of(moved, right) > 0.9 and error_of(wrong, right) > 0.6
 
 
 def test_wrong_rows_fail_the_comparison(device: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
 from accel.machine import gpu_models
 from accel.measurements import folders
+from accel.refusals import refusal_by_name
 from accel.scheme import FLOAT8_SM, gpu_type
 
 TARGET = "cuda"  # of the graph
@@ -33,6 +34,9 @@ def probe(bundle: Bundle, variant: str) -> str | None:
     """Why the engine cannot run a bundle here, or None."""
     if pick_precision(bundle, variant) is None:
         asked = "fp16" if variant == "auto" else variant.replace("fp32+", "fp16+")  # beside 8-bit caches
+        refused = refusal_by_name(TARGET, bundle.manifest.arch.kind, asked)
+        if refused is not None:
+            return f"the cuda engine does not run {variant!r}: {refused}"
         command = f"accel quantize {bundle.path} --variant {asked} --target cuda"
         return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds one"
     missing = [name for name in ("torch", "triton", "onnx_ir") if find_spec(name) is None]

@@ -9,6 +9,7 @@ from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, OutOfMemoryError, 
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, DependencyError, EngineUnavailableError
 from accel.machine import has_nvidia_device, hidden_gpu
+from accel.refusals import refusal_by_name
 from accel.scheme import gpu_type
 
 PRECISIONS = ("fp16", "bf16", "fp32")  # what a GPU prefers
@@ -58,6 +59,9 @@ def _no_graph(bundle: Bundle, variant: str) -> str:
     asked = "fp16" if variant == "auto" else variant
     if asked == "fp32" and bundle.manifest.arch.kind == "decoder":
         return "ONNX Runtime's CUDA attention over a cache takes fp16 and bf16, not fp32"
+    refused = refusal_by_name(NAME, bundle.manifest.arch.kind, asked)
+    if refused is not None:
+        return f"ONNX Runtime CUDA does not run {variant!r}: {refused}"
     command = f"accel quantize {bundle.path} --variant {asked} --target {NAME}"
     return f"the bundle has no graph for ONNX Runtime CUDA in variant {variant!r}: {command} adds one"
 

@@ -9,7 +9,8 @@ Cold operands (the column names them) come from memory, as weights do in a model
 read. The roofline is the slower of the bytes that an op must move at the speed of a copy, and the operations of its
 products at the speed of a large fp16 product, both measured in the same run; operands in the L2 can pass it. Launch
 parameters are the engine's; where it chooses by measurement, the fastest one counts. PyTorch runs the same op on the
-same operands in a CUDA graph too; integer weights are fp16 there, logits stay in fp16.
+same operands in a CUDA graph too; integer weights are fp16 there, logits stay in fp16. Rows that the GPU has no
+instructions for are left out, and told with the reason: caches of 8-bit floats before sm89.
 
 Exits with 1 where there is no GPU, where something failed, or, with --tiny, where a result is wrong.
 """

@@ -16,8 +16,10 @@ from accel_kernels import varlen_attention as varlen
 from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Copies, Operands, Problem, Row, size_of
 from accel_kernels.benchmark.shapes import Decoder, Encoder, Shapes
+from accel_kernels.narrow_cache import EIGHT_BITS, FLOAT8_SM
 
 _SCALES = ("key_scales", "value_scales")
+_NAMES = {DTYPE: "fp16", torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 _ROOM = 16  # a cache has room for a multiple of so many positions
 _Caches = tuple[torch.Tensor, torch.Tensor]
 
@@ -35,28 +37,33 @@ def _caches(
     """Keys and values [B, KV, C, D] of random numbers, C at least ``positions``; a copy per layer, so to speak."""
     shape = sequences, sizes.kv_heads, -(-positions // _ROOM) * _ROOM, sizes.dim
     touched = 2 * dtype.itemsize * sequences * sizes.kv_heads * positions * sizes.dim
-    make = operands.normal if dtype == DTYPE else operands.int8
+    make = {torch.int8: operands.int8, torch.float8_e4m3fn: operands.float8}.get(dtype, operands.normal)
     return operands.copies(lambda _: (make(*shape), make(*shape)), touched)
 
 
 def _scales(operands: Operands, sizes: Decoder, cache: torch.dtype) -> dict[str, torch.Tensor]:
-    """Of caches in 8 bits: with which int8's largest number is about 3."""
+    """Of caches in 8 bits: with which the type's largest number is about 3."""
     if cache.itemsize > 1:
         return {}
-    shape = sizes.kv_heads, sizes.dim
-    return {name: 0.02 + operands.normal(*shape, dtype=torch.float32).abs() / 200 for name in _SCALES}
+    shape, least = (sizes.kv_heads, sizes.dim), 0.02 if cache == torch.int8 else 0.006
+    return {name: least * (1 + operands.normal(*shape, dtype=torch.float32).abs() / 4) for name in _SCALES}
 
 
-def _prepare_rotary(sizes: Decoder, sequences: int, tokens: int, operands: Operands) -> Problem:
-    """Whole prompts of one length that find the cache empty. Queries are turned in place, again in each call."""
+def _prepare_rotary(sizes: Decoder, sequences: int, tokens: int, cache: torch.dtype, operands: Operands) -> Problem:
+    """Whole prompts of one length that find the cache empty. Queries are turned in place, again in each call.
+
+    PyTorch turns keys in float32 where they are rounded to 8 bits: from fp16 some would become the next number.
+    """
     count, heads, kv_heads, dim = sequences * tokens, sizes.heads, sizes.kv_heads, sizes.dim
     qkv = operands.normal(count, sizes.qkv.outputs)
-    keys, values = _caches(operands, sizes, sequences, tokens)(0)
+    keys, values = _caches(operands, sizes, sequences, tokens, cache)(0)
     places = torch.arange(count, dtype=torch.int32, device=operands.device)
     rows, slots = places // tokens, places % tokens
     cos, sin = _tables(tokens, dim, operands.device)
-    options: dict[str, Any] = {"heads": heads, "cos": cos, "sin": sin}
+    scales = _scales(operands, sizes, cache)
+    options: dict[str, Any] = {"heads": heads, "cos": cos, "sin": sin, **scales}
     wide_cos, wide_sin = (table[:, None] for table in peers.whole_tables(cos, sin))
+    exact_cos, exact_sin = (torch.cat([table, table], -1)[:, None] for table in (cos, sin))
     query, key, value = (
         part.view(sequences, tokens, -1, dim) for part in qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
     )
@@ -67,12 +74,18 @@ def _prepare_rotary(sizes: Decoder, sequences: int, tokens: int, operands: Opera
 
     def peer(_: int) -> tuple[torch.Tensor, ...]:
         peers.turned(query, wide_cos, wide_sin, out=query)
-        keys[:, :, :tokens] = peers.turned(key, wide_cos, wide_sin).transpose(1, 2)
-        values[:, :, :tokens] = value.transpose(1, 2)
+        if scales:
+            new = [peers.turned(key.float(), exact_cos, exact_sin), value]
+            new = [peers.narrowed(part, scales[name], cache) for part, name in zip(new, _SCALES)]
+        else:
+            new = [peers.turned(key, wide_cos, wide_sin), value]
+        for held, part in zip((keys, values), new):
+            held[:, :, :tokens] = part.transpose(1, 2)
         return qkv, keys, values
 
     # Queries are read and written, keys and values read here and written there.
-    moved = 2 * size_of(qkv) + size_of(rows, slots, cos, sin)
+    moved = size_of(qkv, rows, slots, cos, sin, *scales.values())
+    moved += count * dim * (heads * DTYPE.itemsize + 2 * kv_heads * cache.itemsize)
     return Problem({"warps 4": run}, peer, lambda: rotary.reference(qkv, keys, values, rows, slots, **options), moved)
 
 
@@ -162,25 +175,27 @@ def _prepare_encoder(sizes: Encoder, sequences: int, tokens: int, operands: Oper
     )
 
 
-def _prepare_prompts(sizes: Decoder, sequences: int, tokens: int, operands: Operands) -> Problem:
+def _prepare_prompts(sizes: Decoder, sequences: int, tokens: int, cache: torch.dtype, operands: Operands) -> Problem:
     """Whole prompts of one length, causal; their keys have just been written to the cache."""
     heads, kv_heads, dim, count = sizes.heads, sizes.kv_heads, sizes.dim, sequences * tokens
     qkv = operands.normal(count, sizes.qkv.outputs)
-    keys, values = _caches(operands, sizes, sequences, tokens)(0)
+    keys, values = _caches(operands, sizes, sequences, tokens, cache)(0)
     out = operands.unwritten(count, heads * dim)
     limits = _limits(sequences, tokens, operands.device)
+    scales = _scales(operands, sizes, cache)
     options: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "dim": dim, "scale": dim**-0.5, "causal": True}
-    options["past_lengths"] = operands.numbers(*[0] * sequences)
+    options |= {"past_lengths": operands.numbers(*[0] * sequences), **scales}
 
     def peer(_: int) -> torch.Tensor:
         query = qkv[:, : heads * dim].view(sequences, tokens, heads, dim).transpose(1, 2)
-        seen = keys[:, :, :tokens], values[:, :, :tokens]
-        result = functional.scaled_dot_product_attention(query, *seen, is_causal=True, enable_gqa=True)
+        held = zip((keys, values), _SCALES)
+        seen, read = (peers.widened(part[:, :, :tokens], scales.get(name)) for part, name in held)
+        result = functional.scaled_dot_product_attention(query, seen, read, is_causal=True, enable_gqa=True)
         return result.transpose(1, 2).reshape(count, -1)
 
     pairs = sequences * tokens * (tokens + 1) // 2  # of queries and the keys that they see
     queries = qkv[:, : heads * dim]
-    moved = 2 * queries.numel() + size_of(out) + 2 * 2 * count * kv_heads * dim
+    moved = 2 * queries.numel() + size_of(out, *scales.values()) + 2 * cache.itemsize * count * kv_heads * dim
     launch = {"block_n": 64 if dim <= 128 else 32}
     return Problem(
         _ways((qkv, keys, values, out, *limits), options | {"longest": tokens}, (launch,)),
@@ -191,34 +206,47 @@ def _prepare_prompts(sizes: Decoder, sequences: int, tokens: int, operands: Oper
     )
 
 
+def _needs(cache: torch.dtype) -> tuple[int, int]:
+    """The first compute capability that has caches of a type."""
+    return FLOAT8_SM if cache == torch.float8_e4m3fn else (0, 0)
+
+
+def _rotary_row(sizes: Decoder, sequences: int, tokens: int, cache: torch.dtype) -> Row:
+    shape = f"{sequences} x {tokens} tokens, {sizes.heads} heads on {sizes.kv_heads} of {sizes.dim}"
+    ops = "mul, neg, cat, mul, add; " + ("copies" if cache == DTYPE else "div, clamp, copies")
+    prepare = partial(_prepare_rotary, sizes, sequences, tokens, cache)
+    return Row("rotary_append", shape, _NAMES[cache], "", ops, prepare, _needs(cache))
+
+
 def _decode_row(sizes: Decoder, rows: int, past: int, cache: torch.dtype) -> Row:
     shape = f"{rows} x 1 token, {past} in the cache, {sizes.heads} heads on {sizes.kv_heads} of {sizes.dim}"
-    dtype, ops = ("fp16", "") if cache == DTYPE else ("int8", "mul, ")
+    ops = f"rotation, copies, {'' if cache == DTYPE else 'mul, '}SDPA"
     prepare = partial(_prepare_decode, sizes, rows, past, cache)
-    return Row("decode_attention", shape, dtype, "cache", f"rotation, copies, {ops}SDPA", prepare)
+    return Row("decode_attention", shape, _NAMES[cache], "cache", ops, prepare, _needs(cache))
+
+
+def _prompts_row(sizes: Decoder, sequences: int, tokens: int, cache: torch.dtype) -> Row:
+    shape = f"{sequences} x {tokens} tokens, causal, {sizes.heads} heads on {sizes.kv_heads} of {sizes.dim}"
+    prepare = partial(_prepare_prompts, sizes, sequences, tokens, cache)
+    return Row(
+        "varlen_attention", shape, _NAMES[cache], "", "SDPA" if cache == DTYPE else "mul, SDPA", prepare, _needs(cache)
+    )
 
 
 def rows_of(shapes: Shapes) -> list[Row]:
     """All of them."""
     decoder, encoder = shapes.decoder, shapes.encoder
-    heads = f"{decoder.heads} heads on {decoder.kv_heads} of {decoder.dim}"
     prompts = ((1, shapes.prompt), (shapes.prompts, shapes.prompt), (1, shapes.long_prompt))
-    found: list[Row] = []
-    for sequences, tokens in prompts[:2]:
-        prepare = partial(_prepare_rotary, decoder, sequences, tokens)
-        shape = f"{sequences} x {tokens} tokens, {heads}"
-        found.append(Row("rotary_append", shape, "fp16", "", "mul, neg, cat, mul, add; copies", prepare))
-    for rows, past in shapes.pasts:
-        found.append(_decode_row(decoder, rows, past, DTYPE))
-    found.append(_decode_row(decoder, *shapes.pasts[-1], torch.int8))
+    found = [_rotary_row(decoder, *prompt, DTYPE) for prompt in prompts[:2]]
+    found += [_rotary_row(decoder, *prompts[1], cache) for cache in EIGHT_BITS]
+    found += [_decode_row(decoder, *past, DTYPE) for past in shapes.pasts]
+    found += [_decode_row(decoder, *shapes.pasts[-1], cache) for cache in EIGHT_BITS]
     for sequences, tokens in shapes.batches:
         prepare = partial(_prepare_encoder, encoder, sequences, tokens)
         shape = f"{sequences} x {tokens} tokens, {encoder.heads} heads of {encoder.dim}"
         found.append(Row("varlen_attention", shape, "fp16", "", "SDPA", prepare))
-    for sequences, tokens in prompts:
-        prepare = partial(_prepare_prompts, decoder, sequences, tokens)
-        shape = f"{sequences} x {tokens} tokens, causal, {heads}"
-        found.append(Row("varlen_attention", shape, "fp16", "", "SDPA", prepare))
+    found += [_prompts_row(decoder, *prompt, DTYPE) for prompt in prompts]
+    found += [_prompts_row(decoder, *prompts[-1], cache) for cache in EIGHT_BITS]
     return found
 
 

@@ -12,7 +12,7 @@ from accel_kernels.benchmark.agreement import agreements
 from accel_kernels.benchmark.measure import measure
 from accel_kernels.benchmark.problem import Row
 from accel_kernels.benchmark.timing import measure_limits
-from accel_kernels.device import INTERPRETED
+from accel_kernels.device import INTERPRETED, capability
 
 
 def measure_rows(rows: Sequence[Row], path: Path | None) -> int:
@@ -21,22 +21,34 @@ def measure_rows(rows: Sequence[Row], path: Path | None) -> int:
     limits = measure_limits(device)
     about = report.environment(device, limits)
     print(report.head(about), flush=True)
+    rows, left_out = _runnable(rows, device)
     found = measure(rows, device, limits, lambda row: print(report.line(row), flush=True))
     if path is not None:
-        report.write(path, about, found)
+        report.write(path, about, found, left_out)
     return int(any(row.failed for row in found))
+
+
+def _runnable(rows: Sequence[Row], device: torch.device) -> tuple[list[Row], list[dict[str, str]]]:
+    """The rows that the GPU, or the interpreter, has instructions for; and the others, which it tells, with why."""
+    here, left_out = capability(device), []
+    for row in rows:
+        if row.needs > here:
+            why = f"it needs sm{row.needs[0]}{row.needs[1]}, this is sm{here[0]}{here[1]}"
+            print(f"{row.kernel:17}{row.shape:62}{row.dtype:11}left out: {why}", flush=True)
+            left_out.append({"kernel": row.kernel, "shape": row.shape, "dtype": row.dtype, "why": why})
+    return [row for row in rows if row.needs <= here], left_out
 
 
 def compare_rows(rows: Sequence[Row]) -> int:
     """Runs each row once, in the interpreter or on the current GPU, and prints its errors; 1 if one is too large."""
     device = torch.device("cpu") if INTERPRETED else torch.device("cuda", torch.cuda.current_device())
     wrong = 0
-    for row in rows:
+    for row in _runnable(rows, device)[0]:
         for found in agreements(row, device):
             wrong += not found.holds
             verdict = "" if found.holds else "  WRONG"
             numbers = f"error {found.error:.1e} of {found.limit:.0e}"
-            print(f"{row.kernel:17}{row.shape:62}{numbers:24}{found.way}{verdict}", flush=True)
+            print(f"{row.kernel:17}{row.shape:62}{row.dtype:11}{numbers:24}{found.way}{verdict}", flush=True)
     return int(wrong > 0)
 
 

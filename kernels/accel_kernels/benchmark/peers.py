@@ -80,13 +80,23 @@ def appended(cache: torch.Tensor, new: torch.Tensor, past: int, scales: torch.Te
     """The first ``past`` + 1 positions of a cache [B, KV, C, D], with the new ones [B, KV, D] in their place, in fp16.
 
     Args:
-        scales: float32 [KV, D] of a cache in int8.
+        scales: float32 [KV, D] of a cache in 8 bits.
     """
-    if scales is None:
-        cache[:, :, past] = new
-        return cache[:, :, : past + 1]
-    cache[:, :, past] = (new.float() / scales).round().clamp(-128, 127).to(torch.int8)
-    return cache[:, :, : past + 1].to(DTYPE) * scales.to(DTYPE)[:, None]
+    cache[:, :, past] = new if scales is None else narrowed(new, scales, cache.dtype)
+    return widened(cache[:, :, : past + 1], scales)
 
 
-__all__ = ["activated", "appended", "halves", "linear", "linear_ops", "turned", "whole_tables"]
+def narrowed(x: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values [..., KV, D] as a cache in 8 bits holds them: multiples of ``scales`` [KV, D]."""
+    ratio = x.float() / scales
+    return (ratio.round().clamp(-128, 127) if dtype == torch.int8 else ratio.clamp(-448, 448)).to(dtype)
+
+
+def widened(cache: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+    """A cache [B, KV, C, D] in fp16: of 8 bits with ``scales`` [KV, D], else as it is."""
+    return cache if scales is None else cache.to(DTYPE) * scales.to(DTYPE)[:, None]
+
+
+__all__ = [
+    *("activated", "appended", "halves", "linear", "linear_ops", "narrowed", "turned", "whole_tables", "widened"),
+]

@@ -57,6 +57,10 @@ class Operands:
         """int8 from -127 to 127: a quantised cache."""
         return torch.randint(-127, 128, shape, generator=self._generator, device=self.device, dtype=torch.int8)
 
+    def float8(self, *shape: int) -> torch.Tensor:
+        """8-bit floats up to 448, few of which are small: another quantised cache."""
+        return self.normal(*shape, scale=128.0, dtype=torch.float32).clamp_(-448, 448).to(torch.float8_e4m3fn)
+
     def words(self, *shape: int) -> torch.Tensor:
         """int32, every bit by chance: packed integers of any number of bits."""
         bounds = torch.iinfo(torch.int32)
@@ -105,11 +109,12 @@ class Row:
     Attributes:
         kernel: Its launcher's name.
         shape: In words.
-        dtype: Of what it reads most of.
+        dtype: Of what it reads most of; where a cache is in 8 bits, the cache's.
         cold: The operands that come from memory, as in a model; all others were just written or read, and lie in the
             L2 as far as they fit. Empty: none.
         peer: What PyTorch runs for it.
         prepare: Makes the operands.
+        needs: The first compute capability that runs it.
     """
 
     kernel: str
@@ -118,6 +123,7 @@ class Row:
     cold: str
     peer: str
     prepare: Callable[[Operands], Problem]
+    needs: tuple[int, int] = (0, 0)
 
 
 def size_of(*tensors: torch.Tensor | None) -> int:

@@ -84,9 +84,15 @@ def line(measured: Measured) -> str:
     return "\n".join([text.rstrip(), *failures])
 
 
-def write(path: Path, about: dict[str, Any], rows: Sequence[Measured]) -> None:
-    """Replaces the file."""
-    path.write_text(json.dumps(about | {"rows": [row.as_json() for row in rows]}, indent=1) + "\n")
+def write(path: Path, about: dict[str, Any], rows: Sequence[Measured], left_out: Sequence[dict[str, str]] = ()) -> None:
+    """Replaces the file.
+
+    Args:
+        about: See ``environment``.
+        left_out: Rows that the GPU has no instructions for, and why.
+    """
+    content = about | {"rows": [row.as_json() for row in rows], "left_out": list(left_out)}
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 __all__ = ["environment", "head", "line", "write"]

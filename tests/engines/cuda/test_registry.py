@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from accel.bundle import Bundle
 from accel.engines.cuda import registry
 
 
@@ -22,3 +25,20 @@ def test_what_is_missing_is_named_where_there_is_a_gpu(
     monkeypatch.setattr(registry, "find_spec", lambda name: object() if name == "torch" else None)
     monkeypatch.setattr(registry, "gpu_models", lambda: (gpus, "580"))
     assert registry.probe(bundle, "auto") == said
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ("w4g32", "no graph of the cuda engine for variant 'w4g32': {command} w4g32 --target cuda adds one"),
+        ("fp32+kv8", "no graph of the cuda engine for variant 'fp32+kv8': {command} fp16+kv8 --target cuda adds one"),
+        ("fp32+kv4", "the cuda engine does not run 'fp32+kv4': its caches are floats, of 8 bits too, or int8"),
+        ("w8a8-dyn", "the cuda engine does not run 'w8a8-dyn': its kernels take floats times integer weights"),
+        ("mine", "no graph of the cuda engine for variant 'mine': {command} mine --target cuda adds one"),
+    ],
+)
+def test_no_command_is_advised_that_is_refused(tiny_decoder_bundle: Path, variant: str, said: str) -> None:
+    opened = Bundle.open(tiny_decoder_bundle)
+    variants = {**opened.manifest.variants, variant: opened.variant("fp32")}
+    bundle = Bundle(opened.path, dataclasses.replace(opened.manifest, variants=variants))
+    assert said.format(command=f"accel quantize {opened.path} --variant") in str(registry.probe(bundle, variant))

@@ -77,6 +77,8 @@ def test_reasons(decoder: Bundle, encoder: Bundle, monkeypatch: pytest.MonkeyPat
     assert registry.probe(decoder, "auto") is None
     command = f"accel quantize {encoder.path} --variant fp16 --target ort-cuda adds one"
     assert command in (registry.probe(encoder, "fp16") or "")
+    refused = "ONNX Runtime CUDA does not run 'w8a8-dyn': its kernels take floats times integer weights in groups"
+    assert refused in (registry.probe(encoder, "w8a8-dyn") or "")
     assert "takes fp16 and bf16, not fp32" in (registry.probe(decoder, "fp32") or "")
 
 
