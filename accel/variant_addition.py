@@ -149,6 +149,10 @@ class Addition:
             manifest = self._measured(manifest)
         return manifest
 
+    def outdated(self, made: Manifest) -> tuple[str, ...]:
+        """The files that go once the manifest that ``make`` returned stands."""
+        return self.files.outdated(made.variants[self.variant].graphs[self.target.name])
+
     def _key(self) -> str:
         return f"{self.variant}/{self.target.name}"
 

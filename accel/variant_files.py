@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from accel.bundle import Bundle
-from accel.manifest import GraphEntry, Variant
+from accel.manifest import GraphEntry
 from accel.scheme import Scheme
 from accel.variant_checks import BASE
 from accel.variant_targets import CPU, Target
@@ -46,8 +47,9 @@ class GraphFiles:
     def stored(self) -> list[Path]:
         """The graphs whose tensors this one reads where they are the same."""
         paths = [self.bundle.file(self.graphs[name].file) for name in self.others]
-        # What fp32's graph for this target packed.
-        packed = self.bundle.variant(BASE).graphs.get(self.target.name) if self.reads_base else None
+        if not self.reads_base or self.scheme.name == BASE:  # fp32's own graph for this target: the one that goes
+            return paths
+        packed = self.bundle.variant(BASE).graphs.get(self.target.name)  # its layouts of fp32's weights
         return paths if packed is None else [*paths, self.bundle.file(packed.file)]
 
     def new_weights(self, folder: Path) -> Path:
@@ -66,23 +68,30 @@ class GraphFiles:
         return folder / next(name for name in names if not self.bundle.has(name))
 
     def of_variant(self, new: GraphEntry) -> tuple[str, ...]:
-        """The variant's own weight files once it has the new graph."""
-        manifest, variant = self.bundle.manifest, self.scheme.name
-        old = manifest.variants.get(variant, Variant("", (), {}))
-        kept = [file for file in old.weights if file not in self.outdated()]
-        # fp32's own file, read by another precision's graph, is no file of that precision: engines' keys would change.
-        lent = manifest.variants[BASE].weights if variant != BASE and self.target.rounds else ()
-        return tuple(dict.fromkeys((*kept, *(file for file in new.weights or () if file not in lent))))
+        """The variant's own weight files once it has the new graph.
 
-    def outdated(self) -> tuple[str, ...]:
-        """The files of the graph that is lowered again; weights that other graphs read are left."""
-        entry = self.graphs.get(self.target.name)
-        if entry is None:
+        Files that stood before and were not the variant's are no files of it, though the graph reads them: they would
+        change the keys of engines of its other graphs, where the manifest does not say what those read.
+        """
+        known = self.bundle.manifest.variants.get(self.scheme.name)
+        left = self._left(new, [self.scheme.name])
+        kept = [] if known is None else [file for file in known.weights if file not in left]
+        return tuple(dict.fromkeys((*kept, *(file for file in new.weights or () if not self.bundle.has(file)))))
+
+    def outdated(self, new: GraphEntry) -> tuple[str, ...]:
+        """The files of the graph that is lowered again; weights that another graph or the new one reads are left."""
+        old = self.graphs.get(self.target.name)
+        return () if old is None else (old.file, *self._left(new, self.bundle.manifest.variants))
+
+    def _left(self, new: GraphEntry, variants: Iterable[str]) -> tuple[str, ...]:
+        """The weights of the graph that is lowered again which neither it nor other graphs of these variants read."""
+        bundle, mine = self.bundle, (self.scheme.name, self.target.name)
+        if self.target.name not in self.graphs:
             return ()
-        read = {name for target in self.others for name in self.bundle.weights(self.scheme.name, target)}
-        read |= {parameter.file for parameter in self.bundle.manifest.parameters.values()}
-        own = self.bundle.weights(self.scheme.name, self.target.name)
-        return (entry.file, *(name for name in own if name not in read))
+        read = {*(new.weights or ()), *(parameter.file for parameter in bundle.manifest.parameters.values())}
+        graphs = [(variant, target) for variant in variants for target in bundle.variant(variant).graphs]
+        read |= {name for graph in graphs if graph != mine for name in bundle.weights(*graph)}
+        return tuple(name for name in bundle.weights(*mine) if name not in read)
 
 
 __all__ = ["GraphFiles"]

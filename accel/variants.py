@@ -98,7 +98,7 @@ def add_variant(
                     addition = Addition(extension, scheme, chosen, quantizing, progress)
                     manifest = addition.make(check)
                     progress.stage("Hashing and syncing")
-                    return extension.commit(manifest, addition.files.outdated())
+                    return extension.commit(manifest, addition.outdated(manifest))
     _hold_known(opened, scheme.name, chosen.name, quantizing)
     return opened
 
