@@ -187,7 +187,7 @@ class Addition:
     def _write(self) -> tuple[ir.Model, ir.Model, GraphEntry]:
         """(canonical graph with the weights as they are now, lowered graph, its entry)."""
         from accel import __version__
-        from accel.graph.external import StoredTensors, external_files, write_external
+        from accel.graph.external import StoredTensors, external_files, read_stored, write_external
         from accel.graph.save import load_canonical, save_graph
 
         arch, entry = self.bundle.manifest.arch, self.bundle.graph(BASE, CANONICAL)
@@ -199,7 +199,8 @@ class Addition:
         self.progress.stage("Writing the weights")
         # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
         keep = self.bundle.path if self.files.reads_base else None
-        stored = StoredTensors(self.files.stored())
+        lender = next((path for path in self.files.kin() if read_stored(model, path)), None)
+        stored = StoredTensors([*([] if lender is None else [lender]), *self.files.stored()])
         write_external(model, self.files.new_weights(self.extension.path), keep, self.progress.advance, stored)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
         graph = self.files.new_graph(self.extension.path)

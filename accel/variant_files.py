@@ -52,6 +52,15 @@ class GraphFiles:
         packed = self.bundle.variant(BASE).graphs.get(self.target.name)  # its layouts of fp32's weights
         return paths if packed is None else [*paths, self.bundle.file(packed.file)]
 
+    def kin(self) -> list[Path]:
+        """Graphs for this target of variants that differ in the cache alone: their weights may well be the same."""
+        if self.reads_base:  # so do they
+            return []
+        variants, name = self.bundle.manifest.variants, self.scheme.name
+        alike = [one for one in variants if one != name and one.partition("+")[0] == name.partition("+")[0]]
+        graphs = [variants[one].graphs.get(self.target.name) for one in sorted(alike)]  # first the one without cache
+        return [self.bundle.file(graph.file) for graph in graphs if graph is not None]
+
     def new_weights(self, folder: Path) -> Path:
         """Where tensors go that lie in no file yet; the name says so where only this target reads them."""
         name = self.scheme.name
