@@ -253,8 +253,9 @@ class Variant:
     """One precision of the model: its weight files and one graph per target.
 
     ``graphs`` maps a target (``canonical``, ``ort-cpu``) to its graph. The graphs of a variant share its weight files:
-    what the graph of one target has stored, that of the next one reads there. ``quality`` is None where it was not
-    measured, ``quantization`` where nothing was rounded to integers.
+    what the graph of one target has stored, that of the next one reads there. Files of other variants that a graph
+    reads are listed with the graph alone. ``quality`` is None where it was not measured, ``quantization`` where nothing
+    was rounded to integers.
     """
 
     dtype: str

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
@@ -20,6 +18,7 @@ from accel.runtime.text import TOKENIZER_FILE
 from accel.scheme import Scheme
 from accel.spec import Kind
 from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
+from accel.variant_files import GraphFiles
 from accel.variant_targets import CPU, Plan, Target, float_type
 
 if TYPE_CHECKING:
@@ -123,6 +122,11 @@ class Addition:
         return self.extension.bundle
 
     @property
+    def files(self) -> GraphFiles:
+        """Which files are the graph's, before and after."""
+        return GraphFiles(self.bundle, self.scheme, self.target)
+
+    @property
     def variant(self) -> str:
         """Its name in the bundle."""
         return self.scheme.name
@@ -145,6 +149,10 @@ class Addition:
             manifest = self._measured(manifest)
         return manifest
 
+    def outdated(self, made: Manifest) -> tuple[str, ...]:
+        """The files that go once the manifest that ``make`` returned stands."""
+        return self.files.outdated(made.variants[self.variant].graphs[self.target.name])
+
     def _key(self) -> str:
         return f"{self.variant}/{self.target.name}"
 
@@ -154,11 +162,7 @@ class Addition:
         parity = {key: result for key, result in manifest.parity.items() if key != self._key()}
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
-        kept = [file for file in old.weights if file not in self.outdated()]
-        # fp32's own file, read by another precision's graph, is no file of that precision: engines' keys would change.
-        lent = manifest.variants[BASE].weights if self.variant != BASE and self.target.rounds else ()
-        new = [file for file in entry.weights or () if file not in lent]
-        weights = tuple(dict.fromkeys((*kept, *new)))
+        weights = self.files.of_variant(entry)
         graphs = {**old.graphs, self.target.name: entry}
         quantization, quality = self._recorded(old)
         variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization, quality=quality)
@@ -173,46 +177,17 @@ class Addition:
         if known is None or new is None:
             return new or known, old.quality
         if _choice(known) == _choice(new):
-            return known if self._others() else new, old.quality
-        if not self._others():
+            return known if self.files.others else new, old.quality
+        if not self.files.others:
             return new, None
         what = "%s for %s has other integers than its graphs for other targets, whose record and figures stay: %s"
         _log.warning(what, self.variant, self.target.title, _difference(known, new))
         return known, old.quality
 
-    def outdated(self) -> tuple[str, ...]:
-        """The files of the graph that is lowered again; weights that other graphs read are left."""
-        entry = self._graphs().get(self.target.name)
-        if entry is None:
-            return ()
-        read = {name for _, target in self._others() for name in self.bundle.weights(self.variant, target)}
-        read |= {parameter.file for parameter in self.bundle.manifest.parameters.values()}
-        own = self.bundle.weights(self.variant, self.target.name)
-        return (entry.file, *(name for name in own if name not in read))
-
-    def _others(self) -> list[tuple[Path, str]]:
-        """The variant's graphs for other targets, and these."""
-        graphs = self._graphs().items()
-        return [(self.bundle.file(graph.file), name) for name, graph in graphs if name != self.target.name]
-
-    def _graphs(self) -> dict[str, GraphEntry]:
-        found = self.bundle.manifest.variants.get(self.variant)
-        return {} if found is None else found.graphs
-
-    def _stem(self) -> str:
-        """What the names of the weights that only this target reads begin with."""
-        return f"{self.variant}.{self.target.name}" if self._others() else self.variant
-
-    def _free(self, stem: str, ending: str) -> Path:
-        """A file whose name the bundle has not: readers of the old one go on with it until the manifest is new."""
-        numbers = (f".{number}" for number in itertools.count(2))
-        names = (f"{stem}{number}{ending}" for number in itertools.chain([""], numbers))
-        return self.extension.path / next(name for name in names if not self.bundle.has(name))
-
     def _write(self) -> tuple[ir.Model, ir.Model, GraphEntry]:
         """(canonical graph with the weights as they are now, lowered graph, its entry)."""
         from accel import __version__
-        from accel.graph.external import StoredTensors, external_files, write_external
+        from accel.graph.external import StoredTensors, external_files, read_stored, write_external
         from accel.graph.save import load_canonical, save_graph
 
         arch, entry = self.bundle.manifest.arch, self.bundle.graph(BASE, CANONICAL)
@@ -223,19 +198,18 @@ class Addition:
         model, passes = self.target.lower(canonical, arch, plan)
         self.progress.stage("Writing the weights")
         # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
-        keep = self.bundle.path if self._reads_base() else None
-        packed = self.bundle.variant(BASE).graphs.get(self.target.name) if keep else None  # for this target, in fp32
-        paths = [path for path, _ in self._others()] + ([] if packed is None else [self.bundle.file(packed.file)])
-        stored = StoredTensors(paths)
-        write_external(model, self._free(self._stem(), ".weights"), keep, self.progress.advance, stored)
+        keep = self.bundle.path if self.files.reads_base else None
+        lender = next((path for path in self.files.kin() if read_stored(model, path)), None)
+        stored = StoredTensors([*([] if lender is None else [lender]), *self.files.stored()])
+        write_external(model, self.files.new_weights(self.extension.path), keep, self.progress.advance, stored)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
-        graph = self._free(f"{self.variant}.{self.target.name}", ".onnx")
+        graph = self.files.new_graph(self.extension.path)
         saved = save_graph(model, graph, names, (*entry.passes, *passes), __version__)
         return canonical, model, dataclasses.replace(saved, lowering=self.target.version, weights=external_files(model))
 
     def _plan(self, canonical: ir.Model) -> tuple[ir.Model, Plan]:
         """The canonical graph with the scheme's weights, and what the lowering is told."""
-        parameters = frozenset(self.bundle.manifest.parameters) if self._reads_base() else frozenset[str]()
+        parameters = frozenset(self.bundle.manifest.parameters) if self.files.reads_base else frozenset[str]()
         if self.scheme.base == "fp8":
             return canonical, self._float8(canonical)
         if not self.scheme.quantized:
@@ -301,10 +275,6 @@ class Addition:
         return calibrate_cache(
             bundle, canonical, calibration.samples, scheme.kv_bits, float8=scheme.kv_float8, advance=advance
         )
-
-    def _reads_base(self) -> bool:
-        """Whether the weights are fp32's own; a GPU's are in fp16 where caches are integers."""
-        return self.target.rounds or self.scheme.lossless or (self.target.name == CPU and not self.scheme.quantized)
 
     def _check(self, canonical: ir.Model, model: ir.Model, manifest: Manifest) -> ParityResult:
         if self.target.name == CPU:

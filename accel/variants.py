@@ -46,7 +46,8 @@ def add_variant(
     OpenVINO, which must be installed) and compared with the bundle's fp32 engine. One with integers runs in its
     engine (for GPUs it is evaluated) and is compared with PyTorch on the same integers; what the rounding costs a
     CPU's graph is measured on text and recorded, see ``accel.quality``. Weights that the variant's graph for
-    another target has stored already are read there. A graph that another version of the lowering wrote, or an
+    another target has stored already are read there, and so are those of a variant for the same target that differs in
+    the cache alone, where they are the same. A graph that another version of the lowering wrote, or an
     accel that recorded no version, is lowered again: new files take the place of the old ones, which go.
 
     Args:
@@ -98,7 +99,7 @@ def add_variant(
                     addition = Addition(extension, scheme, chosen, quantizing, progress)
                     manifest = addition.make(check)
                     progress.stage("Hashing and syncing")
-                    return extension.commit(manifest, addition.outdated())
+                    return extension.commit(manifest, addition.outdated(manifest))
     _hold_known(opened, scheme.name, chosen.name, quantizing)
     return opened
 

@@ -33,6 +33,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.variants",
         "accel.variant_addition",
         "accel.variant_checks",
+        "accel.variant_files",
         "accel.variant_targets",
         "accel.inspection",
         "accel.doctor",

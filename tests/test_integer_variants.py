@@ -124,11 +124,3 @@ def test_outdated_integers_are_made_anew(decoder: Path, monkeypatch: pytest.Monk
     assert bundle.graph("w8a8-dyn", "ort-cpu").lowering == 99
     assert bundle.graph("w8a8-dyn", "ort-cpu").file != first.graph("w8a8-dyn", "ort-cpu").file
     assert dataclasses.replace(Bundle.open(decoder, verify=True).manifest) == bundle.manifest
-
-
-def test_a_cache_alone_adds_no_weights(decoder: Path) -> None:
-    """What fp32's graph packed for the target is read from where it lies."""
-    before = {path.name for path in decoder.glob("*.weights")}
-    bundle = add_variant(decoder, "kv8", measure=False, check=False)
-    assert bundle.weights("fp32+kv8", "ort-cpu") == bundle.weights("fp32", "ort-cpu")
-    assert {path.name for path in decoder.glob("*.weights")} == before

@@ -24,10 +24,10 @@ def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "decoder"))
 
 
-def say_lowering(bundle: Path, variant: str, version: int | None) -> None:
+def say_lowering(bundle: Path, variant: str, version: int | None, target: str = "tensorrt") -> None:
     """The manifest says that another version of the lowering made the variant."""
     data = json.loads((bundle / "manifest.json").read_text())
-    data["variants"][variant]["graphs"]["tensorrt"]["lowering"] = version
+    data["variants"][variant]["graphs"][target]["lowering"] = version
     (bundle / "manifest.json").write_text(json.dumps(data))
 
 
@@ -60,6 +60,18 @@ def test_an_outdated_variant_is_lowered_again(decoder: Path, variant: str, versi
     unchecked = Bundle.open(decoder).manifest
     assert f"{variant}/tensorrt" not in unchecked.parity  # that was measured on the old one
     assert set(content(decoder)) == set(old)
+
+
+def test_an_outdated_graph_with_a_file_of_its_own(minilm_bundle: Path, tmp_path: Path) -> None:
+    """Other variants read what fp32's graph packed for their target; its own successor does not."""
+    folder = Path(shutil.copytree(minilm_bundle, tmp_path / "minilm"))
+    first = add_variant(folder, "fp32", target="ort-cuda", check=False)
+    (own,) = set(first.weights("fp32", "ort-cuda")) - {"fp32.weights"}
+    say_lowering(folder, "fp32", 0, "ort-cuda")
+    bundle = add_variant(folder, "fp32", target="ort-cuda", check=False)
+    assert is_current(bundle, "fp32", "ort-cuda") and not bundle.has(own)
+    assert bundle.variant("fp32").weights == bundle.weights("fp32", "ort-cuda")
+    assert set(bundle.manifest.files) | {"manifest.json"} == set(content(folder))
 
 
 def test_a_newer_lowering_makes_variants_outdated(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from accel.spec import PARTS
 INLINE_BYTES = 1024  # smaller constants stay in the graph file
 PAGE, LINE = 4096, 64  # alignments: tensors of 1 MiB and more can be mapped on their own, others share pages
 PAGE_FROM = 1 << 20
+LACKING = 64  # one byte of so many may lie elsewhere: the scales of a cache
 
 
 class StoredTensors:
@@ -137,6 +138,36 @@ def write_external(
     return position
 
 
+def read_stored(model: ir.Model, graph: Path) -> bool:
+    """Makes large initializers read the files of a graph that was written before, where nearly all bytes lie in those.
+
+    Where less does nothing changes: norms that are equal among other matrices would hold a whole file that nobody else
+    reads, and count its bytes as this graph's.
+
+    Args:
+        model: Changed in place.
+        graph: The other's file; the weight files lie beside it.
+
+    Returns:
+        Whether it reads there now.
+    """
+    stored, found = StoredTensors([graph]), dict[ir.Value, ir.ExternalTensor]()
+    tensors = [(value, value.const_value) for value in model.graph.initializers.values()]
+    large = [(value, tensor) for value, tensor in tensors if tensor is not None and tensor.nbytes >= INLINE_BYTES]
+    lacking = sum(tensor.nbytes for _, tensor in large) // LACKING
+    for value, tensor in sorted(large, key=lambda pair: -pair[1].nbytes):  # what differs is seen soon
+        there = stored.find(value, _bytes(tensor))
+        if there is not None:
+            found[value] = there
+            continue
+        lacking -= tensor.nbytes
+        if lacking < 0:
+            return False
+    for value, there in found.items():
+        value.const_value = there
+    return True
+
+
 def external_files(model: ir.Model) -> tuple[str, ...]:
     """Names of the files that its initializers lie in, in the order of the first that does."""
     tensors = [value.const_value for value in model.graph.initializers.values()]
@@ -158,4 +189,4 @@ def _stays(tensor: ir.TensorProtocol, keep: Path | None) -> bool:
     return isinstance(tensor, ir.ExternalTensor) and keep is not None and Path(tensor.base_dir) == keep
 
 
-__all__ = ["StoredTensors", "external_files", "write_external"]
+__all__ = ["StoredTensors", "external_files", "read_stored", "write_external"]

@@ -42,7 +42,9 @@ def count_weights(manifest: Manifest, variant: str, stored: Iterable[StoredTenso
         stored: What the variant's graphs refer to; empty where graphs cannot be read.
     """
     stored = list(stored)
-    read = dict.fromkeys([*manifest.variants[variant].weights, *(item.file for item in stored)])
+    owner = manifest.variants[variant]
+    listed = [file for graph in owner.graphs.values() for file in graph.weights or ()]  # of other variants too
+    read = dict.fromkeys([*owner.weights, *listed, *(item.file for item in stored)])
     files = tuple(file for file in read if file in manifest.files)
     tensors: list[StoredTensor] = []
     for file in read:

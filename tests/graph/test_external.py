@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from accel.graph.external import StoredTensors, write_external
+from accel.graph.external import LACKING, StoredTensors, read_stored, write_external
 from accel.spec import PARTS
 
 Arrays = dict[str, NDArray]
@@ -111,3 +111,21 @@ def test_the_third_graph_finds_both(tmp_path: Path) -> None:
     write(tmp_path, "second", graph({**QKV, "more": more}), "first")
     assert write(tmp_path, "third", graph({**QKV, "more": more}), "first", "second") == 0
     check(tmp_path, "third", {**QKV, "more": more})
+
+
+def test_a_file_is_read_for_nearly_all_or_nothing(tmp_path: Path) -> None:
+    """What a cache adds may lie elsewhere; a few equal tensors hold no file."""
+    write(tmp_path, "first", graph(QKV))
+    scales = RNG.standard_normal(1024 // 8)
+    large = {f"large.{name}": RNG.standard_normal((512, 64)).astype(np.float16) for name in "ab"}
+    assert scales.nbytes * LACKING < MERGED.nbytes * 8 < sum(array.nbytes for array in large.values()) * LACKING
+    write(tmp_path, "large", graph(large))
+    made = graph({**large, "scales": scales})
+    assert read_stored(made, tmp_path / "large.onnx")
+    assert write_external(made, tmp_path / "most.weights", stored=StoredTensors([tmp_path / "large.onnx"])) == 1024
+    ir.save(made, tmp_path / "most.onnx")
+    check(tmp_path, "most", {**large, "scales": scales})
+    for other in ({**QKV, "q": QKV["q"] + 1}, {**QKV, **large}):
+        made = graph(other)
+        assert not read_stored(made, tmp_path / "first.onnx")
+        assert all(not isinstance(value.const_value, ir.ExternalTensor) for value in made.graph.initializers.values())

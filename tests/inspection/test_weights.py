@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import onnx
@@ -10,7 +11,7 @@ from accel.inspection import inspect
 from accel.inspection.graph_file import StoredTensor
 from accel.inspection.report import WeightShare
 from accel.inspection.weights import count_weights, part_of
-from accel.manifest import FileEntry
+from accel.manifest import FileEntry, Variant
 from tests.inspection import decoder_bundle as made
 
 
@@ -83,6 +84,17 @@ def test_overlapping_references_count_once() -> None:
     report = count_weights(manifest, "fp32", stored)
     assert report.referenced_bytes == 100 + 40 + 8
     assert {name: share.bytes for name, share in report.formats.items()} == {"float32": 100, "float16": 40, "int64": 8}
+
+
+def test_files_of_other_variants_count(tmp_path: Path) -> None:
+    """Where graphs cannot be read, the manifest says what they read."""
+    manifest = made.write(tmp_path / "b").manifest
+    entry = dataclasses.replace(manifest.variants["fp32"].graphs["ort-cpu"], weights=(made.WEIGHTS,))
+    reader = Variant("float32", (), {"ort-cpu": entry})
+    manifest = dataclasses.replace(manifest, variants={**manifest.variants, "fp32+kv8": reader})
+    report = count_weights(manifest, "fp32+kv8", [])
+    assert report.files == (made.WEIGHTS,) and report.referenced_bytes > 0
+    assert report == dataclasses.replace(count_weights(manifest, "fp32", []), variant="fp32+kv8")
 
 
 def test_bytes_between_parameters_count_once() -> None:
