@@ -1,7 +1,7 @@
 """Launch parameters for models' shapes: tiles that one kernel always takes, and the few that compete where a shape
 decides: each is compiled once.
 
-The former were measured on an H200 and, for integer weights, an H100.
+They were measured on an H200; those for integer weights on an H100.
 """
 
 from __future__ import annotations
@@ -25,13 +25,29 @@ BLOCK_TILES = (
     BlockTile(64, 64, 64, 4, 4),
     BlockTile(64, 64, 128, 4, 3),
     BlockTile(64, 64, 128, 4, 3, tail=32),
-    BlockTile(128, 64, 64, 4, 4, tail=32, described=True),
     BlockTile(128, 64, 64, 8, 4, tail=32),
     BlockTile(128, 128, 64, 8, 3),
+)
+DESCRIBED_TILES = (  # from SM 90 on: more turns in flight, and tiles of which a thousand rows fill the GPU once
+    BlockTile(64, 64, 128, 4, 4, described=True),
+    BlockTile(64, 64, 128, 4, 5, described=True),
+    BlockTile(64, 32, 128, 4, 6, described=True),
+    BlockTile(64, 32, 256, 4, 3, described=True),
+    BlockTile(64, 64, 128, 4, 4, tail=32, described=True),
+    BlockTile(64, 128, 64, 4, 4, tail=16, described=True),
+    BlockTile(128, 64, 128, 4, 3, described=True),
+    BlockTile(128, 64, 64, 4, 3, tail=32, described=True),
+    BlockTile(128, 128, 64, 8, 3, tail=64, described=True),
 )
 SPLIT_TILES = (  # whose parts the next kernel adds up
     BlockTile(64, 32, 128, 4, 4, 4),
     BlockTile(64, 64, 128, 4, 3, 4),
+)
+DESCRIBED_SPLIT_TILES = (  # likewise
+    BlockTile(64, 64, 128, 4, 4, 4, described=True),
+    BlockTile(64, 64, 128, 4, 4, 2, described=True),
+    BlockTile(64, 32, 128, 4, 4, 2, described=True),
+    BlockTile(128, 64, 64, 4, 6, 4, described=True),
 )
 WIDE_TILES = (
     WideTile(128, 128, 64, 8, 4, 3, 2, 2),
@@ -49,6 +65,7 @@ QUANTIZED_SPLIT_TILES = (  # likewise
 )
 ENCODER_ATTENTION = (
     {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3},
+    {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2},
     {"block_m": 64, "block_n": 128, "warps": 4, "stages": 2},
     {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3},
 )
@@ -147,6 +164,8 @@ def label(launch: Any) -> str:
 
 __all__ = [
     "BLOCK_TILES",
+    "DESCRIBED_SPLIT_TILES",
+    "DESCRIBED_TILES",
     "ENCODER_ATTENTION",
     "FEW",
     "QUANTIZED_SPLIT_TILES",

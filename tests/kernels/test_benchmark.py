@@ -27,7 +27,7 @@ from accel_kernels.benchmark.problem import Operands, Problem, Row, names_of  # 
 from accel_kernels.benchmark.rows import rows_of  # noqa: E402
 from accel_kernels.benchmark.shapes import FULL, TINY  # noqa: E402
 from accel_kernels.benchmark.timing import MOST_RUNS, Limits, Times  # noqa: E402
-from accel_kernels.device import INTERPRETED, capability, has_tensor_memory_access  # noqa: E402
+from accel_kernels.device import INTERPRETED, has_tensor_memory_access  # noqa: E402
 from accel_kernels.narrow_cache import FLOAT8_SM  # noqa: E402
 from accel_kernels.ops import OPS  # noqa: E402
 
@@ -61,8 +61,9 @@ def test_rows_are_told_apart() -> None:
 def test_a_row_and_its_peer_compute_what_the_reference_does(row: Row, device: Any) -> None:
     if row.kernel == "wide_gemm" and not has_tensor_memory_access(device):
         pytest.skip("this GPU has no tensor memory accelerator")
-    if row.needs > capability(device):
-        pytest.skip("this GPU has no instructions for it")
+    why = commands.why_not(row, device)
+    if why is not None:
+        pytest.skip(why)
     found = list(agreements(row, device))
     assert len(found) >= 2 and found[-1].way == PEER
     assert [one for one in found if not one.holds] == []

@@ -21,6 +21,8 @@ from accel_kernels.block_gemm import BlockTile, block_gemm
 from accel_kernels.gemv import gemv
 from accel_kernels.launches import (
     BLOCK_TILES,
+    DESCRIBED_SPLIT_TILES,
+    DESCRIBED_TILES,
     FEW,
     QUANTIZED_SPLIT_TILES,
     QUANTIZED_TILES,
@@ -153,7 +155,8 @@ class Products:
             return Parts(block_gemm(x, matrix.weight, out, bias=matrix.bias, tile=tile))
 
         ways: dict[str, Callable[[], Parts | torch.Tensor]] = {"whole": lambda: self._many(x, matrix, None)}
-        ways |= {f"{tile}": partial(parts, tile) for tile in SPLIT_TILES}
+        tiles = DESCRIBED_SPLIT_TILES if self._tensor_memory else SPLIT_TILES
+        ways |= {f"{tile}": partial(parts, tile) for tile in tiles}
         return self._fastest(x, matrix, "in parts", ways)
 
     def _split_quantized(self, x: torch.Tensor, matrix: Matrix) -> Parts | torch.Tensor:
@@ -246,7 +249,7 @@ class Products:
         options: dict[str, Any] = {"bias": matrix.bias, "activation": -1 if kind is None else KINDS[kind]}
         ways: dict[str, Callable[[], torch.Tensor]] = {}
         if len(x) <= BLOCK_ROWS and x.shape[1] * x.element_size() % 16 == 0:
-            tiles = [tile for tile in BLOCK_TILES if self._tensor_memory or not tile.described]
+            tiles = DESCRIBED_TILES if self._tensor_memory else BLOCK_TILES
             ways |= {f"{tile}": partial(block_gemm, x, matrix.weight, out, tile=tile, **options) for tile in tiles}
         if self._tensor_memory and len(x) >= WIDE_ROWS:
             ways |= {f"{tile}": partial(wide_gemm, x, matrix.weight, out, tile=tile, **options) for tile in WIDE_TILES}

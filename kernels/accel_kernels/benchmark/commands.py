@@ -12,7 +12,7 @@ from accel_kernels.benchmark.agreement import agreements
 from accel_kernels.benchmark.measure import measure
 from accel_kernels.benchmark.problem import Row
 from accel_kernels.benchmark.timing import measure_limits
-from accel_kernels.device import INTERPRETED, capability
+from accel_kernels.device import INTERPRETED, capability, has_warp_jobs
 
 
 def measure_rows(rows: Sequence[Row], path: Path | None) -> int:
@@ -28,15 +28,27 @@ def measure_rows(rows: Sequence[Row], path: Path | None) -> int:
     return int(any(row.failed for row in found))
 
 
+def why_not(row: Row, device: torch.device) -> str | None:
+    """Why the GPU, or the interpreter, cannot run a row; None: it can."""
+    here = capability(device)
+    if row.needs > here:
+        return f"it needs sm{row.needs[0]}{row.needs[1]}, this is sm{here[0]}{here[1]}"
+    if row.warp_jobs and not has_warp_jobs(device):
+        return "it needs sm90 itself, and not the interpreter"
+    return None
+
+
 def _runnable(rows: Sequence[Row], device: torch.device) -> tuple[list[Row], list[dict[str, str]]]:
-    """The rows that the GPU, or the interpreter, has instructions for; and the others, which it tells, with why."""
-    here, left_out = capability(device), []
+    """The rows that can run here; and the others, which it tells, with why."""
+    runnable, left_out = [], []
     for row in rows:
-        if row.needs > here:
-            why = f"it needs sm{row.needs[0]}{row.needs[1]}, this is sm{here[0]}{here[1]}"
-            print(f"{row.kernel:17}{row.shape:62}{row.dtype:11}left out: {why}", flush=True)
-            left_out.append({"kernel": row.kernel, "shape": row.shape, "dtype": row.dtype, "why": why})
-    return [row for row in rows if row.needs <= here], left_out
+        why = why_not(row, device)
+        if why is None:
+            runnable.append(row)
+            continue
+        print(f"{row.kernel:17}{row.shape:62}{row.dtype:11}left out: {why}", flush=True)
+        left_out.append({"kernel": row.kernel, "shape": row.shape, "dtype": row.dtype, "why": why})
+    return runnable, left_out
 
 
 def compare_rows(rows: Sequence[Row]) -> int:
@@ -52,4 +64,4 @@ def compare_rows(rows: Sequence[Row]) -> int:
     return int(wrong > 0)
 
 
-__all__ = ["compare_rows", "measure_rows"]
+__all__ = ["compare_rows", "measure_rows", "why_not"]

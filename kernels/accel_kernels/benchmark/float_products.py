@@ -1,4 +1,4 @@
-"""Rows of the products with float weights: gemv, narrow_gemm, block_gemm, wide_gemm."""
+"""Rows of the products with float weights: gemv, narrow_gemm, block_gemm, wide_gemm, specialized_gemm."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from accel_kernels import block_gemm as block
 from accel_kernels import gemv as single
 from accel_kernels import launches
 from accel_kernels import narrow_gemm as narrow
+from accel_kernels import specialized_gemm as specialized
 from accel_kernels import wide_gemm as wide
 from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import Copies, Operands, Problem, Row, Run, size_of
 from accel_kernels.benchmark.shapes import Layer, Shapes
+from accel_kernels.device import has_tensor_memory_access
 from accel_kernels.tiles import NO_NORM, RMS_NORM
 
 _EPS = 1e-5
@@ -101,8 +103,15 @@ def _prepare_narrow(layer: Layer, rows: int, tile: narrow.NarrowTile, logits: bo
     )
 
 
-def _prepare_block(layer: Layer, rows: int, tiles: Sequence[block.BlockTile], operands: Operands) -> Problem:
-    made = _linear(operands, layer, rows)
+def _tiles(in_parts: bool, device: torch.device) -> Sequence[block.BlockTile]:
+    """Those that compete on a GPU; what stands for none is the newest."""
+    if device.type == "cpu" or has_tensor_memory_access(device):
+        return launches.DESCRIBED_SPLIT_TILES if in_parts else launches.DESCRIBED_TILES
+    return launches.SPLIT_TILES if in_parts else launches.BLOCK_TILES
+
+
+def _prepare_block(layer: Layer, rows: int, in_parts: bool, operands: Operands) -> Problem:
+    made, tiles = _linear(operands, layer, rows), _tiles(in_parts, operands.device)
     whole = operands.unwritten(rows, layer.outputs)
     parts = {tile.splits: operands.unwritten(tile.splits, rows, layer.outputs, dtype=torch.float32) for tile in tiles}
 
@@ -137,6 +146,18 @@ def _prepare_wide(layer: Layer, rows: int, operands: Operands) -> Problem:
     )
 
 
+def _prepare_specialized(layer: Layer, rows: int, operands: Operands) -> Problem:
+    made = _linear(operands, layer, rows)
+    out = operands.unwritten(rows, layer.outputs)
+    return Problem(
+        {"halves of 64 x 256": lambda i: specialized.specialized_gemm(made.x, made.weights(i), out, **made.options)},
+        made.peer(),
+        lambda: specialized.reference(made.x, made.weights(0), stripe=layer.stripe, **made.options),
+        size_of(made.x, made.weights(0), made.options.get("bias"), out),
+        made.flops,
+    )
+
+
 def _rows_text(rows: int, layer: Layer, extra: str = "") -> str:
     return f"{rows} {'row' if rows == 1 else 'rows'}, {layer}{extra}"
 
@@ -154,15 +175,19 @@ def _narrow_row(layer: Layer, rows: int, tile: narrow.NarrowTile, logits: bool =
     return Row("narrow_gemm", _rows_text(rows, layer, extra), "fp16", _COLD, peers.linear_ops(layer), prepare)
 
 
-def _block_row(layer: Layer, rows: int, tiles: Sequence[block.BlockTile] = launches.BLOCK_TILES) -> Row:
-    extra = ", in parts" * (tiles is launches.SPLIT_TILES)
-    prepare = partial(_prepare_block, layer, rows, tiles)
-    return Row("block_gemm", _rows_text(rows, layer, extra), "fp16", _COLD, peers.linear_ops(layer), prepare)
+def _block_row(layer: Layer, rows: int, in_parts: bool = False) -> Row:
+    prepare, shape = partial(_prepare_block, layer, rows, in_parts), _rows_text(rows, layer, ", in parts" * in_parts)
+    return Row("block_gemm", shape, "fp16", _COLD, peers.linear_ops(layer), prepare)
 
 
 def _wide_row(layer: Layer, rows: int) -> Row:
     prepare = partial(_prepare_wide, layer, rows)
     return Row("wide_gemm", _rows_text(rows, layer), "fp16", _COLD, peers.linear_ops(layer), prepare)
+
+
+def _specialized_row(layer: Layer, rows: int) -> Row:
+    prepare, ops = partial(_prepare_specialized, layer, rows), peers.linear_ops(layer)
+    return Row("specialized_gemm", _rows_text(rows, layer), "fp16", _COLD, ops, prepare, warp_jobs=True)
 
 
 def rows_of(shapes: Shapes) -> list[Row]:
@@ -184,11 +209,13 @@ def rows_of(shapes: Shapes) -> list[Row]:
     smaller, larger = (sequences * tokens for sequences, tokens in shapes.batches)
     found += [
         _block_row(decoder.qkv, shapes.prompt),
-        _block_row(decoder.down, shapes.prompt, launches.SPLIT_TILES),
+        _block_row(decoder.down, shapes.prompt, in_parts=True),
         *(_block_row(layer, smaller) for layer in (encoder.qkv, encoder.up, encoder.down)),
         _wide_row(encoder.up, smaller),
         *(_wide_row(layer, larger) for layer in (encoder.qkv, encoder.up, encoder.down)),
         _wide_row(decoder.gate_up, shapes.prompts * shapes.prompt),
+        *(_specialized_row(layer, larger) for layer in (encoder.qkv, encoder.up, encoder.down)),
+        _specialized_row(decoder.gate_up, shapes.prompts * shapes.prompt),
     ]
     return found
 

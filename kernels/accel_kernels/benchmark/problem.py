@@ -115,6 +115,7 @@ class Row:
         peer: What PyTorch runs for it.
         prepare: Makes the operands.
         needs: The first compute capability that runs it.
+        warp_jobs: Whether it gives groups of warps programs of their own, see ``device.has_warp_jobs``.
     """
 
     kernel: str
@@ -124,6 +125,7 @@ class Row:
     peer: str
     prepare: Callable[[Operands], Problem]
     needs: tuple[int, int] = (0, 0)
+    warp_jobs: bool = False
 
 
 def size_of(*tensors: torch.Tensor | None) -> int:
