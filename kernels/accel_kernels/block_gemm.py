@@ -204,7 +204,7 @@ def block_gemm(
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
     if tile.described:
         expect.that(has_tensor_memory_access(x.device), "the GPU has no tensor memory accelerator (SM 90 and later do)")
-        expect.that(size * x.element_size() % 16 == 0, f"a row has {size * x.element_size()} bytes, no multiple of 16")
+        expect.described(x=x, weight=weight)
     tile = tile.fitting(x)
     block_gemm_kernel[(triton.cdiv(rows, tile.block_m), triton.cdiv(count, tile.outputs), tile.splits)](
         *_operands(x, weight, tile), out, bias, residual, rows, count, size,

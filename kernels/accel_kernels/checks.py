@@ -56,6 +56,18 @@ class Expect:
         if not strided and not tensor.is_contiguous():
             raise ValueError(f"{self._op}: {name} is not contiguous")
 
+    def described(self, **tensors: torch.Tensor) -> None:
+        """Tensors that come or go by descriptor: not empty, and start and rows at multiples of 16 bytes.
+
+        Raises:
+            ValueError: They are not.
+        """
+        for name, tensor in tensors.items():
+            width = tensor.shape[-1] * tensor.element_size()
+            self.that(width % 16 == 0, f"a row of {name} has {width} bytes, no multiple of 16")
+            self.that(tensor.numel() > 0, f"{name} is empty")
+            self.that(tensor.data_ptr() % 16 == 0, f"{name} starts at no multiple of 16 bytes")
+
     def cache(
         self,
         key_cache: torch.Tensor,

@@ -44,6 +44,7 @@ SpecializedGemm <gated: int = 0, stripe, activation: int = -1> (x, weight, bias)
 # Sums are rounded before bias and activation, and once more behind them.
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HEIGHT, WIDTH, DEPTH, STAGES = 64, 256, 64, 3  # rows of a half, outputs and terms of a tile, turns in flight
+TILE = f"2 x {HEIGHT} by {WIDTH}, {DEPTH} terms, stages {STAGES}"  # in words
 PIECE = 64  # outputs that are stored at once
 STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated tile
 # Triton 3.7 and later call them by shorter names.
@@ -67,16 +68,18 @@ def reference(
 
 @gluon.jit
 def _after(stage, phase, STAGES: gl.constexpr):
-    """The next stage; phases change when all were passed."""
+    """The stage behind, and its phase, which changes when all were passed; scalars."""
     wrapped = stage + 1 == STAGES
     return gl.where(wrapped, 0, stage + 1), gl.where(wrapped, phase ^ 1, phase)
 
 
 @gluon.jit
 def _fetch(x, weight, xs, ws, full, stage, m, n, k, pred):
-    """One turn of both halves and of the weights they share; zeros behind the ends."""
+    """One turn, [2 * HEIGHT, DEPTH] from (m, k) of x and [WIDTH, DEPTH] from (n, k) of the weights they share, into a
+    stage; zeros behind the ends.
+    """
     HEIGHT: gl.constexpr = xs.shape[1]
-    BYTES: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2
+    BYTES: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2  # of elements with 16 bits
     bar = full.index(stage)
     mbarrier.expect(bar, BYTES, pred=pred)
     _load(x, [m, k], bar, xs.index(2 * stage), pred=pred)
@@ -86,7 +89,7 @@ def _fetch(x, weight, xs, ws, full, stage, m, n, k, pred):
 
 @gluon.jit
 def _hand_over(sums, parts, first, COUNT: gl.constexpr):
-    """The columns of sums, COUNT pieces, into parts[first] and the ones behind it."""
+    """The columns of sums [HEIGHT, COUNT * PIECE] into parts[first] and the ones behind it, [HEIGHT, PIECE] each."""
     if COUNT == 1:
         parts.index(first).store(sums)
     else:
@@ -102,7 +105,9 @@ def _multiply(
     x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K,
     HALF: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    """One half of every tile's rows. The first half's warps fetch for both, as soon as both have done with a turn."""
+    """Sums [HEIGHT, WIDTH], float32, of one half of each tile's rows. The first half's warps fetch for both, as soon as
+    both have done with a turn.
+    """
     STAGES: gl.constexpr = ws.shape[0]
     HEIGHT: gl.constexpr = xs.shape[1]
     WIDTH: gl.constexpr = ws.shape[1]
@@ -156,7 +161,7 @@ def _finish(
     HEIGHT: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Bias, activation and stores of both halves, one piece after another."""
+    """Bias [COUNT], activation and stores of both halves' sums, one piece [HEIGHT, PIECE] after another."""
     PIECE: gl.constexpr = parts.shape[2]
     STORED: gl.constexpr = WIDTH // PIECE // (2 if GATED else 1)  # pieces of a half
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -174,7 +179,8 @@ def _finish(
                     column = left + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
                     line = gl.load(bias + column, mask=column < COUNT, other=0.0)
                     value += line.to(gl.float32)[None, :]
-                if ACTIVATION >= 0:
+                if ACTIVATION >= 0:  # which is 0 of a sum below all float16, and no number of minus infinity
+                    value = gl.where(value == float("-inf"), -65504.0, value)
                     value = activate(value, ACTIVATION, True)
                 if GATED:
                     value *= parts.index(half * (WIDTH // PIECE) + STORED + piece).load(layout).to(gl.float32)
@@ -231,11 +237,13 @@ def specialized_gemm(
 ) -> torch.Tensor:
     """act(x W^T + bias). Every tensor on one device, contiguous, each row a multiple of 16 bytes.
 
+    x W^T has to be within x's type before the bias comes, as where cuBLAS computes it.
+
     Args:
         x: [M, K] in float16 or bfloat16.
         weight: [N, K]; gated: [2N, K] in stripes of ``STRIPE`` rows that divide N, and no bias.
         out: [M, N] in x's type, written.
-        bias: [N].
+        bias: [N], float32 or x's type.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION (not gated); gated: of the gate.
         group: Tiles of rows that share their weights in the L2.
         programs: How many stay; None: one per multiprocessor.
@@ -246,7 +254,7 @@ def specialized_gemm(
     _check(x, weight, out, bias, gated, activation)
     (rows, size), lines = x.shape, len(weight)
     tiles = triton.cdiv(rows, 2 * HEIGHT) * triton.cdiv(lines, WIDTH)
-    programs = min(programs or multiprocessors(x.device), tiles)
+    programs = min(multiprocessors(x.device) if programs is None else programs, tiles)
     blocks = (x, [HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH]), (out, [HEIGHT, PIECE])
     specialized_gemm_kernel[(programs,)](
         *(_described(tensor, block) for tensor, block in blocks), out if bias is None else bias, rows, lines, size,
@@ -275,9 +283,7 @@ def _check(
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
     expect.that(not gated or activation != NO_ACTIVATION, "a gated product needs an activation")
     expect.that(not gated or count % STRIPE == 0, f"stripes of {STRIPE} do not divide {count}")
-    for name, tensor in (("x", x), ("out", out)):
-        width = tensor.shape[-1] * tensor.element_size()
-        expect.that(width % 16 == 0, f"a row of {name} has {width} bytes, no multiple of 16")
+    expect.described(x=x, weight=weight, out=out)
 
 
-__all__ = ["BODY", "STRIPE", "TOLERANCES", "reference", "specialized_gemm"]
+__all__ = ["BODY", "STRIPE", "TILE", "TOLERANCES", "reference", "specialized_gemm"]

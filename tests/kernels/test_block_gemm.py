@@ -50,7 +50,7 @@ def test_descriptors_are_refused(device: Any, monkeypatch: pytest.MonkeyPatch) -
 
     make = Maker(device, torch.float16)
     if has_tensor_memory_access(make.device):
-        with pytest.raises(ValueError, match="a row has 72 bytes, no multiple of 16"):
+        with pytest.raises(ValueError, match="a row of x has 72 bytes, no multiple of 16"):
             block_gemm(make.normal(64, 36), make.normal(64, 36), make.poison(64, 64), tile=DESCRIBED)
     monkeypatch.setattr(features, "capability", lambda _: (8, 6))
     with pytest.raises(ValueError, match="tensor memory accelerator"):

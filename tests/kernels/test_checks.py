@@ -128,6 +128,8 @@ CASES: list[tuple[Callable[..., Any], Change, type[Exception], str]] = [
     (block_gemm, to("activation", -2), ValueError, "activation -2"),
     (wide_gemm, to("x", lambda x: x.bfloat16()), TypeError, "weight is torch.float16, not torch.bfloat16"),
     (wide_gemm, lambda a: {**a, "x": half(3, 30), "weight": half(8, 30)}, ValueError, "a row of x has 60 bytes"),
+    (wide_gemm, to("x", half(4, 32).flatten()[4:100].view(3, 32)), ValueError, "x starts at no multiple of 16 bytes"),
+    (wide_gemm, lambda a: {**a, "x": half(0, 32), "out": half(0, 8)}, ValueError, "x is empty"),
     (wide_gemm, lambda a: {**a, "gated": True, "weight": half(16, 32)}, ValueError, "a gated product has no bias"),
     (
         wide_gemm, lambda a: {**a, "gated": True, "weight": half(16, 32), "bias": None, "activation": SILU}, ValueError,

@@ -60,19 +60,41 @@ def test_agrees_with_the_reference(half: Maker, kind: Any, activation: int, prog
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 128, 20000])
-def test_any_number_of_rows(half: Maker, rows: int) -> None:
-    """Down to a tile whose second half has none; and more tiles than programs."""
-    x, weight, out = half.normal(rows, 64), half.normal(8, 64), half.poison(rows, 8)
+@pytest.mark.parametrize("size", [40, 64])
+def test_any_number_of_rows(half: Maker, rows: int, size: int) -> None:
+    """Down to a tile whose second half has none, and to a turn that is not full; and more tiles than programs."""
+    x, weight, out = half.normal(rows, size), half.normal(8, size), half.poison(rows, 8)
     specialized_gemm(x, weight, out)
     assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize("kind", TOLERANCES, ids=str)
 @pytest.mark.parametrize("group", [1, 3, 8])
-def test_gate_and_other_alternate_in_stripes(half: Maker, group: int) -> None:
-    x, weight, out = half.normal(ROWS, SIZE), half.normal(6 * STRIPE, SIZE), half.poison(ROWS, 3 * STRIPE)
+def test_gate_and_other_alternate_in_stripes(half: Maker, kind: Any, group: int) -> None:
+    x, weight = half.normal(ROWS, SIZE, dtype=kind), half.normal(6 * STRIPE, SIZE, dtype=kind)
+    out = half.poison(ROWS, 3 * STRIPE, dtype=kind)
     specialized_gemm(x, weight, out, gated=True, activation=SILU, group=group)
     expected = reference(x, weight, gated=True, stripe=STRIPE, activation=SILU)
-    assert_close(out, expected, 2 * TOLERANCES[torch.float16])  # two rounded sums are multiplied
+    assert_close(out, expected, 2 * TOLERANCES[kind])  # two rounded sums are multiplied
+
+
+@pytest.mark.parametrize("activation", [SILU, GELU_ERF, GELU_TANH])
+def test_an_activation_of_sums_below_all_float16_is_zero(half: Maker, activation: int) -> None:
+    x, weight, out = half.normal(8, 16).fill_(-200.0), half.normal(8, 16).fill_(200.0), half.poison(8, 8)
+    specialized_gemm(x, weight, out, activation=activation)
+    assert (out == 0).all()
+
+
+def test_runs_in_a_recording_whose_descriptors_are_gone(half: Maker) -> None:
+    x, weight, out = half.normal(ROWS, SIZE), half.normal(COUNT, SIZE), half.poison(ROWS, COUNT)
+    specialized_gemm(x, weight, out)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        specialized_gemm(x, weight, out)
+    x.copy_(half.normal(ROWS, SIZE))
+    out.fill_(float("nan"))
+    graph.replay()
+    assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
 
 
 def test_engines_lay_gates_out_in_these_stripes() -> None:

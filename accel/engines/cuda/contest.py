@@ -8,7 +8,6 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,9 +17,10 @@ from accel.storage import replace_file
 from accel.store import cache_folder
 
 _log = logging.getLogger("accel")
-_RUNS, _ROUNDS = 8, 8  # of a way in one recording; replays of each, in turn: clocks drift by more than ways differ
+_RUNS, _REPLAYS = 8, 3  # of a way in one recording; of that
+_TURNS = 3  # of each way: clocks drift by more than ways differ
 _NEVER = 1e9  # microseconds of what cannot run
-_NO_ROOM = math.inf  # of what had no memory left to run in: this process remembers it, the file does not
+_NOT_NOW = math.inf  # of what had no memory left, or could not be recorded: the process remembers it, the file does not
 _SCHEMA = 4  # of the file; raised when times are taken in another way
 Way = Callable[[], object]
 
@@ -61,7 +61,7 @@ class Contest:
                 times = _times_of(ways, evict)
                 if min(times.values()) >= _NEVER:
                     _log.warning("no way to compute %s could be timed here; the first one is taken", key)
-                if _NO_ROOM in times.values():
+                if _NOT_NOW in times.values():
                     self._unkept[key] = times
                 else:
                     self._keep(key, times)
@@ -88,49 +88,54 @@ class Contest:
 
 
 def _times_of(ways: Mapping[str, Way], before: Way) -> dict[str, float]:
-    """Microseconds of one run of each way, and of what is done before it.
+    """Microseconds of one run of each way, and of what is done before it: the best of several turns.
 
-    ``_NEVER`` where it cannot run, ``_NO_ROOM`` where other things have the memory now.
+    ``_NEVER`` where it cannot run, ``_NOT_NOW`` where it could not be timed.
     """
-    times: dict[str, float] = {}
-    graphs: dict[str, Any] = {}
-    pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None  # one: they never run at once
-    for name, way in ways.items():
-        try:
-            graphs[name] = _recording(way, before, pool)
-            times[name] = _NEVER
-        except torch.cuda.OutOfMemoryError:
-            times[name] = _NO_ROOM
-        except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
-            _log.debug("a way cannot run here: %s", error)
-            times[name] = _NEVER
-    for _ in range(_ROUNDS):
-        for name, graph in graphs.items():
-            times[name] = min(times[name], _replay_microseconds(graph))
+    times = {name: _microseconds(way, before) for name, way in ways.items()}
+    for _ in range(_TURNS - 1):
+        for name, way in ways.items():
+            if times[name] < _NEVER:
+                again = _microseconds(way, before)
+                times[name] = min(times[name], again) if again < _NEVER else again
     return times
 
 
-def _recording(way: Way, before: Way, pool: Any) -> Any:
-    """Several runs as a CUDA graph, with memory of a pool."""
-    for _ in range(2):
-        way()  # compiles, and lets ways within it be measured
-    torch.cuda.synchronize()
+def _microseconds(way: Way, before: Way) -> float:
+    """One turn."""
+    try:
+        for _ in range(2):
+            way()  # compiles, and lets ways within it be measured
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return _NOT_NOW
+    except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
+        _log.debug("a way cannot run here: %s", error)
+        return _NEVER
+    try:
+        return _replayed(way, before)
+    except Exception as error:  # no memory, or another thread's call that no recording survives
+        _log.debug("a way cannot be timed now: %s", error)
+        return _NOT_NOW
+
+
+def _replayed(way: Way, before: Way) -> float:
+    """Microseconds of a run in a recording of several, which is replayed a few times."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # A recording that fails leaves its own stream current, hence the first context.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
         for _ in range(_RUNS):
             before()
             way()
-    return graph
-
-
-def _replay_microseconds(graph: Any) -> float:
-    """Of one run in a recording."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    graph.replay()
-    stop.record()
-    stop.synchronize()
-    return 1e3 * float(start.elapsed_time(stop)) / _RUNS
+    best = _NEVER
+    for _ in range(_REPLAYS):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        best = min(best, 1e3 * start.elapsed_time(stop) / _RUNS)
+    return best
 
 
 def _slug(text: str) -> str:

@@ -39,6 +39,7 @@ from accel_kernels.norm import norm
 from accel_kernels.quantized_gather import quantized_gather
 from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
 from accel_kernels.quantized_gemv import quantized_gemv
+from accel_kernels.specialized_gemm import TILE as SPECIALIZED
 from accel_kernels.specialized_gemm import specialized_gemm
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
 from accel_kernels.wide_gemm import wide_gemm
@@ -70,7 +71,7 @@ class Products:
         self, dtype: torch.dtype, tensor_memory: bool, contest: Contest | None = None, *, warp_jobs: bool = False
     ) -> None:
         self.dtype, self._tensor_memory, self._contest = dtype, tensor_memory, contest
-        self._warp_jobs = warp_jobs
+        self._warp_jobs = warp_jobs and dtype.itemsize == 2
 
     def low(self, value: object) -> torch.Tensor:
         """A value as a [T, K] tensor of the engine's type."""
@@ -254,7 +255,7 @@ class Products:
         if self._tensor_memory and len(x) >= WIDE_ROWS:
             ways |= {f"{tile}": partial(wide_gemm, x, matrix.weight, out, tile=tile, **options) for tile in WIDE_TILES}
         if self._warp_jobs and len(x) >= WIDE_ROWS:
-            ways["specialized"] = partial(specialized_gemm, x, matrix.weight, out, **options)
+            ways[SPECIALIZED] = partial(specialized_gemm, x, matrix.weight, out, **options)
         blas = {"blas": partial(self._blas, x, matrix, kind, out)}
         return self._fastest(x, matrix, kind, blas | ways if kind is None else ways | blas)
 
@@ -277,7 +278,7 @@ class Products:
                 wide_gemm, x, matrix.weight, out, gated=True, activation=KINDS[kind], tile=tile
             )  # fmt: skip
         if self._warp_jobs and len(x) >= WIDE_ROWS and matrix.stripe == STRIPE:
-            ways["specialized"] = partial(
+            ways[SPECIALIZED] = partial(
                 specialized_gemm, x, matrix.weight, out, gated=True, activation=KINDS[kind]
             )  # fmt: skip
         ways["blas"] = partial(self._gated_blas, x, matrix, kind, out)

@@ -150,7 +150,7 @@ def _prepare_specialized(layer: Layer, rows: int, operands: Operands) -> Problem
     made = _linear(operands, layer, rows)
     out = operands.unwritten(rows, layer.outputs)
     return Problem(
-        {"halves of 64 x 256": lambda i: specialized.specialized_gemm(made.x, made.weights(i), out, **made.options)},
+        {specialized.TILE: lambda i: specialized.specialized_gemm(made.x, made.weights(i), out, **made.options)},
         made.peer(),
         lambda: specialized.reference(made.x, made.weights(0), stripe=layer.stripe, **made.options),
         size_of(made.x, made.weights(0), made.options.get("bias"), out),

@@ -107,7 +107,7 @@ def test_what_had_no_room_is_measured_by_the_next_process(
     measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another program may have had the memory; this process does not try again and again."""
-    monkeypatch.setitem(TIMES, "third", contest._NO_ROOM)
+    monkeypatch.setitem(TIMES, "third", contest._NOT_NOW)
     here = Contest(gpu(), tmp_path)
     assert here.pick("a shape", ways("third", "second")) == here.pick("a shape", ways("third", "second")) == "second"
     assert measured == ["third", "second"] and not list(tmp_path.iterdir())
@@ -119,7 +119,7 @@ def test_a_way_that_finds_no_room() -> None:
     def fail() -> None:
         raise torch.cuda.OutOfMemoryError
 
-    assert contest._times_of({"way": fail}, lambda: None) == {"way": contest._NO_ROOM}
+    assert contest._times_of({"way": fail}, lambda: None) == {"way": contest._NOT_NOW}
 
 
 def test_a_way_that_fails_loses() -> None:
@@ -129,21 +129,44 @@ def test_a_way_that_fails_loses() -> None:
     assert contest._times_of({"way": fail}, lambda: None) == {"way": contest._NEVER}
 
 
-def test_ways_take_turns_and_the_best_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clocks that slow down meanwhile slow all of them; a way that cannot run takes no turn."""
+def turns_of(monkeypatch: pytest.MonkeyPatch, replayed: Callable[[str, int], float]) -> list[str]:
+    """Lets turns be timed by a function of the way's name and the turn; returns who had one."""
     turns: list[str] = []
 
-    def replay(name: str) -> float:
-        turns.append(name)
-        return len(turns) + (0.5 if name == "slower" else 0.0)
+    def replay(way: Callable[[], str], before: Callable[[], object]) -> float:
+        turns.append(way())
+        return replayed(turns[-1], len(turns))
 
-    def recording(way: Callable[[], str], before: Callable[[], object], pool: Any) -> str:
-        if way() == "broken":
-            raise RuntimeError("out of resource")
-        return way()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(contest, "_replayed", replay)
+    return turns
 
-    monkeypatch.setattr(contest, "_recording", recording)
-    monkeypatch.setattr(contest, "_replay_microseconds", replay)
-    found = contest._times_of(ways("faster", "broken", "slower"), lambda: None)
-    assert turns == ["faster", "slower"] * contest._ROUNDS
+
+def test_ways_take_turns_and_the_best_of_each_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks that slow down meanwhile slow all of them; a way that cannot run takes no turn."""
+    turns = turns_of(monkeypatch, lambda name, turn: turn + (0.5 if name == "slower" else 0.0))
+
+    def broken() -> None:
+        raise RuntimeError("out of resource")
+
+    found = contest._times_of({**ways("faster"), "broken": broken, **ways("slower")}, lambda: None)
+    assert turns == ["faster", "slower"] * contest._TURNS
     assert found == {"faster": 1.0, "broken": contest._NEVER, "slower": 2.5}
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError, RuntimeError])
+def test_a_recording_that_fails_costs_that_way_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: type[Exception]
+) -> None:
+    """Nothing of it is kept: the next process may be able to."""
+
+    def replayed(name: str, turn: int) -> float:
+        if name == "second" and turn > 2:
+            raise error("operation not permitted when a stream is capturing")
+        return TIMES[name]
+
+    turns = turns_of(monkeypatch, replayed)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    made = Contest(gpu(), tmp_path)
+    assert made.pick("a shape", ways("first", "second")) == made.pick("a shape", ways("first", "second")) == "first"
+    assert turns == ["first", "second", "first", "second", "first"] and not list(tmp_path.iterdir())
