@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle
@@ -187,7 +188,7 @@ class Addition:
     def _write(self) -> tuple[ir.Model, ir.Model, GraphEntry]:
         """(canonical graph with the weights as they are now, lowered graph, its entry)."""
         from accel import __version__
-        from accel.graph.external import StoredTensors, external_files, read_stored, write_external
+        from accel.graph.external import StoredTensors, external_files, write_external
         from accel.graph.save import load_canonical, save_graph
 
         arch, entry = self.bundle.manifest.arch, self.bundle.graph(BASE, CANONICAL)
@@ -199,7 +200,7 @@ class Addition:
         self.progress.stage("Writing the weights")
         # Other precisions keep nothing in fp32's file: an engine's key covers the variant's own files alone.
         keep = self.bundle.path if self.files.reads_base else None
-        lender = next((path for path in self.files.kin() if read_stored(model, path)), None)
+        lender = next((path for path in self.files.kin() if _lends(path, model)), None)
         stored = StoredTensors([*([] if lender is None else [lender]), *self.files.stored()])
         write_external(model, self.files.new_weights(self.extension.path), keep, self.progress.advance, stored)
         names = tuple(f"layers.{index}.attention" for index in range(len(arch.layers)))
@@ -324,6 +325,17 @@ class Addition:
                 return manifest
         variant = dataclasses.replace(manifest.variants[self.variant], quality=quality)
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant})
+
+
+def _lends(graph: Path, model: ir.Model) -> bool:
+    """Whether the model's weights could be read from where a graph's lie, and are now."""
+    from accel.graph.external import read_stored
+
+    try:
+        return read_stored(model, graph)
+    except (OSError, ValueError) as error:  # damaged, or links: then the weights are written once more
+        _log.debug("the weights of %s are not shared: %s", graph.name, error)
+        return False
 
 
 def _record(report: QuantizationReport, sha256: str | None) -> Quantization:

@@ -126,6 +126,14 @@ def test_other_integers_share_nothing(decoder: Path) -> None:
     assert bundle.weights("w4g32+kv8", "cuda") == bundle.variant("w4g32+kv8").weights == ("w4g32+kv8.weights",)
 
 
+def test_what_cannot_be_read_is_not_shared(decoder: Path, tmp_path: Path) -> None:
+    """A file with two names: its tensors are refused, and the addition does without."""
+    add(decoder, "fp16")
+    (tmp_path / "another").hardlink_to(decoder / "fp16.weights")
+    bundle = add(decoder, "fp16+kv8")
+    assert bundle.weights("fp16+kv8", "cuda") == ("fp16+kv8.weights",)
+
+
 @pytest.mark.parametrize("order", [PAIRS[0], PAIRS[2], PAIRS[2][::-1]], ids=" ".join)
 def test_the_first_is_lowered_again_with_the_same_weights(order: tuple[str, str], decoder: Path) -> None:
     add(decoder, order[0])
