@@ -93,6 +93,21 @@ def load_program(path: Path, device: torch.device, dtype: torch.dtype) -> Progra
     return program
 
 
+def weight_bytes(path: Path) -> int:
+    """Bytes of the weight files that a graph reads, each once: they may hold what other graphs read.
+
+    Raises:
+        BundleError: The file is no graph.
+    """
+    try:
+        values = ir.load(path).graph.initializers.values()
+    except (OSError, ValueError, KeyError) as error:
+        raise BundleError(f"The graph cannot be read: {error}", where=path.name, remedy="Quantize it again") from error
+    stored = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+    spans = {(str(tensor.location), tensor.offset or 0): tensor.nbytes for tensor in stored}
+    return sum(spans.values())
+
+
 class _Loader:
     def __init__(self, program: Program, graph: ir.Graph, device: torch.device) -> None:
         self._program, self._graph, self._device = program, graph, device
@@ -169,4 +184,4 @@ def _striped(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return pair.reshape(-1, width).contiguous()
 
 
-__all__ = ["DOMAIN", "Matrix", "Program", "load_program", "stripe_of"]
+__all__ = ["DOMAIN", "Matrix", "Program", "load_program", "stripe_of", "weight_bytes"]

@@ -80,9 +80,9 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
 
             return CudaEncoderSession(path, arch, chosen, device, dtype, kept)
         from accel.engines.cuda.decoder import CudaDecoderSession
+        from accel.engines.cuda.program import weight_bytes
 
-        weights = sum(bundle.manifest.files[name].size for name in bundle.weights(chosen, TARGET))
-        memory = device.free_memory()
+        weights, memory = weight_bytes(path), device.free_memory()
         left = None if memory is None else int(max(0, memory - weights) * _SHARE_LEFT)
         if left == 0:
             what = f"the weights take {weights:,} bytes, and the GPU has {memory:,} free"

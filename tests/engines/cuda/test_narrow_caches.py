@@ -16,6 +16,7 @@ from accel.bundle import Bundle
 from accel.compress import kv_scales
 from accel.engines import open_session
 from accel.engines.cuda.device import INTERPRETED, Device
+from accel.engines.cuda.program import weight_bytes
 from accel.engines.cuda.registry import open_cuda, pick_precision, probe
 from accel.engines.kv_cache import bytes_per_token, cache_item_bytes, rounded_cache
 from accel.engines.session import SessionOptions
@@ -133,7 +134,7 @@ def test_a_byte_per_number(added: tuple[Bundle, str], session: Any, monkeypatch:
     attention = next(operator for operator in token.operators if operator.name == "CachedAttention")
     cached, layer = 21 * bytes_per_token(arch, 1), arch.layers[0]
     assert cached <= attention.bytes < cached + len(arch.layers) * 8 * layer.heads * layer.head_dim * 3
-    weights = sum(bundle.manifest.files[name].size for name in bundle.weights(variant, "cuda"))
+    weights = weight_bytes(bundle.file(bundle.graph(variant, "cuda").file))
     room = 100 * ROWS * bytes_per_token(arch, 1) * 2  # half of what is free is the default's
     monkeypatch.setattr(Device, "free_memory", lambda _: weights + int(room / 0.9) + 9)
     opened: Any = open_cuda(bundle, variant, SessionOptions(max_batch=ROWS))

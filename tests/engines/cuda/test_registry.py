@@ -12,6 +12,9 @@ import pytest
 import accel
 from accel.bundle import Bundle
 from accel.engines.cuda import registry
+from accel.engines.cuda.program import weight_bytes
+from accel.errors import BundleError
+from tests.graph.test_external import QKV, graph, write
 from tests.parity.families import ALL, build_model
 
 
@@ -52,3 +55,14 @@ def test_no_command_is_advised_that_is_refused(decoder: Path, variant: str, said
     variants = {**opened.manifest.variants, variant: opened.variant("fp32")}
     bundle = Bundle(opened.path, dataclasses.replace(opened.manifest, variants=variants))
     assert said.format(command=f"accel quantize {opened.path} --variant") in str(registry.probe(bundle, variant))
+
+
+def test_weights_take_what_the_graph_reads_and_not_their_files(tmp_path: Path) -> None:
+    """One file may hold another graph's weights too."""
+    write(tmp_path, "all", graph(QKV))
+    write(tmp_path, "some", graph({"q": QKV["q"], "k": QKV["k"]}), "all")
+    assert weight_bytes(tmp_path / "some.onnx") == QKV["q"].nbytes + QKV["k"].nbytes
+    assert weight_bytes(tmp_path / "all.onnx") == sum(array.nbytes for array in QKV.values())
+    (tmp_path / "some.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="cannot be read"):
+        weight_bytes(tmp_path / "some.onnx")
