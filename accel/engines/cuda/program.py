@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from google.protobuf.message import DecodeError
 
 from accel.engines.torch_operators import ROUNDED, to_torch
 from accel.errors import BundleError
@@ -84,8 +85,8 @@ def load_program(path: Path, device: torch.device, dtype: torch.dtype) -> Progra
     Raises:
         BundleError: The file is no such graph, or its weights are missing.
     """
+    model = _read(path)
     try:
-        model = ir.load(path)
         program = Program(list(model.graph), list(model.graph.inputs), list(model.graph.outputs), dtype)
         _Loader(program, model.graph, device).run()
     except (OSError, ValueError, KeyError) as error:
@@ -99,13 +100,17 @@ def weight_bytes(path: Path) -> int:
     Raises:
         BundleError: The file is no graph.
     """
-    try:
-        values = ir.load(path).graph.initializers.values()
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"The graph cannot be read: {error}", where=path.name, remedy="Quantize it again") from error
+    values = _read(path).graph.initializers.values()
     stored = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
     spans = {(str(tensor.location), tensor.offset or 0): tensor.nbytes for tensor in stored}
     return sum(spans.values())
+
+
+def _read(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except (OSError, ValueError, KeyError, DecodeError) as error:
+        raise BundleError(f"The graph cannot be read: {error}", where=path.name, remedy="Quantize it again") from error
 
 
 class _Loader:
