@@ -10,6 +10,7 @@ from typing import Any
 from accel.bench.plot import Panel, draw_panels
 from accel.errors import InputError
 
+PAUSED = "first_token_after_pause_ms"  # where nothing was measured in quick succession
 DRAWN = ("decoder", "genai", "transformers", "encoder")  # of the file's parts
 _AGAIN = "Files that this version of scripts/benchmark_cuda.py wrote are drawn: measure again"
 Row = dict[str, Any]
@@ -71,10 +72,21 @@ def _token_panels(parts: dict[str, list[Row]]) -> list[Panel]:
     rows = [row for part in ("decoder", "genai", "transformers") for row in parts.get(part, [])]
     panels = []
     for batch in dict.fromkeys(row["batch"] for row in rows if "per_token_ms" in row):
-        for name, metric in (("token", "per_token_ms"), ("first token", "first_token_ms")):
-            own = [row for row in rows if row["batch"] == batch and metric in row]
-            panels.append(Panel(f"{name}, batch {batch}, ms", [_bar(row, row[metric]) for row in own]))
+        own = [row for row in rows if row["batch"] == batch]
+        tokens = [_bar(row, row["per_token_ms"]) for row in own if "per_token_ms" in row]
+        panels.append(Panel(f"token, batch {batch}, ms", tokens))
+        panels.append(Panel(f"first token, batch {batch}, ms", [bar for row in own for bar in _first_token(row)]))
     return panels
+
+
+def _first_token(row: Row) -> list[tuple[str, float, bool]]:
+    """In quick succession, as peers' are; else after a pause, and the label says so."""
+    if "first_token_ms" in row:
+        return [_bar(row, row["first_token_ms"])]
+    if PAUSED not in row:
+        return []
+    label, value, ours = _bar(row, row[PAUSED])
+    return [(f"{label}, after a pause", value, ours)]
 
 
 def _encoder_panels(parts: dict[str, list[Row]]) -> list[Panel]:

@@ -66,6 +66,20 @@ def test_every_row_stands_beside_its_peers(
     assert drawn[1].startswith("A GPU, 2026-11-20;") and drawn[2] == Path("x.png")
 
 
+def test_a_first_token_after_a_pause_is_called_so(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where none was measured in quick succession."""
+    drawn: list[Any] = []
+    monkeypatch.setattr(gpu_figures, "draw_panels", lambda *given: drawn.extend(given))
+    paused = {"per_token_ms": [0.5], "first_token_after_pause_ms": [4.0]}
+    row = {"engine": "cuda", "variant": "fp16", "batch": 1}
+    figures = {**FIGURES, "decoder": [row | paused, row | {"variant": "bf16"} | paused | TIMES]}
+    assert script.main(["--json", written(tmp_path, figures), "--plot", "x.png"]) == 0
+    first = [("accel cuda fp16, after a pause", 4.0, True), ("accel cuda bf16", 2.0, True)]
+    assert drawn[0][1].bars[:2] == first
+
+
 def test_it_is_a_picture(script: ModuleType, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / "plot.png"
