@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accel.bundle import Bundle, BundleWriter
+from accel.capabilities import install_export
 from accel.errors import AccelError, DependencyError, InputError
 from accel.manifest import SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, ParityResult, PassReport, Variant
 from accel.recipe import ParityRecipe, Recipe, load_recipe
@@ -119,7 +120,7 @@ def _check_packages() -> None:
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         what = f"Exporting needs packages that are not installed: {', '.join(missing)}"
-        raise DependencyError(what, remedy='Install them: pip install "accelrt[export]"')
+        raise DependencyError(what, remedy=f"Install them: {install_export(missing)}")
 
 
 @dataclass

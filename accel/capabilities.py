@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -136,6 +136,16 @@ def clash_of(versions: Callable[[str], str | None] = version_of) -> tuple[tuple[
     if len(found) <= 1:
         return found, None
     return found, f"{' and '.join(found)} are installed into the same folder and overwrite each other's files"
+
+
+def install_export(missing: Sequence[str]) -> str:
+    """The pip command for modules that the extra ``export`` brings.
+
+    They are named one by one where it would put onnxruntime over another flavour's files.
+    """
+    if any(version_of(name) is not None for name in ONNXRUNTIME_FLAVOURS if name != "onnxruntime"):
+        return f"pip install {' '.join(missing).replace('_', '-')}"
+    return 'pip install "accelrt[export]"'
 
 
 def probe_onnxruntime() -> OnnxRuntime:
@@ -332,4 +342,13 @@ def as_json(found: Capabilities) -> dict[str, Any]:
     return result
 
 
-__all__ = ["Capabilities", "EngineStatus", "OnnxRuntime", "Package", "as_json", "probe", "probe_onnxruntime"]
+__all__ = [
+    "Capabilities",
+    "EngineStatus",
+    "OnnxRuntime",
+    "Package",
+    "as_json",
+    "install_export",
+    "probe",
+    "probe_onnxruntime",
+]

@@ -26,7 +26,7 @@ def quantize(options: Namespace) -> int:
     from accel.quality import Gate
     from accel.scheme import parse_scheme
     from accel.variant_targets import default_targets, find_target
-    from accel.variants import check_addition, is_current, read_choices
+    from accel.variants import check_addition, check_packages, is_current, read_choices
 
     bundle = Bundle.open(options.bundle)
     before = {name: entry.size for name, entry in bundle.manifest.files.items()}
@@ -38,6 +38,9 @@ def quantize(options: Namespace) -> int:
     choices |= {"measure": not options.no_quality, "keep": _read_keep(options.keep)}
     quantizing = read_choices(**choices, gate=Gate(options.max_q_drop, options.min_cosine))
     checked = [check_addition(bundle, name, target, quantizing) for name, target in wanted]
+    for scheme, target in checked:
+        if not is_current(bundle, scheme.name, target.name):
+            check_packages(scheme, target, not options.no_parity)
     known = []
     for scheme, target in checked:
         if is_current(bundle, scheme.name, target.name):

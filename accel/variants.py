@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import BundleError, QualityError, StorageError
+from accel.capabilities import install_export
+from accel.errors import BundleError, DependencyError, QualityError, StorageError
 from accel.manifest import GraphEntry
 from accel.quality import Gate, Settings, measure_reference, measure_variant, resolve_text
 from accel.scheme import Scheme, parse_scheme
@@ -82,6 +84,7 @@ def add_variant(
         BundleError: It is damaged, its weight file has hard links, or an outdated variant cannot be lowered again.
         ExportError: A weight exceeds the variant's range, or a layer has no lowering.
         StorageError: Writing failed; nothing was added.
+        DependencyError: A package that this variant needs is missing.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     quantizing = read_choices(
@@ -91,6 +94,7 @@ def add_variant(
     scheme, chosen = check_addition(opened, variant, target, quantizing)
     if not is_current(opened, scheme.name, chosen.name):
         with _outdated_in_words(opened, scheme.name, chosen.name):
+            check_packages(scheme, chosen, check)
             from accel.exporter.progress import ExportProgress
 
             with BundleExtension(opened) as extension, ExportProgress(show_progress) as progress:
@@ -139,6 +143,25 @@ def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing:
     check_target(arch, asked, chosen)
     quantizing.check(arch.kind, asked, chosen)
     return scheme, chosen
+
+
+def check_packages(scheme: Scheme, target: Target, check: bool) -> None:
+    """Refuses a variant that cannot be made or compared with the packages that are here, before anything is begun.
+
+    Raises:
+        DependencyError: Names the packages, and the pip command that brings them.
+    """
+    needed = {
+        "onnx": True,
+        "onnx_ir": True,
+        "onnxruntime": True,  # computes tables of positions, and what graphs are compared with
+        "onnxscript": not target.rounds,  # folds constants, which is left to OpenVINO
+        "torch": scheme.quantized or scheme.base == "fp8" or (check and not target.rounds),
+    }
+    missing = [name for name, wanted in needed.items() if wanted and find_spec(name) is None]
+    if missing:
+        what = f"Adding {scheme.name} for {target.title} needs packages that are not installed: {', '.join(missing)}"
+        raise DependencyError(what, remedy=f"Install them: {install_export(missing)}")
 
 
 def is_current(bundle: Bundle, variant: str, target: str = DEFAULT) -> bool:
@@ -201,4 +224,4 @@ def _outdated_in_words(bundle: Bundle, variant: str, target: str) -> Iterator[No
         raise BundleError(what, where=str(bundle.path), remedy=remedy) from error
 
 
-__all__ = ["LIMITS", "add_variant", "canonical_graph", "check_addition", "is_current", "read_choices"]
+__all__ = ["LIMITS", "add_variant", "canonical_graph", "check_addition", "check_packages", "is_current", "read_choices"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import accel
+from accel import capabilities
 from accel.bundle import Bundle
 from accel.cli import main
-from accel.errors import InputError, QualityError
+from accel.errors import DependencyError, InputError, QualityError
 from accel.graph.lowering.versions import VERSIONS
 from accel.manifest import Quantization
 from accel.quality import Report, VariantReport, render_page, render_text, save_quality
@@ -205,3 +207,55 @@ def test_layers_that_stay_float_are_reported(decoder: Path) -> None:
     assert json.loads(found.to_json())["variants"][0]["quantization"]["kept"] == record.kept
     older = {key: value for key, value in to_dict(record).items() if key != "kept"}
     assert from_dict(Quantization, older, "manifest.json") == dataclasses.replace(record, kept={})
+
+
+@pytest.mark.parametrize(
+    ("variant", "target", "check", "missing"),
+    [
+        ("fp16", "cuda", True, ("onnxscript",)),  # what the extra cuda lacks
+        ("fp16", "ort-cuda", True, ("onnx_ir", "onnxscript", "torch")),  # cpu
+        ("fp16", "tensorrt", True, ("torch",)),
+        ("fp16", "tensorrt", False, ("onnxruntime",)),
+        ("w8g32", "ort-cpu", False, ("torch",)),
+    ],
+)
+def test_missing_packages_are_named_before_anything_is_made(
+    decoder: Path, variant: str, target: str, check: bool, missing: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    before = content(decoder)
+    for name in (*missing, "transformers"):  # that one is never needed
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError, match=f"not installed: {', '.join(missing)}. .*accelrt.export") as caught:
+        add_variant(decoder, variant, target=target, check=check)
+    command = ["quantize", str(decoder), "--variant", variant, "--target", target]
+    assert main([*command, *["--no-parity"] * (not check)]) == 1
+    printed = capsys.readouterr().err
+    assert caught.value.what in printed and "Lowering" not in printed and content(decoder) == before
+
+
+def test_a_missing_package_of_the_last_target_stops_the_first(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = content(decoder)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    command = ["quantize", str(decoder), "--variant", "fp16", "--variant", "w8g32", "--target", "cuda", "--no-parity"]
+    assert main(command) == 1 and "Adding w8g32 for the cuda engine needs" in capsys.readouterr().err
+    assert content(decoder) == before
+
+
+def test_missing_packages_are_named_one_by_one_beside_onnxruntime_gpu(
+    decoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra would put onnxruntime over its files."""
+    monkeypatch.setattr(capabilities, "version_of", {"onnxruntime-gpu": "1.32.0"}.get)
+    for name in ("onnx_ir", "onnxscript"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DependencyError, match="Install them: pip install onnx-ir onnxscript$"):
+        add_variant(decoder, "fp16", target="cuda")
+
+
+def test_packages_that_a_variant_can_do_without(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "bf16" in add_variant(decoder, "bf16", target="cuda", check=False).manifest.variants

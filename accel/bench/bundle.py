@@ -16,7 +16,7 @@ from accel.bench.machine import describe_machine, today
 from accel.bench.roofline import ENGINE, Roofline, measure_roofline
 from accel.bench.stats import Ratio, median, paired_ratio
 from accel.bundle import Bundle
-from accel.engines import DEVICES
+from accel.engines import DEVICES, refuse_without_gpu
 from accel.errors import EngineError, EngineUnavailableError, InputError, StorageError
 from accel.machine import available_cores
 from accel.manifest import Manifest
@@ -132,10 +132,10 @@ def bench_bundle(
         raise InputError(f"rounds must be at least 1, not {rounds}", where="rounds", remedy="Leave it out for 7")
     place, contestants, passed_over = find_contestants(bundle, device)
     if not contestants:
+        refuse_without_gpu(bundle, device)
         reasons = "; ".join(f"{engine}: {reason}" for engine, reason in passed_over.items())
-        remedy = "Mend one of the reasons; accel doctor helps"
         what = f"no engine can run this bundle here ({reasons})"
-        raise EngineUnavailableError(what, where=str(path), remedy=remedy)
+        raise EngineUnavailableError(what, where=str(path), remedy="Mend one of the reasons; accel doctor helps")
     if with_limits and place == "cpu":
         say("measuring what this machine allows")
     limits = measure_limits(threads) if with_limits and place == "cpu" else None

@@ -124,7 +124,8 @@ def open_session(
             installed is passed over all the same if the other one is.
 
     Raises:
-        EngineUnavailableError: No engine (or not the one asked for, or with ``strict`` not the first) can run it.
+        EngineUnavailableError: No engine (or not the one asked for, or with ``strict`` not the first) can run it;
+            lists the reasons, or says that ``cuda`` was asked for and there is no GPU.
         InputError: An unknown engine or device, or an option out of range.
         CapacityError: The cache asked for does not fit.
         BundleError: The bundle has no such variant.
@@ -193,6 +194,8 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
         news.append(Fallback(engine.name, reason))
         if request.strict and not _has_twin(engine, request):
             break
+    if not request.named and not replacing:  # one that broke had found a GPU
+        refuse_without_gpu(request.bundle, request.device)
     raise _unavailable(request, _latest([*old, *news]))
 
 
@@ -259,6 +262,20 @@ def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:
     return f"it has no {kind} KV cache; {candidate.variant!r} runs on {able}"
 
 
+def refuse_without_gpu(bundle: Bundle, device: str) -> None:
+    """For a caller whom no engine on a device serves: without a GPU, no package that an engine lacks would help.
+
+    Raises:
+        EngineUnavailableError: The device is ``cuda``, and there is no GPU, or it is hidden from this process.
+    """
+    what = hidden_gpu() if device == "cuda" else None
+    if device != "cuda" or (what is None and has_nvidia_device()):
+        return
+    what = what or "There is no NVIDIA GPU here, and device 'cuda' needs one"
+    remedy = 'Leave the device out, or take device="cpu" (--device cpu): engines on the CPU run this bundle'
+    raise EngineUnavailableError(what, where=str(bundle.path), remedy=remedy)
+
+
 def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineUnavailableError:
     reasons = "; ".join(f"{fallback.engine}: {fallback.reason}" for fallback in passed_over)
     first = request.strict and not request.named
@@ -276,4 +293,5 @@ __all__ = [
     "SessionOptions",
     "open_session",
     "pick_variant",
+    "refuse_without_gpu",
 ]

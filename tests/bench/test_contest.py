@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 import accel.bench.contest as contest
+from accel.bench.bundle import bench_bundle
 from accel.bench.cases import Case
 from accel.bench.client import WorkerFailure
 from accel.bench.contest import TORCH, Arena, Contestant, Outcome, choose, cost_of, find_contestants, rows_of
 from accel.bundle import Bundle
 from accel.engines import ENGINES, Engine
-from accel.errors import DependencyError
+from accel.errors import DependencyError, EngineUnavailableError
 from accel.measurements import Measured
 from tests.engines.tiny_llama import draw_weights, write_bundle
 
@@ -171,6 +172,16 @@ def test_a_gpu_is_measured_where_one_runs(bundle: Bundle, monkeypatch: pytest.Mo
     place, found, passed_over = find_contestants(bundle, "auto")
     assert (place, found[0].engine, passed_over) == ("cpu", "cpu", {"gpu": "no driver"})
     assert find_contestants(bundle, "cuda")[1] == []
+
+
+def test_a_gpu_that_is_not_there_is_said_in_a_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry(monkeypatch, like_ort("gpu", "pip install it", device="cuda"), like_ort("cpu"))
+    monkeypatch.setattr("accel.engines.hidden_gpu", lambda: None)
+    for present, message in ((False, "^There is no NVIDIA GPU here"), (True, "gpu: pip install it")):
+        monkeypatch.setattr("accel.engines.has_nvidia_device", lambda present=present: present)
+        with pytest.raises(EngineUnavailableError, match=message) as caught:
+            bench_bundle(bundle.path, 1, 1, ((1, 8),), 8, 8, False, False, device="cuda")
+        assert ("pip" in str(caught.value)) is present
 
 
 def test_a_probe_that_raises_is_a_reason(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,10 +60,27 @@ def test_strict_and_named_engines_do_not_fall_back(bundle: Bundle) -> None:
         open_session(bundle, engine="ort-cpu", options=OPTIONS)
 
 
-def test_cuda_has_an_honest_reason_per_engine(bundle: Bundle) -> None:
+def test_cuda_has_an_honest_reason_per_engine(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "has_nvidia_device", lambda: True)
+    monkeypatch.setattr(engines, "hidden_gpu", lambda: None)
     with pytest.raises(EngineUnavailableError) as caught:
         open_session(bundle, device="cuda", options=OPTIONS)
     assert "ort-cpu: it runs on cpu only" in str(caught.value) and "torch: it runs on cpu only" in str(caught.value)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("hidden", [None, "no device files"])
+def test_cuda_without_a_gpu_is_said_in_a_line(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, strict: bool, hidden: str | None
+) -> None:
+    """What each engine lacks would be of no use, and installing it could cost the engine that runs here."""
+    monkeypatch.setattr(engines, "has_nvidia_device", lambda: False)
+    monkeypatch.setattr(engines, "hidden_gpu", lambda: hidden)
+    with pytest.raises(EngineUnavailableError, match=f"^{hidden or 'There is no NVIDIA GPU here'}") as caught:
+        open_session(bundle, device="cuda", options=OPTIONS, strict=strict)
+    assert 'device="cpu"' in str(caught.value) and "pip" not in str(caught.value)
+    with pytest.raises(EngineUnavailableError, match="ort-cpu: it runs on cpu only, not on cuda"):
+        open_session(bundle, device="cuda", engine="ort-cpu", options=OPTIONS)
 
 
 def flavours(monkeypatch: pytest.MonkeyPatch, *installed: str, runs: tuple[str, ...] = ()) -> None:

@@ -47,7 +47,7 @@ def test_bad_arguments(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown engine 'orr'"):
         accel.load(path, engine="orr")
     with pytest.raises(EngineUnavailableError, match="ort-cpu: it runs on cpu only, not on cuda"):
-        accel.load(path, device="cuda")
+        accel.load(path, device="cuda", engine="ort-cpu")
     with pytest.raises(BundleError, match="no variant 'int4'"):
         accel.load(path, variant="int4")
     with pytest.raises(BundleError, match="no bundle directory"):
