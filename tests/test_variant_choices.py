@@ -69,6 +69,15 @@ def test_what_would_be_ignored_is_refused(
     assert content(decoder) == before
 
 
+@pytest.mark.parametrize(("cache", "remedy"), [("kv8", "; kv8 runs on ort-cpu"), ("kvfp8", "")])
+def test_a_cache_alone_for_a_named_target(decoder: Path, cache: str, remedy: str) -> None:
+    """The caller's target counts: the command is for that one."""
+    with pytest.raises(InputError) as caught:
+        add_variant(decoder, cache, target="cuda")
+    command = f"accel quantize {Bundle.open(decoder).path} --variant fp16+{cache} --target cuda"
+    assert caught.value.remedy == command + remedy
+
+
 ONE_REASON = [
     ("w4g32+kv8", r"Take w4g32, which runs on ort-cpu, tensorrt, cuda, ort-cuda"),
     ("fp16+kvfp8", r"Take fp16, which runs on tensorrt, cuda, ort-cuda"),
