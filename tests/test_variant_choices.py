@@ -148,7 +148,19 @@ def test_a_variant_that_is_there_is_held_too(decoder: Path, capsys: pytest.Captu
     assert "0.1 is allowed" in capsys.readouterr().err
     add_variant(decoder, "w8g32", max_q_drop=0.6)
     assert main(["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "gptq"]) == 0
-    assert "w8g32/ort-cpu was there already and stays as it was made" in capsys.readouterr().out
+    said = "w8g32/ort-cpu was there already and stays as it was made"
+    told = capsys.readouterr().out
+    assert f"{said}; not applied: --algorithm. To make it otherwise, export the model again" in told
+    assert content(decoder) == before
+    plain = ["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "rtn"]
+    assert main(plain) == 0  # it was made so
+    assert f"{said}\n" in capsys.readouterr().out
+    text = decoder.parent / "text"
+    text.write_text("Some words.\n\nA few more.\n")
+    assert main([*plain, "--keep", "*=8", "--head-bits", "8", "--text", str(text), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["known"], found["added"]) == (["w8g32/ort-cpu"], {})
+    assert found["not_applied"] == {"w8g32/ort-cpu": ["--head-bits", "--text", "--keep"]}
     assert content(decoder) == before
 
 
