@@ -19,7 +19,7 @@ from accel.errors import BundleError, InputError, StorageError
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, Variant
 from accel.refusals import how_to_get
 from accel.schema import from_dict, suggest, to_dict
-from accel.scheme import BASES, QUANTIZED
+from accel.scheme import BASES, QUANTIZED, suggest_variant
 from accel.spec import ArchSpec
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
@@ -124,7 +124,7 @@ class Bundle:
         try:
             return how_to_get(self.path, self.manifest.arch.kind, name, graphs)
         except InputError:
-            return suggest(name, list(dict.fromkeys([*graphs, *BASES, *QUANTIZED])))
+            return suggest_variant(name, list(dict.fromkeys([*graphs, *BASES, *QUANTIZED])))
 
     def graph(self, variant: str, target: str) -> GraphEntry:
         """The graph of a variant for a target such as ``canonical`` or ``ort-cpu``.

@@ -125,12 +125,17 @@ def how_to_get(path: Path, kind: Kind, name: str, graphs: Mapping[str, Collectio
 
 def _others(kind: Kind, scheme: Scheme) -> Iterator[tuple[str, list[str]]]:
     """Targets that refuse a scheme, and what they take beside a cache like its own; without those that take nothing."""
-    cache = scheme.name.rpartition("+")[2]
-    names = [f"{weights}+{cache}" for weights in (*BASES, *QUANTIZED)]
     for target in _RULES:
-        taken = [name for name in names if refusal(target, kind, parse_scheme(name)) is None]
+        taken = beside_cache(target, kind, scheme)
         if taken and scheme.name not in taken:
             yield target, taken
 
 
-__all__ = ["NO_CACHE", "how_to_get", "refusal", "refusal_by_name", "takers"]
+def beside_cache(target: str, kind: Kind, scheme: Scheme) -> list[str]:
+    """The variants with a scheme's cache that a target takes."""
+    cache = scheme.name.rpartition("+")[2]
+    names = [f"{weights}+{cache}" for weights in (*BASES, *QUANTIZED)]
+    return [name for name in names if refusal(target, kind, parse_scheme(name)) is None]
+
+
+__all__ = ["NO_CACHE", "beside_cache", "how_to_get", "refusal", "refusal_by_name", "takers"]

@@ -49,8 +49,13 @@ def to_dict(value: object) -> Any:
 
 def suggest(name: str, known: list[str]) -> str:
     """One sentence that points from an unknown name to the nearest known one, or lists them all."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean '{near[0]}'?" if near else "Known: " + (", ".join(sorted(known)) or "none")
+    near = nearest(name, known)
+    return f"Did you mean '{near}'?" if near else "Known: " + (", ".join(sorted(known)) or "none")
+
+
+def nearest(name: str, known: list[str]) -> str | None:
+    """The known name that an unknown one is most like; None: it is like none."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
 @functools.cache
@@ -154,4 +159,4 @@ class _Reader:
         return self.error(f"Expected {_describe(hint)}, found {shown}", where=where, remedy="Correct the value")
 
 
-__all__ = ["from_dict", "suggest", "to_dict"]
+__all__ = ["from_dict", "nearest", "suggest", "to_dict"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from accel.errors import InputError
-from accel.schema import suggest
+from accel.schema import nearest, suggest
 
 Base = Literal["fp32", "fp16", "bf16", "fp8"]
 Activations = Literal["none", "dynamic", "static"]
@@ -110,12 +111,31 @@ def gpu_type(name: str, dtype: str) -> str:
     return "float16" if scheme.quantized else dtype
 
 
+def suggest_variant(name: str, known: Sequence[str]) -> str:
+    """``suggest`` for a variant's name: of one with a cache, whatever the order, each part's nearest name counts.
+
+    Args:
+        name: What no scheme is called.
+        known: What else could be meant where no cache is named.
+    """
+    parts = list(dict.fromkeys(filter(None, name.split("+"))))
+    near = [nearest(part.lower(), [*BASES, *QUANTIZED, *CACHES]) for part in parts]
+    caches = list(dict.fromkeys(part for part in near if part in CACHES))
+    weights = list(dict.fromkeys(part for part in near if part is not None and part not in CACHES))
+    if not caches and len(parts) == 2 and (meant := nearest(parts[1], list(CACHES))):  # fp16+fp8
+        caches, weights = [meant], weights[:1]
+    whole = ["+".join([*weights, cache]) for cache in caches]
+    if len(parts) < 2 or None in near or len(weights) > 1 or not whole:
+        return suggest(name, list(known))
+    return f"Did you mean '{whole[0]}'?" if len(whole) == 1 else f"A variant has one cache: {' or '.join(whole)}"
+
+
 def _unknown(name: str) -> InputError:
-    remedy = f"{suggest(name, [*BASES, *QUANTIZED, *CACHES])}; + joins one with a cache: w4g32+kv8"
+    remedy = f"{suggest_variant(name, [*BASES, *QUANTIZED, *CACHES])}; + joins one with a cache: w4g32+kv8"
     return InputError(f"unknown variant {name!r}", where="variant", remedy=remedy)
 
 
 __all__ = [
     *("BASES", "CACHES", "FLOAT8_SM", "GROUPS", "QUANTIZED"),
-    *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers"),
+    *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers", "suggest_variant"),
 ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import accel
 from accel.errors import InputError
-from accel.manifest import Manifest, Quality
+from accel.manifest import Manifest, Quality, Quantization
 from accel.progress import phases_on_stderr
 from accel.schema import to_dict
 
@@ -41,10 +41,10 @@ def quantize(options: Namespace) -> int:
     for scheme, target in checked:
         if not is_current(bundle, scheme.name, target.name):
             check_packages(scheme, target, not options.no_parity)
-    known = []
+    known: dict[str, list[str]] = {}  # -> options that changed nothing
     for scheme, target in checked:
         if is_current(bundle, scheme.name, target.name):
-            known.append(f"{scheme.name}/{target.name}")
+            known[f"{scheme.name}/{target.name}"] = _not_applied(options, bundle.variant(scheme.name).quantization)
         bundle = accel.add_variant(
             bundle, scheme.name, target=target.name, check=not options.no_parity,
             max_q_drop=options.max_q_drop, min_cosine=options.min_cosine, **choices,
@@ -52,13 +52,15 @@ def quantize(options: Namespace) -> int:
     manifest = bundle.manifest
     added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
     if options.json:
-        content = {"variants": list(manifest.variants), "added": added, "known": known, **_records(manifest, names)}
+        content = {"variants": list(manifest.variants), "added": added, **_records(manifest, names)}
+        content["known"] = list(known)
+        content["not_applied"] = {key: ignored for key, ignored in known.items() if ignored}
         content["elsewhere"] = _elsewhere(bundle, names)
         print(json.dumps(content))
         return 0
     print(f"{bundle.path}: {', '.join(manifest.variants)}; {sum(added.values()) / 1e6:.1f} MB added")
-    for key in dict.fromkeys(known):
-        print(f"{key} was there already and stays as it was made")
+    for key, ignored in known.items():
+        print(f"{key} was there already and stays as it was made{_ignored_in_words(ignored)}")
     for name, result in _parity(manifest, names).items():
         print(f"{name}: error {result.max_rel_error:.1e} against {result.reference} (limit {result.limit:.0e})")
     for name in dict.fromkeys(names):
@@ -68,6 +70,24 @@ def quantize(options: Namespace) -> int:
     for name, engines in _elsewhere(bundle, names).items():
         print(f"{name}: nothing here runs it; {engines}")
     return 0
+
+
+def _not_applied(options: Namespace, made: Quantization | None) -> list[str]:
+    """Options that a variant which is there already does not heed, but for an algorithm that made it."""
+    given = [name for name in (*_PASSED, "keep") if getattr(options, name) is not None]
+    heeded = set()
+    if options.algorithm == "auto" or (made is not None and options.algorithm == made.algorithm):
+        heeded.add("algorithm")
+    if options.max_q_drop is not None or options.min_cosine is not None:  # these hold it too, on that text
+        heeded.add("text")
+    return ["--" + name.replace("_", "-") for name in given if name not in heeded]
+
+
+def _ignored_in_words(ignored: Sequence[str]) -> str:
+    """Goes on after what stays as it was made."""
+    if not ignored:
+        return ""
+    return f"; not applied: {', '.join(ignored)}. To make it otherwise, export the model again and quantize that bundle"
 
 
 def _elsewhere(bundle: Bundle, names: Sequence[str]) -> dict[str, str]:

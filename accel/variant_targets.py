@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accel.errors import InputError
 from accel.graph.lowering.versions import VERSIONS
 from accel.kv_quantization import KvQuantization
-from accel.refusals import NO_CACHE, refusal
+from accel.refusals import NO_CACHE, beside_cache, refusal
 from accel.schema import suggest
 from accel.scheme import Scheme, parse_scheme
 from accel.spec import ArchSpec, Kind
@@ -231,8 +232,11 @@ def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     return able[:1] if scheme.quantized or scheme.kv_bits is not None else able
 
 
-def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
+def check_target(arch: ArchSpec, scheme: Scheme, target: Target, bundle: Path | None = None) -> None:
     """Refuses what the target cannot run, before anything is made.
+
+    Args:
+        bundle: What the command is for that adds what the target runs instead.
 
     Raises:
         InputError: It cannot; lists the targets that can, and the schemes of this one.
@@ -242,7 +246,12 @@ def check_target(arch: ArchSpec, scheme: Scheme, target: Target) -> None:
         return
     able = sensible_targets(arch, scheme.name)
     remedy = f"Targets that can: {', '.join(able)}" if able else "No target can"
-    remedy = _without_cache(arch.kind, scheme.name) if reason == NO_CACHE else remedy
+    if reason == NO_CACHE:
+        remedy = _without_cache(arch.kind, scheme.name)
+    elif scheme.base == "fp32" and not scheme.quantized and scheme.kv_bits is not None:  # a cache, and no precision
+        for name in beside_cache(target.name, arch.kind, scheme)[:1]:
+            command = f"accel quantize {bundle or 'BUNDLE'} --variant {name} --target {target.name}"
+            remedy = f"{command}; {scheme.name} runs on {', '.join(able)}" if able else command
     what = f"{target.title} cannot run this {arch.kind} as {scheme.name}: {reason}"
     raise InputError(what, where="target", remedy=remedy)
 

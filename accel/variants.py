@@ -140,7 +140,7 @@ def check_addition(bundle: Bundle, variant: str, target: str | None, quantizing:
     scheme, arch = parse_scheme(variant), bundle.manifest.arch
     chosen = find_target(target or _first_target(bundle, variant))
     asked = dataclasses.replace(scheme, name=variant)  # messages call it as the caller does: kv8, not fp32+kv8
-    check_target(arch, asked, chosen)
+    check_target(arch, asked, chosen, bundle.path)
     quantizing.check(arch.kind, asked, chosen)
     return scheme, chosen
 

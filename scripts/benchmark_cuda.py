@@ -323,7 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.plot and options.json is None:
         parser.error("--plot draws what a file holds, which --json names")
-    if not options.plot and options.work is None:
+    names, driver = gpu_models()
+    helpless = bool(options.only) and not names
+    if not options.plot and options.work is None and not helpless:  # no folder would help where there is no GPU
         parser.error("--work says where bundles and checkpoints go")
     try:
         if options.plot:
@@ -333,8 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     except AccelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    names, driver = gpu_models()
-    if options.only and not names:
+    if helpless:
         print("there is no NVIDIA GPU here to measure", file=sys.stderr)
         return 1
     versions = {name: version for name in DISTRIBUTIONS if (version := version_of(name))}

@@ -44,6 +44,8 @@ def test_round_trip(tmp_path: Path) -> None:
         ("w8g128", "It has: fp32. accel quantize {path} --variant w8g128 adds it"),
         ("w8g182", "It has: fp32. Did you mean 'w8g128'?"),
         ("fp23", "It has: fp32. Did you mean 'fp32'?"),
+        ("fp16+kvv8", "It has: fp32. Did you mean 'fp16+kv8'?"),
+        ("fp16+kv8+kvfp8", "It has: fp32. A variant has one cache: fp16+kv8 or fp16+kvfp8"),
         (None, "It has: fp32. Give one of these names"),
         (["fp32"], "It has: fp32. Give one of these names"),
     ],

@@ -46,6 +46,23 @@ def test_unknown_names_point_to_known_ones(name: str) -> None:
     assert "w4g32+kv8" in str(caught.value)
 
 
-def test_nearest_name() -> None:
-    with pytest.raises(InputError, match="Did you mean 'w4g32'"):
-        parse_scheme("w4g33")
+NEAREST = [
+    ("w4g33", "Did you mean 'w4g32'?"),
+    ("fp16+kvv8", "Did you mean 'fp16+kv8'?"),
+    ("fp16+vk8", "Did you mean 'fp16+kv8'?"),
+    ("kv8+fp16", "Did you mean 'fp16+kv8'?"),
+    ("fp61+kvv8", "Did you mean 'fp16+kv8'?"),
+    ("FP16+KV8", "Did you mean 'fp16+kv8'?"),
+    ("fp16+kv8+kv8", "Did you mean 'fp16+kv8'?"),
+    ("fp16+fp8", "Did you mean 'fp16+kvfp8'?"),
+    ("fp16+kv8+kvfp8", "A variant has one cache: fp16+kv8 or fp16+kvfp8"),
+    ("kv8+kv4", "A variant has one cache: kv8 or kv4"),
+    ("fp16+", "Did you mean 'fp16'?"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), NEAREST)
+def test_nearest_name(name: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_scheme(name)
+    assert caught.value.remedy == f"{said}; + joins one with a cache: w4g32+kv8"

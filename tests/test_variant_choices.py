@@ -71,6 +71,15 @@ def test_what_would_be_ignored_is_refused(
     assert content(decoder) == before
 
 
+@pytest.mark.parametrize(("cache", "remedy"), [("kv8", "; kv8 runs on ort-cpu"), ("kvfp8", "")])
+def test_a_cache_alone_for_a_named_target(decoder: Path, cache: str, remedy: str) -> None:
+    """The caller's target counts: the command is for that one."""
+    with pytest.raises(InputError) as caught:
+        add_variant(decoder, cache, target="cuda")
+    command = f"accel quantize {Bundle.open(decoder).path} --variant fp16+{cache} --target cuda"
+    assert caught.value.remedy == command + remedy
+
+
 ONE_REASON = [
     ("w4g32+kv8", r"Take w4g32, which runs on ort-cpu, tensorrt, cuda, ort-cuda"),
     ("fp16+kvfp8", r"Take fp16, which runs on tensorrt, cuda, ort-cuda"),
@@ -141,7 +150,19 @@ def test_a_variant_that_is_there_is_held_too(decoder: Path, capsys: pytest.Captu
     assert "0.1 is allowed" in capsys.readouterr().err
     add_variant(decoder, "w8g32", max_q_drop=0.6)
     assert main(["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "gptq"]) == 0
-    assert "w8g32/ort-cpu was there already and stays as it was made" in capsys.readouterr().out
+    said = "w8g32/ort-cpu was there already and stays as it was made"
+    told = capsys.readouterr().out
+    assert f"{said}; not applied: --algorithm. To make it otherwise, export the model again" in told
+    assert content(decoder) == before
+    plain = ["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "rtn"]
+    assert main(plain) == 0  # it was made so
+    assert f"{said}\n" in capsys.readouterr().out
+    text = decoder.parent / "text"
+    text.write_text("Some words.\n\nA few more.\n")
+    assert main([*plain, "--keep", "*=8", "--head-bits", "8", "--text", str(text), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["known"], found["added"]) == (["w8g32/ort-cpu"], {})
+    assert found["not_applied"] == {"w8g32/ort-cpu": ["--head-bits", "--text", "--keep"]}
     assert content(decoder) == before
 
 

@@ -16,12 +16,11 @@ from accel.bench.machine import describe_machine, today
 from accel.bench.roofline import ENGINE, Roofline, measure_roofline
 from accel.bench.stats import Ratio, median, paired_ratio
 from accel.bundle import Bundle
-from accel.engines import DEVICES, refuse_without_gpu
+from accel.engines import check_device, refuse_without_gpu
 from accel.errors import EngineError, EngineUnavailableError, InputError, StorageError
 from accel.machine import available_cores
 from accel.manifest import Manifest
 from accel.measurements import Device, Measured, remember
-from accel.schema import suggest
 from accel.spec import ArchSpec
 
 EAGER = "eager PyTorch"
@@ -124,8 +123,7 @@ def bench_bundle(
     """See ``accel.bench.bench``; ``say`` takes lines while it is at work."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    if device not in DEVICES:
-        raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
+    check_device(device)
     threads = threads or available_cores()
     cases = cases_of(manifest.arch, shapes, prompt_tokens, new_tokens)
     if rounds < 1:

@@ -230,11 +230,23 @@ def _check_threads(threads: int | None) -> None:
         raise InputError(what, where="threads", remedy=f"This process may use {available_cores()} cores")
 
 
-def _engines(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
+def check_device(device: object) -> None:
+    """Refuses what is no device.
+
+    Raises:
+        InputError: It is none; says the nearest.
+    """
     from accel.schema import suggest
 
     if device not in DEVICES:
-        raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(str(device), list(DEVICES)))
+        meant = "cuda" if str(device).lower().startswith("gpu") else str(device)  # by its letters it is nearer to cpu
+        raise InputError(f"unknown device {device!r}", where="device", remedy=suggest(meant, list(DEVICES)))
+
+
+def _engines(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
+    from accel.schema import suggest
+
+    check_device(device)
     if engine == "auto":
         gpu = device == "cuda" or (device == "auto" and sees_gpu)
         return tuple(known for known in ENGINES if gpu or known.device != "cuda")
@@ -291,6 +303,7 @@ __all__ = [
     "Engine",
     "OpenedSession",
     "SessionOptions",
+    "check_device",
     "open_session",
     "pick_variant",
     "refuse_without_gpu",

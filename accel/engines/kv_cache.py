@@ -49,20 +49,26 @@ def cache_item_bytes(arch: ArchSpec, graph: GraphEntry) -> float:
     return ITEM_BYTES[spec.dtype] * width / arch.layers[0].head_dim
 
 
+def cache_kind(arch: ArchSpec, graph: GraphEntry) -> str | None:
+    """What a graph's caches hold: ``float32``, ``float16``, ..., ``int8``, ``int4`` or ``fp8``; None: it has none.
+
+    Raises:
+        BundleError: The integers' shape is not told.
+    """
+    dtype = next((spec.dtype for spec in graph.inputs if spec.name == "past.0.key"), None)
+    if dtype in ("int8", "uint8"):
+        return "int8" if cache_item_bytes(arch, graph) == ROUNDED_BYTES["int8"] else "int4"
+    return "fp8" if dtype == "float8_e4m3fn" else dtype
+
+
 def rounded_cache(bundle: Bundle, variant: str) -> str | None:
     """What a variant's caches hold: ``int8``, ``int4`` or ``fp8``; None: floats of 16 or 32 bits, or it has none.
 
     Raises:
         BundleError: No such variant.
     """
-    arch = bundle.manifest.arch
-    for graph in bundle.variant(variant).graphs.values():
-        dtype = next((spec.dtype for spec in graph.inputs if spec.name == "past.0.key"), None)
-        if dtype in ("int8", "uint8"):
-            return "int8" if cache_item_bytes(arch, graph) == ROUNDED_BYTES["int8"] else "int4"
-        if dtype == "float8_e4m3fn":
-            return "fp8"
-    return None
+    kinds = (cache_kind(bundle.manifest.arch, graph) for graph in bundle.variant(variant).graphs.values())
+    return next((kind for kind in kinds if kind in ROUNDED_BYTES), None)
 
 
 def resolve_cache(
@@ -136,6 +142,7 @@ __all__ = [
     "CacheShape",
     "bytes_per_token",
     "cache_item_bytes",
+    "cache_kind",
     "check_count",
     "resolve_cache",
     "rounded_cache",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from accel.bundle import ITEM_BYTES, Bundle
-from accel.engines.kv_cache import ROUNDED_BYTES, bytes_per_token, rounded_cache
+from accel.engines.kv_cache import ROUNDED_BYTES, bytes_per_token, cache_kind, rounded_cache
 from accel.errors import BundleError, DependencyError
 from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
 from accel.inspection.report import (
@@ -177,7 +177,22 @@ class _Collector:
                 for name in self.manifest.variants
                 if (kind := rounded_cache(self.bundle, name)) is not None
             ),
+            kinds=self._cache_kinds(),
         )
+
+    def _cache_kinds(self) -> tuple[tuple[str, int, tuple[str, ...]], ...]:
+        """See ``CacheReport.kinds``; a variant's integers are beside one type on a CPU and beside another on a GPU."""
+        arch, found = self.manifest.arch, dict[str, list[str]]()
+        for name, variant in self.manifest.variants.items():
+            targets: dict[str, list[str]] = {}
+            for target, entry in variant.graphs.items():
+                targets.setdefault(cache_kind(arch, entry) or "", []).append(target)
+            for kind, having in targets.items():
+                told = name if len(targets) == 1 else f"{name} for {' and '.join(having)}"
+                found.setdefault(kind, []).append(told)
+        sizes = ITEM_BYTES | ROUNDED_BYTES
+        kinds = ((kind, bytes_per_token(arch, sizes[kind]), names) for kind, names in found.items() if kind in sizes)
+        return tuple((kind, token, tuple(names)) for kind, token, names in kinds)
 
 
 def _differences(op: str, attributes: dict[str, int | float], spec: AttentionSpec) -> Iterator[str]:

@@ -17,6 +17,7 @@ from accel.spec import EMBEDDING
 
 ATTENTION = {"CachedAttention", "Attention", "CrossAttention", "GroupQueryAttention", "MultiHeadAttention"}
 PROJECTIONS = {"Linear", "MatMul", "FusedMatMul", "Gemm", "MatMulNBits"}  # where a search for rotary nodes ends
+TABLES = {("accel.kernels", "CachedAttention"): slice(7, 9)}  # inputs: cos and sin, where the node itself rotates
 WRITTEN_OUT = re.compile(r"layers\.\d+\.attention")  # the second product of attention that no operator does
 MAX_SEARCH = 256  # nodes between an attention node and its projections; a crafted graph may have more
 
@@ -133,7 +134,8 @@ class _Reader:
         found = tuple((_op(kernel), self._with_scale(kernel, node.name)) for kernel in kernels or [node])
         inputs = [*(self._first_product(node).input if written_out else kernels[0].input), "", "", ""][:3]
         packed = bool(inputs[0]) and not inputs[1] and not inputs[2]
-        return AttentionNode(found, branch, self._rotary(inputs, found[0][1]), packed)
+        rotates = any(_rotates(kernel) for kernel in kernels)
+        return AttentionNode(found, branch, "inside" if rotates else self._rotary(inputs), packed)
 
     def _with_scale(self, kernel: Any, name: str) -> dict[str, int | float]:
         """The kernel's numbers; a scale that stands before it in a node of its own belongs to them."""
@@ -155,9 +157,8 @@ class _Reader:
                 break
         return first or node
 
-    def _rotary(self, inputs: list[str], attributes: dict[str, int | float]) -> Rotary:
-        if attributes.get("do_rotary"):
-            return "inside"
+    def _rotary(self, inputs: list[str]) -> Rotary:
+        """Whether a node before the kernel rotates."""
         waiting, seen = [name for name in inputs if name], set[str]()
         while waiting and len(seen) < MAX_SEARCH:
             name = waiting.pop(0)
@@ -169,6 +170,12 @@ class _Reader:
             seen.add(name)
             waiting += node.input
         return "none"
+
+
+def _rotates(kernel: Any) -> bool:
+    """Whether a kernel's node takes the rotation in: says so, or has the tables among its inputs."""
+    tables = TABLES.get((kernel.domain, kernel.op_type))
+    return bool(_numbers(kernel).get("do_rotary")) or (tables is not None and any(kernel.input[tables]))
 
 
 def _numbers(node: Any) -> dict[str, int | float]:

@@ -153,7 +153,7 @@ def _cache(found: Inspection) -> str:
     ]
     weights = found.weights[0].file_bytes if found.weights else 0
     note = f"{cache.dtype}, {cache.bytes_per_token:,} bytes per token of a row; the dashed line is the weights' size."
-    note += "".join(f" In {said}." for said in wording.rounded_caches(cache))
+    note += "".join(f" {said}." for said in wording.cache_kinds(cache))
     return html.section("KV cache", note, charts.draw_cache(cache, weights) + html.columns(columns))
 
 

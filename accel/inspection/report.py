@@ -128,7 +128,9 @@ class CacheRow:
 class CacheReport:
     """A decoder's KV cache. Keys and values each have ``shapes[layer]``.
 
-    ``rounded`` are the variants whose caches are: (variant, ``int8``, ``int4`` or ``fp8``, bytes per token).
+    ``rounded`` are the variants whose caches are: (variant, ``int8``, ``int4`` or ``fp8``, bytes per token). ``kinds``
+    are all that some graph has: (``float16``, ``int8``, ..., bytes per token, its variants, with their targets where
+    not all of a variant's graphs have it).
     """
 
     dtype: str
@@ -136,6 +138,7 @@ class CacheReport:
     bytes_per_token: int
     rows: tuple[CacheRow, ...]
     rounded: tuple[tuple[str, str, int], ...] = ()
+    kinds: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
 
 
 @dataclass(frozen=True)

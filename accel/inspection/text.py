@@ -116,7 +116,7 @@ def _cache(cache: CacheReport) -> list[str]:
         kinds.setdefault(dimensions, []).append(index)
     rows = [(wording.span(numbers), wording.shape(dimensions)) for dimensions, numbers in kinds.items()]
     lines = [f"Cache: {wording.printable(cache.dtype)}, {cache.bytes_per_token:,} bytes per token of a row"]
-    lines += [f"  in {note}" for note in wording.rounded_caches(cache)]
+    lines += [f"  {note}" for note in wording.cache_kinds(cache)]
     lines += _table(rows, ("layers", "keys and values, each"))
     sizes = [(f"{row.capacity:,}", f"{row.bytes:,}", wording.size(row.bytes)) for row in cache.rows]
     return [*lines, *_table(sizes, ("capacity", "bytes per row", ""), right=(0, 1))]

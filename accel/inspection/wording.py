@@ -112,9 +112,10 @@ def merge_layers(specs: Iterable[TensorSpec]) -> list[tuple[str, str, str]]:
     ]
 
 
-def rounded_caches(cache: CacheReport) -> list[str]:
-    """One phrase per variant whose caches are rounded."""
-    return [f"{printable(name)}: {kind}, {token:,} bytes per token" for name, kind, token in cache.rounded]
+def cache_kinds(cache: CacheReport) -> list[str]:
+    """One phrase per type that a variant's caches have; none where all have the same."""
+    told = cache.kinds if len(cache.kinds) > 1 else ()
+    return [f"{kind}, {token:,} bytes per token: {printable(', '.join(names))}" for kind, token, names in told]
 
 
 def base_of(graph: GraphReport, graphs: Iterable[GraphReport]) -> GraphReport | None:
@@ -131,6 +132,7 @@ def base_of(graph: GraphReport, graphs: Iterable[GraphReport]) -> GraphReport | 
 
 __all__ = [
     "base_of",
+    "cache_kinds",
     "count",
     "fused",
     "kernel",
@@ -139,7 +141,6 @@ __all__ = [
     "merge_layers",
     "percent",
     "printable",
-    "rounded_caches",
     "shape",
     "size",
     "span",

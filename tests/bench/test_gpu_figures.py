@@ -120,6 +120,19 @@ def test_what_the_file_lacks_is_named(
     assert not (tmp_path / "x.png").exists()
 
 
+def test_without_a_gpu_nothing_else_is_asked_for(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(script, "gpu_models", lambda: ((), ""))
+    assert script.main([]) == 1
+    assert capsys.readouterr().err == "there is no NVIDIA GPU here to measure\n"
+    for given, models in (([], (("A GPU",), "1")), (["--only"], ((), ""))):  # preparing needs none, but a folder
+        monkeypatch.setattr(script, "gpu_models", lambda models=models: models)
+        with pytest.raises(SystemExit):
+            script.main(given)
+        assert "--work says" in capsys.readouterr().err
+
+
 def test_what_is_missing_is_named(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

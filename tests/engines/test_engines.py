@@ -172,6 +172,9 @@ def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:
         open_session(bundle, engine="ort-cup")
     with pytest.raises(InputError, match="unknown device 'cuda:0'.*'cuda'"):
         open_session(bundle, device="cuda:0")
+    for name in ("gpu", "GPU", "gpu:0"):
+        with pytest.raises(InputError, match=f"unknown device '{name}'.*Did you mean 'cuda'"):
+            open_session(bundle, device=name)
     with pytest.raises(BundleError, match="no variant 'int8'"):
         open_session(bundle, variant="int8")
     with pytest.raises(InputError, match="threads must be an integer of at least 1"):

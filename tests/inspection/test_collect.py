@@ -11,7 +11,7 @@ from accel.bundle import Bundle
 from accel.errors import BundleError
 from accel.inspection import inspect, render_page, render_text
 from accel.inspection.report import CacheRow
-from accel.manifest import ParityResult, Variant
+from accel.manifest import GraphEntry, ParityResult, Variant
 from tests.inspection import decoder_bundle as made
 
 
@@ -47,19 +47,45 @@ def test_cache_sizes(tmp_path: Path) -> None:
     assert cache.rows == (CacheRow(1024, 1024 * 256), CacheRow(2048, 2048 * 256))
 
 
-def test_rounded_caches_of_other_variants(tmp_path: Path) -> None:
+def with_caches(dtype: str, width: int = 8) -> GraphEntry:
+    """The graph's entry, with caches of another type."""
     plain = made.entry("ort-cpu", ())
     inputs = tuple(
-        dataclasses.replace(spec, dtype="uint8", shape=("B", 2, "C", 4)) if spec.name.startswith("past.") else spec
+        dataclasses.replace(spec, dtype=dtype, shape=("B", 2, "C", width)) if spec.name.startswith("past.") else spec
         for spec in plain.inputs
     )
-    small = dataclasses.replace(plain, inputs=inputs)
+    return dataclasses.replace(plain, inputs=inputs)
+
+
+def test_caches_of_every_type(tmp_path: Path) -> None:
+    half, whole = with_caches("float16"), with_caches("float32")
+    variants = {
+        **made.manifest().variants,
+        "fp16": Variant("float16", (made.WEIGHTS,), {"tensorrt": half, "cuda": half}),
+        "fp16+kv8": Variant("float16", (made.WEIGHTS,), {"cuda": with_caches("int8")}),
+        "w4g32": Variant("float32", (made.WEIGHTS,), {"ort-cpu": whole, "cuda": half}),
+    }
+    found = inspect(made.write(tmp_path / "b", variants=variants))
+    assert found.cache is not None
+    assert found.cache.kinds == (
+        ("float32", 256, ("fp32", "w4g32 for ort-cpu")),
+        ("float16", 128, ("fp16", "w4g32 for cuda")),
+        ("int8", 64, ("fp16+kv8",)),
+    )
+    assert "  float16, 128 bytes per token: fp16, w4g32 for cuda" in render_text(found).splitlines()
+    assert "float16, 128 bytes per token: fp16, w4g32 for cuda." in render_page(found)
+    alone = render_text(inspect(made.write(tmp_path / "alone")))
+    assert "Cache: float32, 256 bytes per token of a row" in alone and "per token: fp32" not in alone
+
+
+def test_rounded_caches_of_other_variants(tmp_path: Path) -> None:
+    small = with_caches("uint8", 4)
     variants = {**made.manifest().variants, "fp32+kv4": Variant("float32", (made.WEIGHTS,), {"ort-cpu": small})}
     found = inspect(made.write(tmp_path / "b", variants=variants))
     assert found.cache is not None and found.cache.dtype == "float32"
     assert found.cache.rounded == (("fp32+kv4", "int4", 32),)
-    assert "  in fp32+kv4: int4, 32 bytes per token" in render_text(found).splitlines()
-    assert "In fp32+kv4: int4, 32 bytes per token." in render_page(found)
+    assert "  int4, 32 bytes per token: fp32+kv4" in render_text(found).splitlines()
+    assert "int4, 32 bytes per token: fp32+kv4." in render_page(found)
 
 
 def test_capacities_below_the_usual_ones(tmp_path: Path) -> None:

@@ -57,6 +57,23 @@ def test_attention_that_is_written_out(tmp_path: Path) -> None:
     assert node.kernels == (("MatMul", {"scale": 0.25}),)
 
 
+def test_the_rotation_in_a_graph_for_the_cuda_engine(tmp_path: Path) -> None:
+    """Its node takes the tables as inputs and says nothing by an attribute; narrow caches have scales behind them."""
+    common, scales = ["past.0.key", "past.0.value", "past_lengths", "query_lengths"], ["key_scales", "value_scales"]
+    cases = (
+        (["qkv", "", "", *common, "cos", "sin"], "inside"),
+        (["qkv", "", "", *common, "cos", "sin", *scales], "inside"),
+        (["qkv", "", "", *common, "", "", *scales], "none"),
+        (["qkv", "", "", *common], "none"),
+        (["turned", "k", "v", *common], "outside"),
+    )
+    turn = helper.make_node("RotaryEmbedding", ["q", "c", "s"], ["turned"])
+    for number, (inputs, rotary) in enumerate(cases):
+        node = helper.make_node("CachedAttention", inputs, ["y"], "layers.0.attention", domain="accel.kernels")
+        found = read_graph(save(tmp_path / f"{number}.onnx", [turn, node])).attention["layers.0.attention"]
+        assert (found.rotary, found.packed_qkv) == (rotary, not inputs[1])
+
+
 def test_rotary_of_an_earlier_layer_does_not_count(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("RotaryEmbedding", ["x"], ["turned"]),

@@ -251,6 +251,18 @@ def test_the_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
         assert why in capsys.readouterr().err
 
 
+def test_a_reader_of_the_list_may_go_away() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "accel_kernels.benchmark", "--list"]
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_the_command_needs_a_gpu() -> None:
     done = run(CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1 and "there is no GPU" in done.stderr and "Traceback" not in done.stderr

@@ -58,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--only: no kernel {', '.join(sorted(unknown))}; there are {', '.join(names_of(rows))}")
     rows = [row for row in rows if row.kernel in (options.only or names_of(rows))]
     if options.list:
-        print("\n".join(f"{row.kernel:17}{row.shape:62} {row.dtype:11}{row.peer}" for row in rows))
-        return 0
+        return _print("\n".join(f"{row.kernel:17}{row.shape:62} {row.dtype:11}{row.peer}" for row in rows))
     if options.tiny:
         from accel_kernels.benchmark.commands import compare_rows
 
@@ -73,6 +72,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from accel_kernels.benchmark.commands import measure_rows
 
     return measure_rows(rows, options.json)
+
+
+def _print(text: str) -> int:
+    """The exit code; 1 where the reader went away, e.g. head."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
+        return 1
+    return 0
 
 
 def _refuse(why: str) -> int:
