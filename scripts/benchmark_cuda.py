@@ -2,8 +2,8 @@
 """Measures the engines of NVIDIA GPUs, and peers beside them, on one GPU; writes JSON and prints a table.
 
 A decoder of Llama-3.2-1B's shape and an encoder of BERT-base's, with random weights made on the spot; 128 prompt
-tokens and 128 new ones. Needs what `.[export]` and `.[cuda]` install, but onnxruntime-gpu in place of onnxruntime; peers
-take part where they are installed.
+tokens and 128 new ones. Needs what `.[export]` and `.[cuda]` install, but onnxruntime-gpu in place of onnxruntime;
+peers take part where they are installed.
 
 python scripts/benchmark_cuda.py --work /tmp/bench --json benchmarks/cuda_h200.json
 python scripts/benchmark_cuda.py --work /tmp/bench --json benchmarks/cuda_h200.json --only encoder   # the rest stays
