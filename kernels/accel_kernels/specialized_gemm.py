@@ -26,9 +26,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
 from accel_kernels.device import has_warp_jobs, multiprocessors
-from accel_kernels.plain import product
 from accel_kernels.tiles import ACTIVATIONS, NO_ACTIVATION, activate
-from accel_kernels.wide_gemm import place
+from accel_kernels.wide_gemm import place, reference
 
 BODY = (
     HEADER
@@ -47,23 +46,10 @@ HEIGHT, WIDTH, DEPTH, STAGES = 64, 256, 64, 3  # rows of a half, outputs and ter
 TILE = f"2 x {HEIGHT} by {WIDTH}, {DEPTH} terms, stages {STAGES}"  # in words
 PIECE = 64  # outputs that are stored at once
 STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated tile
-# Triton 3.7 and later call them by shorter names.
+# Triton 3.9 calls them by shorter names than 3.6.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    gated: bool = False,
-    stripe: int | None = None,
-    activation: int = NO_ACTIVATION,
-) -> torch.Tensor:
-    """What ``specialized_gemm`` computes of the same arguments with stripes of ``STRIPE`` rows: float64 [M, N]."""
-    return product(x, weight, bias, None, gated, stripe, activation)
 
 
 @gluon.jit
