@@ -1,7 +1,7 @@
 """Launch parameters for models' shapes: tiles that one kernel always takes, and the few that compete where a shape
 decides: each is compiled once.
 
-They were measured on an H200; those for integer weights on an H100.
+They were measured on an H200; those for integer weights, and the encoders' attention, on an H100.
 """
 
 from __future__ import annotations

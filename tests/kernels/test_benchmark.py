@@ -27,7 +27,7 @@ from accel_kernels.benchmark.problem import Operands, Problem, Row, names_of  # 
 from accel_kernels.benchmark.rows import rows_of  # noqa: E402
 from accel_kernels.benchmark.shapes import FULL, TINY  # noqa: E402
 from accel_kernels.benchmark.timing import MOST_RUNS, Limits, Times  # noqa: E402
-from accel_kernels.device import INTERPRETED, has_tensor_memory_access  # noqa: E402
+from accel_kernels.device import INTERPRETED  # noqa: E402
 from accel_kernels.narrow_cache import FLOAT8_SM  # noqa: E402
 from accel_kernels.ops import OPS  # noqa: E402
 
@@ -59,8 +59,6 @@ def test_rows_are_told_apart() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.kernel} {row.shape} {row.dtype}")
 def test_a_row_and_its_peer_compute_what_the_reference_does(row: Row, device: Any) -> None:
-    if row.kernel == "wide_gemm" and not has_tensor_memory_access(device):
-        pytest.skip("this GPU has no tensor memory accelerator")
     why = commands.why_not(row, device)
     if why is not None:
         pytest.skip(why)
@@ -79,7 +77,8 @@ def test_caches_in_8_bits_have_rows() -> None:
     for rows in (rows_of(FULL), ROWS):
         assert sorted({(row.kernel, row.dtype) for row in rows if row.dtype in ("int8", "fp8")}) == sorted(NARROW)
         assert {row.dtype for row in rows if row.needs == FLOAT8_SM} == {"fp8"}
-        assert all(row.needs == (FLOAT8_SM if row.dtype == "fp8" else (0, 0)) for row in rows)
+        needs = {"fp8": FLOAT8_SM, "wide_gemm": (9, 0)}
+        assert all(row.needs == needs.get(row.dtype, needs.get(row.kernel, (0, 0))) for row in rows)
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), NARROW)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accel_kernels.device import has_warp_jobs
 
 from accel.errors import AccelError, EngineBrokenError, EngineError
 
@@ -47,7 +48,7 @@ class Device:
     @property
     def warp_jobs(self) -> bool:
         """Whether groups of warps can have programs of their own and multiply together."""
-        return self.is_gpu and torch.cuda.get_device_capability(self.torch)[0] == 9
+        return self.is_gpu and has_warp_jobs(self.torch)
 
     def free_memory(self) -> int | None:
         """Bytes that can be had; None: unknown."""

@@ -182,7 +182,8 @@ def _block_row(layer: Layer, rows: int, in_parts: bool = False) -> Row:
 
 def _wide_row(layer: Layer, rows: int) -> Row:
     prepare = partial(_prepare_wide, layer, rows)
-    return Row("wide_gemm", _rows_text(rows, layer), "fp16", _COLD, peers.linear_ops(layer), prepare)
+    ops, sm90 = peers.linear_ops(layer), (9, 0)  # the first with a tensor memory accelerator
+    return Row("wide_gemm", _rows_text(rows, layer), "fp16", _COLD, ops, prepare, sm90)
 
 
 def _specialized_row(layer: Layer, rows: int) -> Row:
