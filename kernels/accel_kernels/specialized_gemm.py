@@ -5,7 +5,8 @@ applies the activation and stores while the others are at the next tile: an epil
 the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less from shared memory
 and from the L2 than any tile that one group can hold.
 
-Written in Gluon: Triton's compiler gives warps no jobs on SM 90. The interpreter does not know it.
+Written in Gluon: Triton's compiler gives warps no jobs on SM 90. Its interpreter does not know Gluon: where there is no
+GPU, the tests simulate the jobs.
 """
 
 from __future__ import annotations

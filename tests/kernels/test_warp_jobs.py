@@ -1,0 +1,73 @@
+"""The simulation notices what would go wrong on a GPU now and then: each case breaks one rule of a kernel."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.kernels.comparing import Maker, error_of
+from tests.kernels.warp_jobs import simulated
+
+torch = pytest.importorskip("torch")
+from accel_kernels import specialized_gemm as made  # noqa: E402
+from accel_kernels.device import INTERPRETED  # noqa: E402
+
+
+def altered(folder: Path, old: str, new: str) -> ModuleType:
+    """The kernel's module with other words in place of some."""
+    source = Path(made.__file__).read_text()
+    assert old in source
+    path = folder / "altered_gemm.py"
+    path.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("altered_gemm", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def goes_wrong(module: ModuleType, seed: int) -> bool:
+    """Whether an error or a wrong number shows in one schedule: of rows that two tiles share, then of gated ones."""
+    make = Maker(torch.device("cpu"), torch.float16)
+    for gated in (False, True):
+        x, weight, out = make.normal(200, 264), make.normal(512, 264), make.poison(200, 256 if gated else 512)
+        options = {"gated": gated, "activation": 0 if gated else -1}
+        try:
+            with simulated(module, "specialized_gemm_kernel", seed, programs=1):
+                module.specialized_gemm(x, weight, out, **options)
+        except AssertionError:
+            return True
+        expected = made.reference(x, weight, stripe=made.STRIPE if gated else None, **options)
+        if error_of(out, expected) > 2 * made.TOLERANCES[torch.float16]:
+            return True
+    return False
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here; TRITON_INTERPRET=1 runs them on the CPU")
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("empty.index(last), count=1, pred=turn > 0", "empty.index(stage), count=1"),  # before its products end
+        ("        mbarrier.arrive(empty.index(last), count=1)\n", ""),  # all wait for good
+        ("mbarrier.init(empty.index(stage), count=2)", "mbarrier.init(empty.index(stage), count=1)"),
+        ("            mbarrier.wait(full.index(stage), phase)\n", ""),
+        ("                mbarrier.wait(empty.index(stage_ahead), phase_ahead, pred=more)\n", ""),
+        ("        total = warpgroup_mma_wait(0, deps=[total])\n", ""),
+        ("        mbarrier.wait(free.index(HALF), sent)\n", ""),
+        ("            mbarrier.wait(ready.index(half), phase)\n", ""),
+        ("tma.store_wait(0)", "tma.store_wait(1)"),
+        ("                fence_async_shared()\n", ""),
+        ("for _ in range(STAGES - 1):", "for _ in range(STAGES):"),
+    ],
+)
+def test_a_broken_rule_shows(tmp_path: Path, old: str, new: str) -> None:
+    module = altered(tmp_path, old, new)
+    assert any(goes_wrong(module, seed) for seed in range(20))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels run on the GPU here; TRITON_INTERPRET=1 runs them on the CPU")
+def test_nothing_shows_without_one() -> None:
+    assert not any(goes_wrong(made, seed) for seed in range(4))
