@@ -1,8 +1,8 @@
 """Many rows times a weight matrix on SM 90, with a job for each group of warps.
 
 Two groups multiply, each one half of a tile's rows, and the first one fetches for both. A third one adds the bias,
-applies the activation and stores while the others are at the next tile: an epilogue costs the tensor cores nothing but
-the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less from shared memory
+applies the activation, adds a residual and stores while the others are at the next tile: an epilogue costs the tensor
+cores nothing but the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less from shared memory
 and from the L2 than any tile that one group can hold.
 
 Written in Gluon: Triton's compiler gives warps no jobs on SM 90. Its interpreter does not know Gluon: where there is no
@@ -24,13 +24,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
 from accel_kernels.device import has_warp_jobs, multiprocessors
+from accel_kernels.plain import product
 from accel_kernels.tiles import ACTIVATIONS, NO_ACTIVATION, activate
-from accel_kernels.wide_gemm import BODY as WIDE_BODY
-from accel_kernels.wide_gemm import place, reference
+from accel_kernels.wide_gemm import place
 
-BODY = WIDE_BODY.replace("WideGemm", "SpecializedGemm")  # one op, computed by other means
+BODY = (
+    HEADER
+    + """
+SpecializedGemm <gated: int = 0, stripe, activation: int = -1> (x, weight, bias, residual) => (out)
+{
+    out = accel.kernels.Linear <gated: int = @gated, stripe: int = @stripe, activation: int = @activation>
+        (x, weight, bias, residual)
+}
+"""
+)
 # Sums are rounded before bias and activation, and once more behind them.
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HEIGHT, WIDTH, DEPTH, STAGES = 64, 256, 64, 3  # rows of a half, outputs and terms of a tile, turns in flight
@@ -41,6 +51,20 @@ STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated til
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    gated: bool = False,
+    stripe: int | None = None,
+    activation: int = NO_ACTIVATION,
+) -> torch.Tensor:
+    """What ``specialized_gemm`` computes of the same arguments, gated with stripes of ``STRIPE``: float64 [M, N]."""
+    return product(x, weight, bias, residual, gated, stripe, activation)
 
 
 @gluon.jit
@@ -134,12 +158,16 @@ def _multiply(
 
 @gluon.jit
 def _finish(
-    out, bias, parts, ready, free, M, COUNT,
-    HEIGHT: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    out, bias, residual, parts, ready, free, M, COUNT,
+    GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Bias [COUNT], activation and stores of both halves' sums, one piece [HEIGHT, PIECE] after another."""
+    """Bias [COUNT], activation, residual [M, COUNT] and stores of both halves' sums, one piece [HEIGHT, PIECE] after
+    another.
+    """
+    HEIGHT: gl.constexpr = parts.shape[1]
     PIECE: gl.constexpr = parts.shape[2]
+    WIDTH: gl.constexpr = parts.shape[0] * PIECE // 2
     STORED: gl.constexpr = WIDTH // PIECE // (2 if GATED else 1)  # pieces of a half
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     tiles = gl.cdiv(M, 2 * HEIGHT) * gl.cdiv(COUNT, WIDTH)
@@ -152,8 +180,8 @@ def _finish(
             for piece in range(STORED):
                 part = parts.index(half * (WIDTH // PIECE) + piece)
                 value = part.load(layout).to(gl.float32)
+                column = left + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
                 if HAS_BIAS:
-                    column = left + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
                     line = gl.load(bias + column, mask=column < COUNT, other=0.0)
                     value += line.to(gl.float32)[None, :]
                 if ACTIVATION >= 0:  # which is 0 of a sum below all float16, and no number of minus infinity
@@ -161,6 +189,11 @@ def _finish(
                     value = activate(value, ACTIVATION, True)
                 if GATED:
                     value *= parts.index(half * (WIDTH // PIECE) + STORED + piece).load(layout).to(gl.float32)
+                if HAS_RESIDUAL:
+                    row = m + half * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, layout))
+                    inside = (row < M)[:, None] & (column < COUNT)[None, :]
+                    there = row.to(gl.int64)[:, None] * COUNT + column[None, :]
+                    value += gl.load(residual + there, mask=inside, other=0.0).to(gl.float32)
                 part.store(value.to(parts.dtype))
                 fence_async_shared()
                 _save(out, [m + half * HEIGHT, left + piece * PIECE], part)
@@ -171,11 +204,13 @@ def _finish(
 
 @gluon.jit
 def specialized_gemm_kernel(
-    x, weight, out, bias, M, COUNT, K,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
-    ACTIVATION: gl.constexpr,
+    x, weight, out, bias, residual, M, COUNT, K,
+    STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = act(x[m] . weight[n] + bias[n]) (* its partner, gated); x, weight and out are descriptors."""
+    """out[m, n] = act(x[m] . weight[n] + bias[n]) (* its partner, gated) + residual[m, n]; x, weight and out are
+    descriptors.
+    """
     HEIGHT: gl.constexpr = x.block_shape[0]
     DEPTH: gl.constexpr = x.block_shape[1]
     WIDTH: gl.constexpr = weight.block_shape[0]
@@ -196,7 +231,9 @@ def specialized_gemm_kernel(
     fence_async_shared()
     first = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, 0, GROUP, PROGRAMS)
     second = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, 1, GROUP, PROGRAMS)
-    finish = (out, bias, parts, ready, free, M, COUNT, HEIGHT, WIDTH, GROUP, PROGRAMS, HAS_BIAS, GATED, ACTIVATION)
+    finish = (
+        out, bias, residual, parts, ready, free, M, COUNT, GROUP, PROGRAMS, HAS_BIAS, HAS_RESIDUAL, GATED, ACTIVATION,
+    )  # fmt: skip
     # Registers of each thread: 128 sums and their addresses, and what an activation takes.
     gl.warp_specialize([(_multiply, first), (_multiply, second), (_finish, finish)], [4, 4], [200, 88])
 
@@ -207,12 +244,13 @@ def specialized_gemm(
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
     gated: bool = False,
     activation: int = NO_ACTIVATION,
     group: int = 8,
     programs: int | None = None,
 ) -> torch.Tensor:
-    """act(x W^T + bias). Every tensor on one device, contiguous, each row a multiple of 16 bytes.
+    """act(x W^T + bias) + residual. Every tensor on one device, contiguous, each row a multiple of 16 bytes.
 
     x W^T has to be within x's type before the bias comes, as where cuBLAS computes it.
 
@@ -221,6 +259,7 @@ def specialized_gemm(
         weight: [N, K]; gated: [2N, K] in stripes of ``STRIPE`` rows that divide N, and no bias.
         out: [M, N] in x's type, written.
         bias: [N], float32 or x's type.
+        residual: [M, N], likewise; not gated.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION (not gated); gated: of the gate.
         group: Tiles of rows that share their weights in the L2.
         programs: How many stay; None: one per multiprocessor.
@@ -228,15 +267,16 @@ def specialized_gemm(
     Raises:
         TypeError, ValueError: A tensor has another type, shape or place; the GPU has no SM 90.
     """
-    _check(x, weight, out, bias, gated, activation)
+    _check(x, weight, out, bias, residual, gated, activation)
     (rows, size), lines = x.shape, len(weight)
     tiles = triton.cdiv(rows, 2 * HEIGHT) * triton.cdiv(lines, WIDTH)
     programs = min(multiprocessors(x.device) if programs is None else programs, tiles)
     blocks = (x, [HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH]), (out, [HEIGHT, PIECE])
     specialized_gemm_kernel[(programs,)](
-        *(_described(tensor, block) for tensor, block in blocks), out if bias is None else bias, rows, lines, size,
-        STAGES=STAGES, GROUP=group, PROGRAMS=programs, HAS_BIAS=bias is not None, GATED=gated, ACTIVATION=activation,
-        num_warps=4, enable_fp_fusion=True,
+        *(_described(tensor, block) for tensor, block in blocks),
+        *(out if tensor is None else tensor for tensor in (bias, residual)), rows, lines, size,
+        STAGES=STAGES, GROUP=group, PROGRAMS=programs, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        GATED=gated, ACTIVATION=activation, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -247,7 +287,13 @@ def _described(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
 
 
 def _check(
-    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None, gated: bool, activation: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    gated: bool,
+    activation: int,
 ) -> None:
     expect = Expect("specialized_gemm", x.device)
     expect.that(has_warp_jobs(x.device), "the GPU has no SM 90, or the interpreter runs the kernels")
@@ -256,7 +302,8 @@ def _check(
     expect.tensor("weight", weight, (1 + gated) * count, size, dtypes=(x.dtype,))
     expect.tensor("out", out, rows, count, dtypes=(x.dtype,))
     expect.tensor("bias", bias, count)
-    expect.that(not (gated and bias is not None), "a gated product has no bias")
+    expect.tensor("residual", residual, rows, count)
+    expect.that(not gated or (bias is None and residual is None), "a gated product has no bias and no residual")
     expect.that(activation in ACTIVATIONS, f"unknown activation {activation}")
     expect.that(not gated or activation != NO_ACTIVATION, "a gated product needs an activation")
     expect.that(not gated or count % STRIPE == 0, f"stripes of {STRIPE} do not divide {count}")

@@ -32,9 +32,10 @@ def described(*block):
 
 kernel = made.specialized_gemm_kernel
 types = {{"x": described(made.HEIGHT, made.DEPTH), "weight": described(made.WIDTH, made.DEPTH)}}
-types |= {{"out": described(made.HEIGHT, made.PIECE), "bias": "*fp32", "M": "i32", "COUNT": "i32", "K": "i32"}}
-sizes = {{"STAGES": made.STAGES, "GROUP": 8, "PROGRAMS": 132, "HAS_BIAS": not {gated}, "GATED": {gated}}}
-sizes["ACTIVATION"] = {activation}
+types |= {{"out": described(made.HEIGHT, made.PIECE), "bias": "*fp32", "residual": "*{short}"}}
+types |= {{name: "i32" for name in ("M", "COUNT", "K")}}
+sizes = {{"STAGES": made.STAGES, "GROUP": 8, "PROGRAMS": 132, "HAS_BIAS": not {gated}, "HAS_RESIDUAL": not {gated}}}
+sizes |= {{"GATED": {gated}, "ACTIVATION": {activation}}}
 signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
 constants = {{(kernel.arg_names.index(name),): size for name, size in sizes.items()}}
 source = GluonASTSource(kernel, signature, constants)
@@ -64,6 +65,19 @@ def test_agrees_with_the_reference(half: Maker, kind: Any, activation: int, prog
     out = half.poison(ROWS, COUNT, dtype=kind)
     options: dict[str, Any] = {"bias": bias, "activation": activation}
     assert specialized_gemm(x, weight, out, programs=programs, **options) is out
+    assert_close(out, reference(x, weight, **options), TOLERANCES[kind])
+
+
+@pytest.mark.parametrize("kind", TOLERANCES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("wide", [False, True], ids=["low", "float32"])
+def test_a_residual_is_added_last(half: Maker, kind: Any, biased: bool, wide: bool) -> None:
+    x, weight = half.normal(ROWS, SIZE, dtype=kind), half.normal(COUNT, SIZE, dtype=kind)
+    options = {"residual": half.normal(ROWS, COUNT, scale=20.0, dtype=torch.float32 if wide else kind)}
+    if biased:
+        options |= {"bias": half.normal(COUNT, dtype=torch.float32), "activation": GELU_ERF}
+    out = half.poison(ROWS, COUNT, dtype=kind)
+    specialized_gemm(x, weight, out, **options)
     assert_close(out, reference(x, weight, **options), TOLERANCES[kind])
 
 
@@ -123,6 +137,15 @@ def test_engines_lay_gates_out_in_these_stripes() -> None:
     from accel.engines.cuda import program
 
     assert program.STRIPE == STRIPE
+
+
+def test_residuals_that_do_not_fit_are_refused(half: Maker) -> None:
+    x, weight, out = half.normal(8, 64), half.normal(STRIPE * 2, 64), half.poison(8, STRIPE * 2)
+    with pytest.raises(ValueError, match="residual has shape"):
+        specialized_gemm(x, weight, out, residual=half.normal(7, STRIPE * 2))
+    out = half.poison(8, STRIPE)
+    with pytest.raises(ValueError, match="no bias and no residual"):
+        specialized_gemm(x, weight, out, residual=half.normal(8, STRIPE), gated=True, activation=SILU)
 
 
 def test_other_gpus_are_refused(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,7 +137,7 @@ def _smaller(a: Any, b: Any) -> Any:
 def _language(program: int) -> SimpleNamespace:
     """``gl`` and ``tl`` of one program."""
     return SimpleNamespace(
-        float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int64="barriers", constexpr=None,
+        float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int64=torch.int64, constexpr=None,
         program_id=lambda axis: program, cdiv=lambda a, b: -(-a // b), where=_where, maximum=_larger, minimum=_smaller,
         exp=torch.exp, abs=torch.abs, load=_gather, static_range=range, allocate_shared_memory=allocated,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Accumulator),

@@ -22,7 +22,7 @@ class Value(torch.Tensor):  # type: ignore[misc]
         return self.unbind(-1)  # type: ignore[return-value]
 
     def to(self, dtype: Any) -> Value:  # type: ignore[override]
-        return super().to(getattr(dtype, "torch", dtype))  # type: ignore[return-value]
+        return super().to(dtype)  # type: ignore[return-value]
 
 
 class Pointer:
@@ -202,7 +202,7 @@ class Barriers(list[Barrier]):
 
 def allocated(dtype: Any, shape: list[int], layout: Any) -> Barriers | Shared:
     """Shared memory that holds NaN, or barriers."""
-    if dtype == "barriers":
+    if dtype == torch.int64:  # nothing else has that type
         return Barriers(Barrier() for _ in range(shape[0]))
     return Shared(torch.full(shape, math.nan, dtype=dtype))
 

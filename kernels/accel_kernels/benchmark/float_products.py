@@ -146,14 +146,16 @@ def _prepare_wide(layer: Layer, rows: int, operands: Operands) -> Problem:
     )
 
 
-def _prepare_specialized(layer: Layer, rows: int, operands: Operands) -> Problem:
+def _prepare_specialized(layer: Layer, rows: int, added: bool, operands: Operands) -> Problem:
     made = _linear(operands, layer, rows)
     out = operands.unwritten(rows, layer.outputs)
+    residual = operands.normal(rows, layer.outputs) if added else None
+    options = made.options | {"residual": residual}
     return Problem(
-        {specialized.TILE: lambda i: specialized.specialized_gemm(made.x, made.weights(i), out, **made.options)},
-        made.peer(),
-        lambda: specialized.reference(made.x, made.weights(0), stripe=layer.stripe, **made.options),
-        size_of(made.x, made.weights(0), made.options.get("bias"), out),
+        {specialized.TILE: lambda i: specialized.specialized_gemm(made.x, made.weights(i), out, **options)},
+        made.peer(residual=residual),
+        lambda: specialized.reference(made.x, made.weights(0), stripe=layer.stripe, **options),
+        size_of(made.x, made.weights(0), made.options.get("bias"), residual, out),
         made.flops,
     )
 
@@ -186,9 +188,10 @@ def _wide_row(layer: Layer, rows: int) -> Row:
     return Row("wide_gemm", _rows_text(rows, layer), "fp16", _COLD, ops, prepare, sm90)
 
 
-def _specialized_row(layer: Layer, rows: int) -> Row:
-    prepare, ops = partial(_prepare_specialized, layer, rows), peers.linear_ops(layer)
-    return Row("specialized_gemm", _rows_text(rows, layer), "fp16", _COLD, ops, prepare, warp_jobs=True)
+def _specialized_row(layer: Layer, rows: int, added: bool = False) -> Row:
+    prepare, ops = partial(_prepare_specialized, layer, rows, added), peers.linear_ops(layer, residual=added)
+    shape = _rows_text(rows, layer, ", residual" * added)
+    return Row("specialized_gemm", shape, "fp16", _COLD, ops, prepare, warp_jobs=True)
 
 
 def rows_of(shapes: Shapes) -> list[Row]:
@@ -216,6 +219,7 @@ def rows_of(shapes: Shapes) -> list[Row]:
         *(_wide_row(layer, larger) for layer in (encoder.qkv, encoder.up, encoder.down)),
         _wide_row(decoder.gate_up, shapes.prompts * shapes.prompt),
         *(_specialized_row(layer, larger) for layer in (encoder.qkv, encoder.up, encoder.down)),
+        *(_specialized_row(layer, larger, added=True) for layer in (encoder.attention_output, encoder.down)),
         _specialized_row(decoder.gate_up, shapes.prompts * shapes.prompt),
     ]
     return found

@@ -94,6 +94,11 @@ class Encoder:
         return Layer("qkv", self.hidden, 3 * self.hidden, bias=True)
 
     @property
+    def attention_output(self) -> Layer:
+        """What follows attention."""
+        return Layer("attention output", self.hidden, self.hidden, bias=True)
+
+    @property
     def up(self) -> Layer:
         """The feed-forward layer's first half."""
         return Layer("up", self.hidden, self.intermediate, activation=GELU_ERF, bias=True)
