@@ -105,6 +105,7 @@ class Machine:
         self._back = threading.Semaphore(0)
         self._ready: list[Callable[[], bool] | None] = []  # None: the job has ended
         self._failed: BaseException | None = None
+        self._inference = torch.is_inference_mode_enabled()  # which each thread has of its own
 
     def start(self, kind: str, action: Callable[[], None], ordered: bool) -> None:
         """Something that ends later: in the order of its kind and job, or in any."""
@@ -175,7 +176,8 @@ class Machine:
         self._turns[place].acquire()
         try:
             if self._failed is None:
-                function(*arguments)
+                with torch.inference_mode(self._inference):
+                    function(*arguments)
         except SystemExit:
             return
         except BaseException as error:

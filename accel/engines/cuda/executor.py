@@ -217,11 +217,11 @@ class _Run:
         if rows == 1:
             done = self._products.linear(product.source, product.matrix, residual=stream.float().contiguous())
             return done if shape is None else done.reshape(shape)
-        added = self._products.parts(product.source, product.matrix)
-        tensor = added.parts if isinstance(added, Parts) else as_tensor(added)
         reader = self._program.only_reader(node.outputs[0])
         kept = reader is None or reader.op_type not in NORMS
-        return Sum(stream.contiguous(), tensor, kept, shape)
+        total = self._products.sum(product.source, product.matrix, stream.contiguous(), kept=kept)
+        total.shape = shape
+        return total
 
     def _shape_of(self, value: object) -> torch.Size | None:
         """A computed value's shape where it is not [T, K]."""

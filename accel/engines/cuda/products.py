@@ -41,7 +41,7 @@ from accel_kernels.quantized_gemm import QuantizedTile, quantized_gemm
 from accel_kernels.quantized_gemv import quantized_gemv
 from accel_kernels.specialized_gemm import TILE as SPECIALIZED
 from accel_kernels.specialized_gemm import specialized_gemm
-from accel_kernels.tiles import GELU_ERF, GELU_TANH, SILU
+from accel_kernels.tiles import GELU_ERF, GELU_TANH, LAYER_NORM, SILU
 from accel_kernels.wide_gemm import wide_gemm
 
 from accel.engines.cuda.contest import Contest, Way
@@ -147,6 +147,30 @@ class Products:
         out = torch.empty(splits, rows, matrix.outputs, dtype=torch.float32, device=x.device)
         narrow_gemm(x, matrix.weight, out, tile=narrow_split_tile(matrix, rows))
         return Parts(out)
+
+    def sum(self, value: object, matrix: Matrix, stream: torch.Tensor, *, kept: bool) -> Sum:
+        """stream + value W^T + b. The reader of a sum that is not ``kept`` adds it up, or the product itself, which
+        rounds it to the engine's type, whichever is faster.
+
+        Args:
+            stream: [T, N], contiguous.
+        """
+
+        def apart() -> Sum:
+            added = self.parts(value, matrix)
+            return Sum(stream, added.parts if isinstance(added, Parts) else as_tensor(added), kept)
+
+        fits = stream.dtype == self.dtype and matrix.scales is None and matrix.stripe is None
+        if kept or not fits or not self._warp_jobs or len(stream) < WIDE_ROWS:
+            return apart()
+        x = self.low(value)
+
+        def together() -> Sum:
+            out = torch.empty_like(stream)
+            specialized_gemm(x, matrix.weight, out, bias=matrix.bias, residual=stream)
+            return Sum(stream, out, kept, result=out)
+
+        return self._fastest(x, matrix, "added to a stream", {"apart": apart, SPECIALIZED: together})
 
     def _split(self, x: torch.Tensor, matrix: Matrix) -> Parts | torch.Tensor:
         """Whole or in parts, whichever is faster."""
@@ -310,11 +334,14 @@ class Products:
         return self._contest.pick(key, {name: partial(self._between_norms, x, way) for name, way in ways.items()})
 
     def _between_norms(self, x: torch.Tensor, way: Way) -> None:
-        """As in a model: a norm stands before, and another one adds up what comes in parts, if rows fit into one."""
+        """As in a model: a norm stands before, and another one adds up what is not added yet, if rows fit into one."""
         rows = x.contiguous()  # cuBLAS takes others too, a norm does not
         if rows.shape[1] <= _LONG_ROW:
             norm(rows, rows[0], torch.empty_like(rows), eps=1.0)
         result = way()
+        if isinstance(result, Sum):
+            self.norm(result, Normed(torch.empty(0), result.stream[0], None, 1.0, LAYER_NORM))
+            return
         added = result.parts if isinstance(result, Parts) else as_tensor(result)
         stream = torch.empty(added.shape[-2:], dtype=self.dtype, device=x.device)
         if stream.shape[1] <= _LONG_ROW:

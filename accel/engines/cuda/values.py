@@ -37,7 +37,9 @@ class Product:
 
 @dataclass
 class Sum:
-    """stream + added, the latter perhaps in parts [P, T, K]; the norm that reads it adds them up on the way."""
+    """stream + added, the latter perhaps in parts [P, T, K]; the norm that reads it adds them up on the way, unless the
+    result is there.
+    """
 
     stream: torch.Tensor  # [T, K]
     added: torch.Tensor
@@ -46,7 +48,7 @@ class Sum:
     result: torch.Tensor | None = None
 
     def tensor(self) -> torch.Tensor:
-        """The sum, float32 [T, K]."""
+        """The sum [T, K], float32 unless its product left it in another type."""
         if self.result is None:
             added = self.added if self.added.dim() == self.stream.dim() else self.added.sum(0)
             self.result = self.stream.float() + added.float()

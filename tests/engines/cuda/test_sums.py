@@ -1,0 +1,141 @@
+"""Residual streams that a product adds itself, where that is faster: the kernel that does is simulated here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from accel_kernels import specialized_gemm as made
+from accel_kernels.tiles import LAYER_NORM
+
+from accel.bundle import Bundle
+from accel.engines.cuda import products
+from accel.engines.cuda.contest import Contest
+from accel.engines.cuda.device import INTERPRETED, Device, open_device
+from accel.engines.cuda.encoder import CudaEncoderSession
+from accel.engines.cuda.products import SPECIALIZED, Products
+from accel.engines.cuda.program import Matrix
+from accel.engines.cuda.values import Normed, Sum
+from accel.graph.external import write_external
+from accel.graph.lowering.cuda import lower
+from accel.graph.save import load_canonical, save_graph
+from tests.kernels.comparing import Maker, assert_close
+from tests.kernels.warp_jobs import simulated
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter computes on masked lanes
+]
+ROWS, SIZE, COUNT = 150, 72, 40
+
+
+@pytest.fixture
+def make() -> Maker:
+    return Maker(torch.device("cpu"), torch.float16)
+
+
+@pytest.fixture
+def preferred(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The product that adds is taken wherever it competes; the keys of what was picked."""
+    picked: list[str] = []
+
+    def pick(self: Contest, key: str, ways: dict[str, Any]) -> str:
+        picked.append(key)
+        adds = "added to a stream" in key
+        return SPECIALIZED if adds else next(iter(ways))
+
+    monkeypatch.setattr(Contest, "pick", pick)
+    monkeypatch.setattr(products, "WIDE_ROWS", 1)
+    with simulated(made, "specialized_gemm_kernel", seed=3, programs=2):
+        yield picked
+
+
+def multiplier(make: Maker, warp_jobs: bool = True) -> Products:
+    return Products(torch.float16, False, Contest(open_device()), warp_jobs=warp_jobs)
+
+
+def operands(make: Maker, biased: bool = True) -> tuple[Any, Matrix, Any]:
+    bias = make.normal(COUNT, dtype=torch.float32) if biased else None
+    matrix = Matrix(make.normal(COUNT, SIZE), bias, low_bias=None if bias is None else bias.half())
+    return make.normal(ROWS, SIZE), matrix, make.normal(ROWS, COUNT, scale=5.0)
+
+
+def expected(x: Any, matrix: Matrix, stream: Any) -> Any:
+    total = x.double() @ matrix.weight.double().T + stream.double()
+    return total if matrix.bias is None else total + matrix.bias.double()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_norm_reads_one_tensor(make: Maker, preferred: list[str], biased: bool) -> None:
+    x, matrix, stream = operands(make, biased)
+    total = multiplier(make).sum(x, matrix, stream, kept=False)
+    assert len(preferred) == 1 and total.result is not None and total.result.dtype == torch.float16
+    assert_close(total.result, expected(x, matrix, stream), 1e-3)
+    by = Normed(torch.empty(0), make.normal(COUNT), make.normal(COUNT), 1e-5, LAYER_NORM)
+    wanted = torch.nn.functional.layer_norm(
+        expected(x, matrix, stream), (COUNT,), by.weight.double(), by.bias.double(), 1e-5
+    )
+    assert_close(multiplier(make).norm(total, by), wanted, 3e-3)
+
+
+@pytest.mark.parametrize("reason", ["kept", "float32 stream", "no jobs for warps", "few rows"])
+def test_others_leave_it_to_their_reader(
+    make: Maker, preferred: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, matrix, stream = operands(make)
+    if reason == "few rows":
+        monkeypatch.setattr(products, "WIDE_ROWS", ROWS + 1)
+    stream = stream.float() if reason == "float32 stream" else stream
+    chosen = multiplier(make, warp_jobs=reason != "no jobs for warps")
+    total = chosen.sum(x, matrix, stream, kept=reason == "kept")
+    assert total.result is None and not any("added to a stream" in key for key in preferred)
+    assert_close(total.tensor(), expected(x, matrix, stream), 1e-3)
+
+
+def test_both_ways_are_timed_with_the_norm_behind_them(make: Maker, preferred: list[str], monkeypatch: Any) -> None:
+    """One adds two tensors, the other reads one."""
+    x, matrix, stream = operands(make)
+    residuals: list[bool] = []
+    normalize = Products.norm
+
+    def norm(self: Products, source: Any, by: Normed) -> Any:
+        residuals.append(isinstance(source, Sum) and source.result is None)
+        return normalize(self, source, by)
+
+    def pick(self: Contest, key: str, ways: dict[str, Any]) -> str:
+        if "added to a stream" in key:
+            for way in ways.values():
+                way()
+        return next(iter(ways))
+
+    monkeypatch.setattr(Products, "norm", norm)
+    monkeypatch.setattr(Contest, "pick", pick)
+    multiplier(make).sum(x, matrix, stream, kept=False)
+    assert residuals == [True, False]
+
+
+def test_an_encoder(minilm_bundle: Path, tmp_path: Path, preferred: list[str], monkeypatch: Any) -> None:
+    """Attention's output and the second half of each layer, 12 in all, against the sums that their norms add up."""
+    bundle = Bundle.open(minilm_bundle)
+    arch = bundle.manifest.arch
+    model = load_canonical(bundle.file(bundle.graph("fp32", "canonical").file))
+    lowered, _ = lower(model, arch, 64, ir.DataType.FLOAT16)
+    write_external(lowered, tmp_path / "weights")
+    save_graph(lowered, tmp_path / "graph.onnx", (), (), "0")
+    feeds = {"input_ids": np.arange(1000, 1024).reshape(2, 12), "attention_mask": np.ones((2, 12), np.int64)}
+    feeds["attention_mask"][1, 7:] = 0
+    results = []
+    for jobs in (False, True):
+        monkeypatch.setattr(Device, "warp_jobs", jobs)
+        session = CudaEncoderSession(tmp_path / "graph.onnx", arch, "fp16", open_device(), torch.float16)
+        results.append(session.run(feeds))
+        session.close()
+    assert sum("added to a stream" in key for key in preferred) == 2 * len(arch.layers)
+    for name, plain in results[0].items():
+        real = feeds["attention_mask"].astype(bool) if plain.ndim == 3 else slice(None)
+        assert_close(torch.from_numpy(results[1][name][real]), torch.from_numpy(plain[real]), 4e-3)
