@@ -2,8 +2,8 @@
 
 Two groups multiply, each one half of a tile's rows, and the first one fetches for both. A third one adds the bias,
 applies the activation, adds a residual and stores while the others are at the next tile: an epilogue costs the tensor
-cores nothing but the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less from shared memory
-and from the L2 than any tile that one group can hold.
+cores nothing but the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less
+from shared memory and from the L2 than any tile that one group can hold.
 
 Written in Gluon: Triton's compiler gives warps no jobs on SM 90. Its interpreter does not know Gluon: where there is no
 GPU, the tests simulate the jobs.
@@ -68,6 +68,31 @@ def reference(
 
 
 @gluon.jit
+def _unit(unit, WHOLE, M, COUNT, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr):
+    """First row and first output of a unit of work, and whether it is a tile: WHOLE tiles, then halves of those left.
+
+    Tiles that fill less than half of the programs are better halved, each half for a program of its own.
+    """
+    behind = gl.maximum(unit - WHOLE, 0)
+    m, n = place(unit - behind + behind // 2, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+    return m + behind % 2 * HEIGHT, n, unit < WHOLE
+
+
+@gluon.jit
+def _onwards(
+    ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr,
+    GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """The turn behind one: a unit's next terms, or the first ones of the program's next unit."""
+    k += DEPTH
+    if k >= K:
+        k = 0
+        ahead += PROGRAMS
+        m, n, both = _unit(ahead, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
+    return ahead, m, n, both, k
+
+
+@gluon.jit
 def _after(stage, phase, STAGES: gl.constexpr):
     """The stage behind, and its phase, which changes when all were passed; scalars."""
     wrapped = stage + 1 == STAGES
@@ -75,17 +100,19 @@ def _after(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, weight, xs, ws, full, stage, m, n, k, pred):
-    """One turn, [2 * HEIGHT, DEPTH] from (m, k) of x and [WIDTH, DEPTH] from (n, k) of the weights they share, into a
-    stage; zeros behind the ends.
+def _fetch(x, weight, xs, ws, full, stage, m, n, k, both, pred):
+    """One turn, [HEIGHT, DEPTH] from (m, k) of x, as much below it for both halves, and [WIDTH, DEPTH] from (n, k) of
+    the weights they share, into a stage; zeros behind the ends.
     """
     HEIGHT: gl.constexpr = xs.shape[1]
-    BYTES: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2  # of elements with 16 bits
+    ONE: gl.constexpr = (HEIGHT + ws.shape[1]) * ws.shape[2] * 2  # bytes of elements with 16 bits
+    BOTH: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2
     bar = full.index(stage)
-    mbarrier.expect(bar, BYTES, pred=pred)
+    mbarrier.expect(bar, BOTH, pred=pred & both)
+    mbarrier.expect(bar, ONE, pred=pred & (both == 0))
     _load(x, [m, k], bar, xs.index(2 * stage), pred=pred)
     _load(weight, [n, k], bar, ws.index(stage), pred=pred)
-    _load(x, [m + HEIGHT, k], bar, xs.index(2 * stage + 1), pred=pred)
+    _load(x, [m + HEIGHT, k], bar, xs.index(2 * stage + 1), pred=pred & both)
 
 
 @gluon.jit
@@ -103,11 +130,11 @@ def _hand_over(sums, parts, first, COUNT: gl.constexpr):
 
 @gluon.jit
 def _multiply(
-    x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K,
+    x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS,
     HALF: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """Sums [HEIGHT, WIDTH], float32, of one half of each tile's rows. The first half's warps fetch for both, as soon as
-    both have done with a turn.
+    both have done with a turn, and multiply halves that are alone.
     """
     STAGES: gl.constexpr = ws.shape[0]
     HEIGHT: gl.constexpr = xs.shape[1]
@@ -115,21 +142,18 @@ def _multiply(
     DEPTH: gl.constexpr = ws.shape[2]
     PIECES: gl.constexpr = parts.shape[0] // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    tiles = gl.cdiv(M, 2 * HEIGHT) * gl.cdiv(COUNT, WIDTH)
-    ahead = gl.program_id(0)  # the tile that is fetched, its place, term, stage
-    m, n = place(ahead, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+    ahead = gl.program_id(0)  # the unit that is fetched, its place, term, stage
+    m, n, both = _unit(ahead, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
     k, stage_ahead, phase_ahead = 0, 0, 1
     if HALF == 0:
         for _ in range(STAGES - 1):
-            _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, ahead < tiles)
+            _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, both, ahead < UNITS)
             stage_ahead += 1
-            k += DEPTH
-            if k >= K:
-                k = 0
-                ahead += PROGRAMS
-                m, n = place(ahead, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+            ahead, m, n, both, k = _onwards(
+                ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS
+            )
     stage, phase, last, sent = 0, 0, 0, 1
-    for _ in range(gl.program_id(0), tiles, PROGRAMS):
+    for _ in range(gl.program_id(0), UNITS if HALF == 0 else WHOLE, PROGRAMS):
         total = gl.zeros((HEIGHT, WIDTH), gl.float32, layout)
         for turn in range(gl.cdiv(K, DEPTH)):
             mbarrier.wait(full.index(stage), phase)
@@ -137,15 +161,13 @@ def _multiply(
             total = warpgroup_mma_wait(1, deps=[total])
             mbarrier.arrive(empty.index(last), count=1, pred=turn > 0)
             if HALF == 0:
-                more = ahead < tiles
+                more = ahead < UNITS
                 mbarrier.wait(empty.index(stage_ahead), phase_ahead, pred=more)
-                _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, more)
+                _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, both, more)
                 stage_ahead, phase_ahead = _after(stage_ahead, phase_ahead, STAGES)
-                k += DEPTH
-                if k >= K:
-                    k = 0
-                    ahead += PROGRAMS
-                    m, n = place(ahead, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+                ahead, m, n, both, k = _onwards(
+                    ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS
+                )
             last = stage
             stage, phase = _after(stage, phase, STAGES)
         total = warpgroup_mma_wait(0, deps=[total])
@@ -154,11 +176,16 @@ def _multiply(
         sent ^= 1
         _hand_over(total.to(parts.dtype), parts, PIECES * HALF, PIECES)
         mbarrier.arrive(ready.index(HALF), count=1)
+    if HALF == 1:  # a half that is alone is not this one's
+        for _ in range(gl.where(WHOLE + gl.program_id(0) < UNITS, gl.cdiv(K, DEPTH), 0)):
+            mbarrier.wait(full.index(stage), phase)
+            mbarrier.arrive(empty.index(stage), count=1)
+            stage, phase = _after(stage, phase, STAGES)
 
 
 @gluon.jit
 def _finish(
-    out, bias, residual, parts, ready, free, M, COUNT,
+    out, bias, residual, parts, ready, free, M, COUNT, WHOLE, UNITS,
     GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
@@ -170,12 +197,11 @@ def _finish(
     WIDTH: gl.constexpr = parts.shape[0] * PIECE // 2
     STORED: gl.constexpr = WIDTH // PIECE // (2 if GATED else 1)  # pieces of a half
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    tiles = gl.cdiv(M, 2 * HEIGHT) * gl.cdiv(COUNT, WIDTH)
     phase = 0
-    for tile in range(gl.program_id(0), tiles, PROGRAMS):
-        m, n = place(tile, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
+    for unit in range(gl.program_id(0), UNITS, PROGRAMS):
+        m, n, both = _unit(unit, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
         left = n // 2 if GATED else n
-        for half in range(2):
+        for half in range(gl.where(both, 2, 1)):
             mbarrier.wait(ready.index(half), phase)
             for piece in range(STORED):
                 part = parts.index(half * (WIDTH // PIECE) + piece)
@@ -204,12 +230,12 @@ def _finish(
 
 @gluon.jit
 def specialized_gemm_kernel(
-    x, weight, out, bias, residual, M, COUNT, K,
+    x, weight, out, bias, residual, M, COUNT, K, WHOLE, UNITS,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] = act(x[m] . weight[n] + bias[n]) (* its partner, gated) + residual[m, n]; x, weight and out are
-    descriptors.
+    descriptors. UNITS of work: WHOLE tiles, a multiple of PROGRAMS unless they are all, and halves.
     """
     HEIGHT: gl.constexpr = x.block_shape[0]
     DEPTH: gl.constexpr = x.block_shape[1]
@@ -229,13 +255,14 @@ def specialized_gemm_kernel(
         mbarrier.init(ready.index(half), count=1)
         mbarrier.init(free.index(half), count=1)
     fence_async_shared()
-    first = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, 0, GROUP, PROGRAMS)
-    second = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, 1, GROUP, PROGRAMS)
+    first = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS, 0, GROUP, PROGRAMS)
+    second = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS, 1, GROUP, PROGRAMS)
     finish = (
-        out, bias, residual, parts, ready, free, M, COUNT, GROUP, PROGRAMS, HAS_BIAS, HAS_RESIDUAL, GATED, ACTIVATION,
+        out, bias, residual, parts, ready, free, M, COUNT, WHOLE, UNITS, GROUP, PROGRAMS, HAS_BIAS, HAS_RESIDUAL,
+        GATED, ACTIVATION,
     )  # fmt: skip
     # Registers of each thread: 128 sums and their addresses, and what an activation takes.
-    gl.warp_specialize([(_multiply, first), (_multiply, second), (_finish, finish)], [4, 4], [200, 88])
+    gl.warp_specialize([(_multiply, first), (_multiply, second), (_finish, finish)], [4, 4], [200, 96])
 
 
 def specialized_gemm(
@@ -270,11 +297,14 @@ def specialized_gemm(
     _check(x, weight, out, bias, residual, gated, activation)
     (rows, size), lines = x.shape, len(weight)
     tiles = triton.cdiv(rows, 2 * HEIGHT) * triton.cdiv(lines, WIDTH)
-    programs = min(multiprocessors(x.device) if programs is None else programs, tiles)
+    programs = multiprocessors(x.device) if programs is None else programs
+    whole = tiles - tiles % programs if 2 * (tiles % programs) <= programs else tiles
+    units = 2 * tiles - whole
+    programs = min(programs, units)
     blocks = (x, [HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH]), (out, [HEIGHT, PIECE])
     specialized_gemm_kernel[(programs,)](
         *(_described(tensor, block) for tensor, block in blocks),
-        *(out if tensor is None else tensor for tensor in (bias, residual)), rows, lines, size,
+        *(out if tensor is None else tensor for tensor in (bias, residual)), rows, lines, size, whole, units,
         STAGES=STAGES, GROUP=group, PROGRAMS=programs, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         GATED=gated, ACTIVATION=activation, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def described(*block):
 kernel = made.specialized_gemm_kernel
 types = {{"x": described(made.HEIGHT, made.DEPTH), "weight": described(made.WIDTH, made.DEPTH)}}
 types |= {{"out": described(made.HEIGHT, made.PIECE), "bias": "*fp32", "residual": "*{short}"}}
-types |= {{name: "i32" for name in ("M", "COUNT", "K")}}
+types |= {{name: "i32" for name in ("M", "COUNT", "K", "WHOLE", "UNITS")}}
 sizes = {{"STAGES": made.STAGES, "GROUP": 8, "PROGRAMS": 132, "HAS_BIAS": not {gated}, "HAS_RESIDUAL": not {gated}}}
 sizes |= {{"GATED": {gated}, "ACTIVATION": {activation}}}
 signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
@@ -91,6 +91,20 @@ def test_any_number_of_rows(half: Maker, rows: int | None, size: int) -> None:
     assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize("programs", [2, 4, 5, 6, 8, 20, 132])
+@pytest.mark.parametrize("rows", [1152, 1034, 1090])
+def test_tiles_that_are_left_are_halved(half: Maker, rows: int, programs: int) -> None:
+    """Nine of them, of which one, four, three or all are left; the last one has rows in one half, or in both."""
+    x, weight, residual = half.normal(rows, 104), half.normal(200, 104), half.normal(rows, 200)
+    out = half.poison(rows, 200)
+    specialized_gemm(x, weight, out, residual=residual, programs=programs)
+    assert_close(out, reference(x, weight, residual=residual), TOLERANCES[torch.float16])
+    x, weight, out = half.normal(rows, 72), half.normal(2 * STRIPE, 72), half.poison(rows, STRIPE)
+    specialized_gemm(x, weight, out, gated=True, activation=GELU_TANH, programs=programs)
+    expected = reference(x, weight, gated=True, stripe=STRIPE, activation=GELU_TANH)
+    assert_close(out, expected, 2 * TOLERANCES[torch.float16])
+
+
 @pytest.mark.parametrize("kind", TOLERANCES, ids=str)
 @pytest.mark.parametrize("group", [1, 3, 8])
 def test_gate_and_other_alternate_in_stripes(half: Maker, kind: Any, group: int) -> None:
@@ -108,13 +122,15 @@ def test_an_activation_of_sums_below_all_float16_is_zero(half: Maker, activation
     assert (out == 0).all()
 
 
+@pytest.mark.parametrize("programs", [2, 5])
 @pytest.mark.parametrize("seed", range(12))
-def test_no_order_of_what_is_under_way_changes_a_result(device: Any, seed: int) -> None:
+def test_no_order_of_what_is_under_way_changes_a_result(device: Any, seed: int, programs: int) -> None:
+    """Nine tiles: a half is left for each of two programs, or a tile for four of five."""
     if device.type != "cpu":
         pytest.skip("a GPU has its own order")
     make = Maker(device, torch.float16)
     x, weight, out = make.normal(ROWS, SIZE), make.normal(COUNT, SIZE), make.poison(ROWS, COUNT)
-    with simulated(made, "specialized_gemm_kernel", seed, programs=2):
+    with simulated(made, "specialized_gemm_kernel", seed, programs):
         specialized_gemm(x, weight, out)
     assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
 

@@ -30,13 +30,13 @@ def altered(folder: Path, old: str, new: str) -> ModuleType:
 
 
 def goes_wrong(module: ModuleType, seed: int) -> bool:
-    """Whether an error or a wrong number shows in one schedule: of rows that two tiles share, then of gated ones."""
+    """Whether an error or a wrong number shows in one schedule: of six tiles for four programs, then of gated ones."""
     make = Maker(torch.device("cpu"), torch.float16)
     for gated in (False, True):
-        x, weight, out = make.normal(200, 264), make.normal(512, 264), make.poison(200, 256 if gated else 512)
+        x, weight, out = make.normal(300, 264), make.normal(512, 264), make.poison(300, 256 if gated else 512)
         options = {"gated": gated, "activation": 0 if gated else -1}
         try:
-            with simulated(module, "specialized_gemm_kernel", seed, programs=1):
+            with simulated(module, "specialized_gemm_kernel", seed, programs=4):
                 module.specialized_gemm(x, weight, out, **options)
         except AssertionError:
             return True
@@ -61,6 +61,9 @@ def goes_wrong(module: ModuleType, seed: int) -> bool:
         ("tma.store_wait(0)", "tma.store_wait(1)"),
         ("                fence_async_shared()\n", ""),
         ("for _ in range(STAGES - 1):", "for _ in range(STAGES):"),
+        ("if HALF == 1:  #", "if False:  #"),
+        ("mbarrier.expect(bar, ONE,", "mbarrier.expect(bar, BOTH,"),
+        ("pred=pred & both)\n\n", "pred=pred)\n\n"),
     ],
 )
 def test_a_broken_rule_shows(tmp_path: Path, old: str, new: str) -> None:
