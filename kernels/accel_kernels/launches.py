@@ -66,7 +66,10 @@ QUANTIZED_SPLIT_TILES = (  # likewise
 ENCODER_ATTENTION = (
     {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3},
     {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2},
+    {"block_m": 64, "block_n": 64, "warps": 4, "stages": 4},  # as many programs beside one another as with 3
+    {"block_m": 64, "block_n": 32, "warps": 4, "stages": 4},  # more programs
     {"block_m": 64, "block_n": 128, "warps": 4, "stages": 2},
+    {"block_m": 128, "block_n": 64, "warps": 4, "stages": 3},  # half the traffic with the L2
     {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3},
 )
 SHORT_PAST = 512  # positions up to which one program per head is as fast as several that must meet
