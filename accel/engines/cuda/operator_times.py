@@ -18,7 +18,7 @@ from accel.engines.cuda.device import Device
 from accel.engines.cuda.executor import Executor, TracedRun, Values
 from accel.engines.cuda.products import rows_of
 from accel.engines.cuda.program import Matrix, Program
-from accel.engines.cuda.values import Normed, Product, Rows
+from accel.engines.cuda.values import Normed, Product, Rows, Sum
 
 _REPLAYS = 20
 _Work = tuple[float, float]
@@ -118,7 +118,7 @@ def _title(node: ir.Node, values: Values, program: Program, by_matrix: dict[int,
 
 def _work(node: ir.Node, values: Values, result: object, executor: Executor, step: StepTensors, seen: float) -> _Work:
     """(bytes, operations) of one node."""
-    size = float(_bytes(result) + sum(_bytes(kept) for value, kept in values.items() if not value.is_initializer()))
+    size = _moved(values, result)
     product = next((value for value in values.values() if isinstance(value, Product)), None)
     matrix = executor.program.matrices.get(node) if product is None else product.matrix
     if matrix is not None:
@@ -136,10 +136,20 @@ def _work(node: ir.Node, values: Values, result: object, executor: Executor, ste
     return (2.0 * _bytes(result) if node.op_type == "Gather" else size), 0.0
 
 
+def _moved(values: Values, result: object) -> float:
+    """Bytes of what a node reads and leaves; the stream of a sum that its reader adds up is that one's to read."""
+    read = [kept for value, kept in values.items() if not value.is_initializer()]
+    if isinstance(result, Sum) and result.result is None:
+        read, result = [kept for kept in read if isinstance(kept, Product)], result.added
+    return float(_bytes(result) + sum(_bytes(kept) for kept in read))
+
+
 def _bytes(value: object) -> int:
-    """Of everything that a value holds on the way to its reader, matrices left out."""
+    """Of everything that a value holds on the way to its reader, matrices left out; of a sum that is there itself."""
     if isinstance(value, torch.Tensor):
         return value.nbytes
+    if isinstance(value, Sum) and value.result is not None:
+        return value.result.nbytes
     if isinstance(value, Rows):
         return value.ids.numel() * value.table.shape[1] * value.table.element_size() + _bytes(value.also)
     if is_dataclass(value) and not isinstance(value, Matrix | type):

@@ -18,9 +18,10 @@ from accel.engines.cuda import products
 from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import INTERPRETED, Device, open_device
 from accel.engines.cuda.encoder import CudaEncoderSession
+from accel.engines.cuda.operator_times import _moved
 from accel.engines.cuda.products import SPECIALIZED, Products
 from accel.engines.cuda.program import Matrix
-from accel.engines.cuda.values import Normed, Sum
+from accel.engines.cuda.values import Normed, Product, Sum
 from accel.graph.external import write_external
 from accel.graph.lowering.cuda import lower
 from accel.graph.save import load_canonical, save_graph
@@ -117,6 +118,17 @@ def test_both_ways_are_timed_with_the_norm_behind_them(make: Maker, preferred: l
     monkeypatch.setattr(Contest, "pick", pick)
     multiplier(make).sum(x, matrix, stream, kept=False)
     assert residuals == [True, False]
+
+
+def test_the_bytes_of_a_sum_are_its_readers_or_its_own(make: Maker) -> None:
+    x, matrix, stream = operands(make)
+    out, normed = make.normal(ROWS, COUNT), make.normal(ROWS, COUNT)
+    apart, together = Sum(stream, out, kept=False), Sum(stream, out, kept=False, result=out)
+    read = {ir.Value(): Product(x, matrix), ir.Value(): stream}
+    assert _moved(read, apart) == x.nbytes + out.nbytes
+    assert _moved(read, together) == x.nbytes + stream.nbytes + out.nbytes
+    assert _moved({ir.Value(): apart}, normed) == stream.nbytes + out.nbytes + normed.nbytes
+    assert _moved({ir.Value(): together}, normed) == out.nbytes + normed.nbytes
 
 
 def test_an_encoder(minilm_bundle: Path, tmp_path: Path, preferred: list[str], monkeypatch: Any) -> None:
