@@ -117,13 +117,13 @@ def how_to_get(path: Path, kind: Kind, name: str, graphs: Mapping[str, Collectio
     else:
         told = [f"No target runs this {kind} so" + ("" if kind == "decoder" else f": {NO_CACHE}")]
     if short or not able:  # no precision was named, or none that goes with such a cache
-        for target, others in _others(kind, scheme):
+        for target, others in with_cache(kind, scheme):
             held = [repr(other) for other in others if target in graphs.get(other, ())]
             told.append(f"for {target}" + (f" it has {', '.join(held)}" if held else f": {command} {others[0]}"))
     return "; ".join(told)
 
 
-def _others(kind: Kind, scheme: Scheme) -> Iterator[tuple[str, list[str]]]:
+def with_cache(kind: Kind, scheme: Scheme) -> Iterator[tuple[str, list[str]]]:
     """Targets that refuse a scheme, and what they take beside a cache like its own; without those that take nothing."""
     for target in _RULES:
         taken = beside_cache(target, kind, scheme)
@@ -138,4 +138,4 @@ def beside_cache(target: str, kind: Kind, scheme: Scheme) -> list[str]:
     return [name for name in names if refusal(target, kind, parse_scheme(name)) is None]
 
 
-__all__ = ["NO_CACHE", "beside_cache", "how_to_get", "refusal", "refusal_by_name", "takers"]
+__all__ = ["NO_CACHE", "beside_cache", "how_to_get", "refusal", "refusal_by_name", "takers", "with_cache"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from accel.errors import InputError
 from accel.graph.lowering.versions import VERSIONS
 from accel.kv_quantization import KvQuantization
-from accel.refusals import NO_CACHE, beside_cache, refusal
+from accel.refusals import NO_CACHE, beside_cache, refusal, with_cache
 from accel.schema import suggest
 from accel.scheme import Scheme, parse_scheme
 from accel.spec import ArchSpec, Kind
@@ -212,7 +212,8 @@ def check_runnable(kind: Kind, variant: str) -> None:
         return
     reasons = {target.title: target.refuses(kind, scheme) for target in TARGETS.values()}
     told = "; ".join(f"{title}: {reason}" for title, reason in reasons.items() if reason)
-    remedy = "Take the parts that one target runs: accel's README lists the schemes of each"
+    parts = "Take the parts that one target runs: accel's README lists the schemes of each"
+    remedy = "; ".join(_with_cache(kind, scheme, (), None)) or parts
     if set(reasons.values()) == {NO_CACHE}:
         told, remedy = NO_CACHE, _without_cache(kind, variant)
     raise InputError(f"no target runs this {kind} as {variant} ({told})", where="variant", remedy=remedy)
@@ -244,16 +245,32 @@ def check_target(arch: ArchSpec, scheme: Scheme, target: Target, bundle: Path | 
     reason = target.refuses(arch.kind, scheme)
     if reason is None:
         return
-    able = sensible_targets(arch, scheme.name)
-    remedy = f"Targets that can: {', '.join(able)}" if able else "No target can"
+    able, alone = sensible_targets(arch, scheme.name), _is_cache_alone(scheme)
+    told = [f"Targets that can: {', '.join(able)}"] if able else []
+    told += _with_cache(arch.kind, scheme, able, bundle) if alone or not able else []
+    remedy = "; ".join(told) or "No target can"
     if reason == NO_CACHE:
         remedy = _without_cache(arch.kind, scheme.name)
-    elif scheme.base == "fp32" and not scheme.quantized and scheme.kv_bits is not None:  # a cache, and no precision
+    elif alone:
         for name in beside_cache(target.name, arch.kind, scheme)[:1]:
             command = f"accel quantize {bundle or 'BUNDLE'} --variant {name} --target {target.name}"
             remedy = f"{command}; {scheme.name} runs on {', '.join(able)}" if able else command
     what = f"{target.title} cannot run this {arch.kind} as {scheme.name}: {reason}"
     raise InputError(what, where="target", remedy=remedy)
+
+
+def _is_cache_alone(scheme: Scheme) -> bool:
+    """Whether no precision was named beside the cache: there may be one that goes with it."""
+    return scheme.base == "fp32" and not scheme.quantized and scheme.kv_bits is not None
+
+
+def _with_cache(kind: Kind, scheme: Scheme, able: Collection[str], bundle: Path | None) -> list[str]:
+    """The targets that refuse a scheme, but keep its cache beside other weights: which, and the command for each."""
+    if scheme.kv_bits is None:
+        return []
+    others = [(name, taken[0]) for name, taken in with_cache(kind, scheme) if name not in able]
+    command = f"accel quantize {bundle or 'BUNDLE'} --variant"
+    return [f"{name} runs {other}: {command} {other} --target {name}" for name, other in others]
 
 
 def _without_cache(kind: Kind, variant: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from accel.graph.lowering.versions import VERSIONS
 from accel.manifest import Quantization
 from accel.quality import Report, VariantReport, render_page, render_text, save_quality
 from accel.schema import from_dict, to_dict
-from accel.variant_targets import TARGETS
+from accel.scheme import parse_scheme
+from accel.variant_targets import TARGETS, check_target
 from accel.variants import add_variant
 from tests.quality.samples import DECODER
 from tests.test_bundle_extension import content
@@ -78,6 +80,27 @@ def test_a_cache_alone_for_a_named_target(decoder: Path, cache: str, remedy: str
         add_variant(decoder, cache, target="cuda")
     command = f"accel quantize {Bundle.open(decoder).path} --variant fp16+{cache} --target cuda"
     assert caught.value.remedy == command + remedy
+
+
+@pytest.mark.parametrize(
+    ("asked", "target", "remedy"),
+    [
+        ("kvfp8", "tensorrt", "cuda runs fp16+kvfp8: {} fp16+kvfp8 --target cuda"),
+        ("kvfp8", "ort-cpu", "cuda runs fp16+kvfp8: {} fp16+kvfp8 --target cuda"),
+        ("kv8", "tensorrt", "Targets that can: ort-cpu; cuda runs fp16+kv8: {} fp16+kv8 --target cuda"),
+        ("fp16+kv4", "cuda", "ort-cpu runs fp32+kv4: {} fp32+kv4 --target ort-cpu"),
+        ("fp16+kv8", "tensorrt", "Targets that can: cuda"),
+    ],
+)
+def test_a_cache_that_another_target_keeps(decoder: Path, asked: str, target: str, remedy: str) -> None:
+    """Beside other weights, if need be: the command is for that target, and what it names is not refused there."""
+    with pytest.raises(InputError) as caught:
+        add_variant(decoder, asked, target=target)
+    assert caught.value.remedy == remedy.format(f"accel quantize {Bundle.open(decoder).path} --variant")
+    with pytest.raises(InputError, match="cuda runs fp16.kvfp8: accel .* --variant fp16.kvfp8 --target cuda"):
+        add_variant(decoder, "kvfp8")
+    for name, other in re.findall(r"--variant (\S+) --target (\S+)", caught.value.remedy):
+        check_target(Bundle.open(decoder).manifest.arch, parse_scheme(name), TARGETS[other])
 
 
 ONE_REASON = [
