@@ -107,6 +107,11 @@ def hidden_gpu() -> str | None:
     return None
 
 
+def missing_gpu() -> str | None:
+    """Why no engine on a GPU can run in this process, whatever is installed; None: a GPU can be seen."""
+    return hidden_gpu() or (None if has_nvidia_device() else "there is no NVIDIA GPU or driver here")
+
+
 def probe_gpus() -> tuple[Gpu, ...]:
     """Asks nvidia-smi; none where there is no driver."""
     query = "--query-gpu=name,driver_version,memory.total,compute_cap"
@@ -223,6 +228,7 @@ __all__ = [
     "gpu_models",
     "has_nvidia_device",
     "hidden_gpu",
+    "missing_gpu",
     "parse_gpus",
     "probe_cpu",
     "probe_gpus",

@@ -126,3 +126,12 @@ def test_gpus_that_this_process_cannot_see(
         monkeypatch.setenv(HIDDEN, visible)
     found = machine.hidden_gpu()
     assert found is None if reason is None else re.search(reason, str(found))
+
+
+@pytest.mark.parametrize("hidden", [None, "the GPUs are hidden"])
+@pytest.mark.parametrize("devices", [True, False])
+def test_a_missing_gpu(monkeypatch: pytest.MonkeyPatch, devices: bool, hidden: str | None) -> None:
+    monkeypatch.setattr(machine, "has_nvidia_device", lambda: devices)
+    monkeypatch.setattr(machine, "hidden_gpu", lambda: hidden)
+    expected = None if devices else "there is no NVIDIA GPU or driver here"
+    assert machine.missing_gpu() == (hidden or expected)

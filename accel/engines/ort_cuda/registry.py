@@ -8,7 +8,7 @@ from accel.engines.ort_cuda.package import free_memory, import_onnxruntime_gpu
 from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, OutOfMemoryError, Provider
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, DependencyError, EngineUnavailableError
-from accel.machine import has_nvidia_device, hidden_gpu
+from accel.machine import missing_gpu
 from accel.refusals import refusal_by_name
 from accel.scheme import gpu_type
 
@@ -19,12 +19,13 @@ Session = EncoderSession | DecoderSession
 
 def probe(bundle: Bundle, variant: str) -> str | None:
     """Why this engine cannot run the bundle here, or None."""
+    lacking = missing_gpu()
+    if lacking is not None:  # first: the package would not help, and installing it costs ONNX Runtime CPU
+        return lacking
     try:
         import_onnxruntime_gpu()
     except DependencyError as error:
         return str(error)
-    if not has_nvidia_device():
-        return hidden_gpu() or "there is no NVIDIA GPU or driver here"
     name = pick_precision(bundle, variant)
     return _no_graph(bundle, variant) if name is None else _outdated(bundle, name)
 

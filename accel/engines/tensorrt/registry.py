@@ -14,6 +14,7 @@ from accel.engines.tensorrt.kernel_cache import kernels_path
 from accel.engines.tensorrt.lookup import find_engine, open_store, pick_precision
 from accel.engines.tensorrt.packages import TITLES, current_gpu, current_sm
 from accel.errors import AccelError, DependencyError, EngineError, EngineUnavailableError
+from accel.machine import missing_gpu
 from accel.store import StoredEngine
 
 _log = logging.getLogger("accel")
@@ -27,9 +28,11 @@ def probe_for(target: Target) -> Callable[[Bundle, str], str | None]:
         try:
             load_flavour(target)
         except DependencyError as error:
-            return str(error)
+            return missing_gpu() or str(error)  # without a GPU no package would help
         if find_spec("cuda") is None:
-            return f'{TITLES[target]} runs through cuda-python, which is not installed: pip install "cuda-python>=12.8"'
+            install = 'pip install "cuda-python>=12.8"'
+            lacking = f"{TITLES[target]} runs through cuda-python, which is not installed: {install}"
+            return missing_gpu() or lacking
         if current_sm() is None:
             return f"{TITLES[target]} needs an NVIDIA GPU and its driver; CUDA finds none here"
         if pick_precision(bundle, variant) is None:

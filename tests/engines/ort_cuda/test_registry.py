@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 import accel
+from accel import machine
 from accel.bundle import Bundle
 from accel.engines import ENGINES, open_session
 from accel.engines.ort_cuda import registry
@@ -48,7 +49,7 @@ def without(bundle: Bundle, *variants: str) -> Bundle:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which everything is there, but whose provider is the CPU's; fp32 decoders count."""
     monkeypatch.setattr(registry, "import_onnxruntime_gpu", lambda: onnxruntime)
-    monkeypatch.setattr(registry, "has_nvidia_device", lambda: True)
+    monkeypatch.setattr(registry, "missing_gpu", lambda: None)
     monkeypatch.setattr(registry, "Provider", lambda ort: fake_gpu())
     monkeypatch.setattr(registry, "free_memory", lambda: 8 * GIB)
     monkeypatch.setattr(registry, "pick_precision", lambda bundle, variant: "fp32")
@@ -69,11 +70,11 @@ def test_the_variant(decoder: Bundle, encoder: Bundle) -> None:
 
 
 def test_reasons(decoder: Bundle, encoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "missing_gpu", lambda: "there is no GPU")
+    assert registry.probe(decoder, "auto") == "there is no GPU", "installing a package would not help"
+    monkeypatch.setattr(registry, "missing_gpu", lambda: None)
     assert "onnxruntime-gpu is not installed; onnxruntime" in (registry.probe(decoder, "auto") or "")
     monkeypatch.setattr(registry, "import_onnxruntime_gpu", lambda: onnxruntime)
-    monkeypatch.setattr(registry, "has_nvidia_device", lambda: False)
-    assert "no NVIDIA GPU" in (registry.probe(decoder, "auto") or "")
-    monkeypatch.setattr(registry, "has_nvidia_device", lambda: True)
     assert registry.probe(decoder, "auto") is None
     command = f"accel quantize {encoder.path} --variant fp16 --target ort-cuda adds one"
     assert command in (registry.probe(encoder, "fp16") or "")
@@ -85,7 +86,7 @@ def test_reasons(decoder: Bundle, encoder: Bundle, monkeypatch: pytest.MonkeyPat
 def test_a_graph_of_an_older_accel_is_passed_over(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the next engine runs; what is said makes it anew."""
     monkeypatch.setattr(registry, "import_onnxruntime_gpu", lambda: onnxruntime)
-    monkeypatch.setattr(registry, "has_nvidia_device", lambda: True)
+    monkeypatch.setattr(registry, "missing_gpu", lambda: None)
     fp16 = decoder.manifest.variants["fp16"]
     graph = fp16.graphs["ort-cuda"]
     older = dataclasses.replace(graph, outputs=tuple(o for o in graph.outputs if o.name != "token_logit"), lowering=1)
@@ -97,12 +98,15 @@ def test_a_graph_of_an_older_accel_is_passed_over(decoder: Bundle, monkeypatch: 
     assert not is_current(bundle, "fp16", "ort-cuda") and registry.probe(bundle, "bf16") is None
 
 
-def test_it_is_passed_over_here_with_its_reason(decoder: Bundle) -> None:
+def test_it_is_passed_over_here_with_its_reason(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_session(decoder, device="auto", options=SessionOptions(1, 32, 2))
     assert opened.session.info.name == "ort-cpu" and opened.session.info.variant == "fp32", "never fp16 on a CPU"
     opened.session.close()
-    with pytest.raises(EngineUnavailableError, match="ort-cuda: onnxruntime-gpu is not installed"):
+    monkeypatch.setattr(machine, "has_nvidia_device", lambda: False)
+    monkeypatch.setattr(machine, "hidden_gpu", lambda: None)
+    with pytest.raises(EngineUnavailableError, match=r"\(ort-cuda: there is no NVIDIA GPU or driver here\)") as caught:
         open_session(decoder, engine="ort-cuda")
+    assert "pip" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("gpu")

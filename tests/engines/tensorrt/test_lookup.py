@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -284,7 +285,9 @@ def test_probe(bundle: Bundle, tiny_decoder_bundle: Path, monkeypatch: pytest.Mo
     assert probe(bundle, "auto") is None and probe(bundle, "fp16") is None
     assert "no TensorRT graph for variant 'fp32': accel build" in str(probe(bundle, "fp32"))
     assert "--target rtx makes one" in str(probe(Bundle.open(tiny_decoder_bundle), "auto"))
-    assert 'pip install "tensorrt>=10.15.1"' in str(registry.probe_for("tensorrt")(bundle, "auto"))
+    for lacking, said in ((None, 'pip install "tensorrt>=10.15.1"'), ("there is no GPU", "^there is no GPU$")):
+        monkeypatch.setattr(registry, "missing_gpu", lambda lacking=lacking: lacking)
+        assert re.search(said, str(registry.probe_for("tensorrt")(bundle, "auto")))
 
 
 class Session:
