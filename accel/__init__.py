@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "add_variant", "build", "export", "load", "report", "warmup"]
+__all__ = ["__version__", "add_variant", "build", "drop_variant", "export", "load", "report", "warmup"]
 
 if TYPE_CHECKING:
     from accel.api import export
     from accel.engine_build import build
     from accel.loading import load
     from accel.quality import report
+    from accel.variant_removal import drop_variant
     from accel.variants import add_variant
     from accel.warmup_jobs import warmup
 
 _LAZY = {"add_variant": "accel.variants", "build": "accel.engine_build", "export": "accel.api"}
-_LAZY |= {"load": "accel.loading", "report": "accel.quality", "warmup": "accel.warmup_jobs"}
+_LAZY |= {"drop_variant": "accel.variant_removal", "load": "accel.loading", "report": "accel.quality"}
+_LAZY |= {"warmup": "accel.warmup_jobs"}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,37 +7,31 @@ renamed at the end, so that a killed export leaves nothing half made.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import stat
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from accel.bundle_reading import (
+    ITEM_BYTES,
+    RE_EXPORT,
+    check_file,
+    check_references,
+    check_sizes,
+    file_entry,
+    inside,
+    read_json,
+    read_manifest,
+)
 from accel.errors import BundleError, InputError, StorageError
-from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, GraphEntry, Manifest, Variant
-from accel.refusals import how_to_get
-from accel.schema import from_dict, suggest, to_dict
+from accel.lost_files import dispensable, graph_keys, lost_graphs, weights_of, without_lost
+from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, GraphEntry, Manifest, Variant
+from accel.refusals import how_to_get, how_to_mend
+from accel.schema import suggest, to_dict
 from accel.scheme import BASES, QUANTIZED, suggest_variant
-from accel.spec import ArchSpec
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
-
-MAX_JSON_BYTES = 64 << 20  # the manifest of a large model has some 1e4 entries; a weight file is not read as JSON
-ITEM_BYTES = {
-    "float64": 8,
-    "int64": 8,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int8": 1,
-    "float8_e4m3fn": 1,
-    "uint8": 1,
-    "bool": 1,
-}
-MAX_SIZE = 1 << 28  # of a vocabulary, width or position count; far above every model there is
-RE_EXPORT = "Export the model again, or copy the bundle again from its source"
 
 
 class Bundle:
@@ -45,24 +39,31 @@ class Bundle:
 
     Attributes:
         path: The directory, resolved.
-        manifest: Its manifest, checked.
+        manifest: Its manifest, checked, without the graphs whose files are lost: what can be run.
+        full_manifest: As it is written: what a new manifest is made from.
+        missing: Listed files that are not there.
+        lost: (variant, target) of each graph that reads such files -> these.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path, self.manifest = path, manifest
+    def __init__(self, path: Path, manifest: Manifest, missing: Collection[str] = ()) -> None:
+        self.path, self.full_manifest, self.missing = path, manifest, frozenset(missing)
+        self.manifest, self.lost = without_lost(manifest, missing), lost_graphs(manifest, missing)
 
     @classmethod
     def open(cls, path: str | Path, verify: bool = False) -> Bundle:
         """Opens a bundle and checks it.
 
+        Files that are missing, and that only graphs read which were added to what the export wrote, cost those graphs
+        alone: see ``lost``.
+
         Args:
             path: The bundle's directory.
-            verify: Also read every file and compare its sha256. Sizes are always compared.
+            verify: Also read every file and compare its sha256; all must be there. Sizes are always compared.
 
         Raises:
             InputError: The path is empty, or none.
-            BundleError: No bundle there; junk or unknown manifest; a file is missing, truncated, too long,
-                corrupt, or outside the directory.
+            BundleError: No bundle there; junk or unknown manifest; a file that all need is missing, or one is
+                truncated, too long, corrupt, or outside the directory.
         """
         if not isinstance(path, (str, os.PathLike)) or path == "":  # Path("") would be the current directory
             remedy = "Give the directory that accel.export wrote"
@@ -72,16 +73,59 @@ class Bundle:
             remedy = "Give the directory that accel.export wrote"
             raise BundleError("There is no bundle directory", where=str(root), remedy=remedy)
         root = root.resolve()
-        bundle = cls(root, _read_manifest(root))
-        _check_sizes(bundle.manifest.arch)
-        check_references(bundle.manifest)
-        for name, entry in bundle.manifest.files.items():
-            _check_file(root, name, entry, verify)
+        manifest = read_manifest(root)
+        check_sizes(manifest.arch)
+        check_references(manifest)
+        spare = dispensable(manifest)
+        found = {name: check_file(root, name, entry, verify, name in spare) for name, entry in manifest.files.items()}
+        bundle = cls(root, manifest, [name for name, is_there in found.items() if not is_there])
+        if bundle.missing and read_manifest(root) != manifest:  # not lost: somebody replaced them meanwhile
+            return cls.open(root, verify)
+        bundle._check_missing(spare, verify)
         return bundle
 
+    def _check_missing(self, spare: Collection[str], verify: bool) -> None:
+        """Refuses a bundle of which nothing can run, or not all that must be there is."""
+        needed = [name for name in self.full_manifest.files if name in self.missing and name not in spare]
+        for name in needed:
+            raise BundleError("A file of the bundle is missing", where=str(self.path / name), remedy=RE_EXPORT)
+        if self.lost and (verify or len(self.lost) == len(graph_keys(self.full_manifest))):
+            (variant, target), files = next(iter(self.lost.items()))
+            remedy = self._how_to_mend(variant, (target,)) if verify else RE_EXPORT
+            raise BundleError("A file of the bundle is missing", where=str(self.path / files[0]), remedy=remedy)
+
+    @property
+    def whole(self) -> Bundle:
+        """The bundle as if no file were lost, to tell what would run then; its files may not be there."""
+        return Bundle(self.path, self.full_manifest) if self.lost else self
+
+    def lost_reason(self, variant: str, target: str) -> str | None:
+        """Why a graph that the manifest lists cannot run, with the commands that mend it; None: it lacks no file."""
+        files = self.lost.get((variant, target))
+        if files is None:
+            return None
+        return f"{_missing(files)}: {self._how_to_mend(variant, (target,))}"
+
+    def refuse_lost(self, variant: str, target: str | None = None) -> None:
+        """Refuses a graph, or all of a variant's, that files are lost of.
+
+        Raises:
+            BundleError: They are; names them, and the commands that make the graphs again, and that drop them.
+        """
+        keys = [key for key in self.lost if key[0] == variant and target in (None, key[1])]
+        if not keys:
+            return
+        targets, files = [key[1] for key in keys], dict.fromkeys(file for key in keys for file in self.lost[key])
+        what = f"The variant {variant!r} cannot run for {' and '.join(targets)}: {_missing(tuple(files))}"
+        raise BundleError(what, where=str(self.path), remedy=self._how_to_mend(variant, targets))
+
+    def _how_to_mend(self, variant: str, targets: Sequence[str]) -> str:
+        whole = variant not in self.manifest.variants
+        return how_to_mend(self.path, self.manifest.arch.kind, variant, targets, whole)
+
     def has(self, name: str) -> bool:
-        """Whether the manifest lists a file of this name."""
-        return name in self.manifest.files
+        """Whether the manifest lists a file of this name; it may be lost."""
+        return name in self.full_manifest.files
 
     def file(self, name: str) -> Path:
         """The path of a listed file, checked to stay inside the directory.
@@ -89,10 +133,10 @@ class Bundle:
         Raises:
             BundleError: The manifest does not list it, or it leads outside.
         """
-        if name not in self.manifest.files:
+        if not self.has(name):
             known = suggest(name, list(self.manifest.files))
             raise BundleError(f"The bundle has no file {name!r}", where=str(self.path), remedy=known)
-        return _inside(self.path, name)
+        return inside(self.path, name)
 
     def read_json(self, name: str) -> Any:
         """Parses a listed JSON file.
@@ -100,18 +144,20 @@ class Bundle:
         Raises:
             BundleError: Not listed, or not JSON.
         """
-        return _read_json(self.file(name))
+        return read_json(self.file(name))
 
     def variant(self, name: str) -> Variant:
         """One precision of the model.
 
         Raises:
             BundleError: The bundle has no such variant; lists those it has, with the command that adds it, where some
-                target runs it, or the nearest name; of a cache's also what goes beside it on other targets.
+                target runs it, or the nearest name; of a cache's also what goes beside it on other targets. Or it lost
+                files of all its graphs; names them, and what mends it.
         """
         try:
             return self.manifest.variants[name]
         except (KeyError, TypeError):  # TypeError: a list, say
+            self.refuse_lost(name)
             have = f"It has: {', '.join(self.manifest.variants) or 'none'}"
             remedy = f"{have}. {self._how_to_get(name)}"
             raise BundleError(f"The bundle has no variant {name!r}", where=str(self.path), remedy=remedy) from None
@@ -130,10 +176,11 @@ class Bundle:
         """The graph of a variant for a target such as ``canonical`` or ``ort-cpu``.
 
         Raises:
-            BundleError: No such variant or target; lists those there are.
+            BundleError: No such variant or target; lists those there are. Or files of it are lost.
         """
         graphs = self.variant(variant).graphs
         if target not in graphs:
+            self.refuse_lost(variant, target)
             have = ", ".join(graphs) or "none"
             what = f"Variant {variant!r} has no graph for target {target!r}"
             raise BundleError(what, where=str(self.path), remedy=f"It has: {have}")
@@ -147,11 +194,8 @@ class Bundle:
         Raises:
             BundleError: No such variant or target.
         """
-        entry, all_files = self.graph(variant, target), self.variant(variant)
-        if entry.weights is not None:
-            return entry.weights
-        others = tuple(f"{variant}.{other}." for other in all_files.graphs if other != target)
-        return tuple(name for name in all_files.weights if not name.startswith(others))
+        self.graph(variant, target)
+        return weights_of(self.full_manifest, variant, target)
 
 
 class BundleWriter:
@@ -236,10 +280,14 @@ class BundleWriter:
             raise StorageError(what, where=str(self.out), remedy="Pass overwrite=True (--overwrite), or another path")
 
 
+def _missing(files: Sequence[str]) -> str:
+    return f"its file {files[0]} is missing" if len(files) == 1 else f"its files {', '.join(files)} are missing"
+
+
 def _has_manifest(folder: Path) -> bool:
     """Whether a manifest of ours lies there: other programs have files of that name too."""
     try:
-        data = _read_json(folder / MANIFEST_NAME)
+        data = read_json(folder / MANIFEST_NAME)
     except BundleError:
         return False
     return isinstance(data, dict) and {"schema_version", "accel_version", "files"} <= data.keys()
@@ -250,129 +298,4 @@ def _cannot_create(error: OSError, out: Path) -> StorageError:
     return StorageError(what, where=str(out), remedy="Give another output path")
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and sha256 of a file."""
-    return FileEntry(size=path.stat().st_size, sha256=_sha256(path))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise BundleError("The JSON file is too large to be one", where=str(path), remedy=RE_EXPORT)
-        text = path.read_bytes().decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except OSError as error:
-        remedy = "Check that the file exists and may be read"
-        raise BundleError(f"Cannot read the file: {error.strerror}", where=str(path), remedy=remedy) from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"The file is not valid JSON: {error}", where=str(path), remedy=RE_EXPORT) from error
-
-
-def _read_manifest(root: Path) -> Manifest:
-    if not (root / MANIFEST_NAME).exists():
-        remedy = "Give the directory that accel.export wrote; a model folder must be exported first"
-        raise BundleError(f"The directory is no bundle: it has no {MANIFEST_NAME}", where=str(root), remedy=remedy)
-    path = _inside(root, MANIFEST_NAME)
-    data = _read_json(path)
-    version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION or type(version) is not int:  # before the fields: another schema has other fields
-        what = f"The bundle has schema version {version!r}; this accel reads version {SCHEMA_VERSION}"
-        newer = type(version) is int and version > SCHEMA_VERSION
-        raise BundleError(what, where=str(path), remedy="Upgrade: pip install -U accelrt" if newer else RE_EXPORT)
-    return from_dict(Manifest, data, str(path))
-
-
-def _check_sizes(arch: ArchSpec) -> None:
-    """The numbers that buffers and tables are made from are sizes."""
-    sizes = {"hidden_size": arch.hidden_size, "vocab_size": arch.vocab_size, "max_positions": arch.max_positions}
-    for index, layer in enumerate(arch.layers):
-        for name in ("heads", "kv_heads", "head_dim"):
-            sizes[f"layers[{index}].{name}"] = getattr(layer, name)
-    for name, size in sizes.items():
-        if not 1 <= size <= MAX_SIZE:
-            raise BundleError(f"arch.{name} is {size}, which is no size", where=MANIFEST_NAME, remedy=RE_EXPORT)
-
-
-def check_references(manifest: Manifest) -> None:
-    """Every file that the manifest speaks of is listed, and every parameter lies inside its file.
-
-    Raises:
-        BundleError: One is not.
-    """
-    wanted = {name for variant in manifest.variants.values() for name in variant.weights}
-    graphs = [graph for variant in manifest.variants.values() for graph in variant.graphs.values()]
-    wanted |= {name for graph in graphs for name in (graph.file, *(graph.weights or ()))}
-    wanted |= {entry.file for entry in manifest.parameters.values()}
-    for name in sorted(wanted - set(manifest.files)):
-        raise BundleError(f"The manifest uses {name!r} but does not list it", where=MANIFEST_NAME, remedy=RE_EXPORT)
-    for name, entry in manifest.parameters.items():
-        size = ITEM_BYTES.get(entry.dtype)
-        if size is None:
-            what = f"Parameter {name!r} has unknown dtype {entry.dtype!r}"
-            raise BundleError(what, where=MANIFEST_NAME, remedy=RE_EXPORT)
-        for dimension in entry.shape:
-            size *= dimension
-        bad = entry.offset < 0 or min(entry.shape, default=0) < 0
-        if bad or entry.offset + size > manifest.files[entry.file].size:
-            what = f"Parameter {name!r} lies outside {entry.file!r}"
-            raise BundleError(what, where=MANIFEST_NAME, remedy=RE_EXPORT)
-    for name, target in manifest.tied.items():
-        if target not in manifest.parameters:
-            what = f"Parameter {name!r} is tied to {target!r}, which is not listed"
-            raise BundleError(what, where=MANIFEST_NAME, remedy=RE_EXPORT)
-
-
-def _inside(root: Path, name: str) -> Path:
-    """``root / name``, refused when the name or a link in it leaves ``root`` (which is resolved)."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    unsafe = not posix.parts or "\\" in name or "\0" in name or ".." in posix.parts
-    if unsafe or posix.is_absolute() or windows.drive or posix.as_posix() != name:
-        what = f"The manifest names an unsafe path {name!r}"
-        raise BundleError(what, where=str(root), remedy="Do not use this bundle; get it from a source that you trust")
-    path = root / name
-    try:
-        inside = path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise BundleError(f"Cannot follow {name!r}: {error}", where=str(root), remedy=RE_EXPORT) from error
-    if not inside:
-        what = f"The file {name!r} is a link that leads out of the bundle"
-        raise BundleError(what, where=str(root), remedy="Replace the link by the file that it points to")
-    return path
-
-
-def _check_file(root: Path, name: str, entry: FileEntry, verify: bool) -> None:
-    path = _inside(root, name)
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError("The bundle's file is not a regular file", where=str(path), remedy=RE_EXPORT)
-        if status.st_size != entry.size:
-            kind = "truncated" if status.st_size < entry.size else "longer than it was"
-            what = f"The file is {kind}: {status.st_size:,} bytes instead of {entry.size:,}"
-            raise BundleError(what, where=str(path), remedy=RE_EXPORT)
-        if verify and _sha256(path) != entry.sha256:
-            raise BundleError("The file is corrupt: its sha256 differs", where=str(path), remedy=RE_EXPORT)
-    except FileNotFoundError as error:
-        raise BundleError("A file of the bundle is missing", where=str(path), remedy=RE_EXPORT) from error
-    except OSError as error:
-        remedy = "Check the file's permissions"
-        raise BundleError(f"Cannot read the file: {error.strerror}", where=str(path), remedy=remedy) from error
-
-
-__all__ = ["Bundle", "BundleWriter", "check_references", "file_entry"]
+__all__ = ["ITEM_BYTES", "Bundle", "BundleWriter", "check_references", "file_entry"]

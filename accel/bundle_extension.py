@@ -82,15 +82,16 @@ class BundleExtension:
         """
         folder = self.path / "preview"
         new = [path for path in self.path.iterdir() if path.is_file()]
-        files = {**self.bundle.manifest.files, **{path.name: FileEntry(path.stat().st_size, "") for path in new}}
+        known = self.bundle.full_manifest.files
+        files = {**known, **{path.name: FileEntry(path.stat().st_size, "") for path in new}}
         complete = dataclasses.replace(manifest, files=files)
         check_references(complete)
         try:
-            for name in self.bundle.manifest.files:
+            for name in known.keys() - self.bundle.missing:
                 _give_name(self.bundle.file(name), folder / name)
             for path in new:
                 _give_name(path, folder / path.name)
-            yield Bundle(folder, complete)
+            yield Bundle(folder, complete, self.bundle.missing)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -98,7 +99,7 @@ class BundleExtension:
         """Publishes what was written.
 
         Args:
-            manifest: The bundle's with whatever is new; the new files are added here.
+            manifest: The bundle's full one with whatever is new; the new files are added here.
             outdated: Files that nothing in it refers to any more: they go once it stands.
 
         Raises:
@@ -107,11 +108,12 @@ class BundleExtension:
                 nothing was added.
         """
         root, new = self.bundle.path, sorted(path for path in self.path.iterdir() if path.is_file())
-        taken = [path.name for path in new if path.name in self.bundle.manifest.files]
+        known = self.bundle.full_manifest.files
+        taken = [path.name for path in new if path.name in known]
         if taken:
             what = f"The bundle has a file {taken[0]!r} already"
             raise StorageError(what, where=str(root), remedy="Export the model again to change what it holds")
-        kept = {name: entry for name, entry in self.bundle.manifest.files.items() if name not in outdated}
+        kept = {name: entry for name, entry in known.items() if name not in outdated}
         files = {**kept, **{path.name: file_entry(path) for path in new}}
         complete = dataclasses.replace(manifest, files=dict(sorted(files.items())))
         check_references(complete)

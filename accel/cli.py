@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_embed(sub.add_parser("embed", help="embed texts with a bundle"))
     _add_inspect(sub.add_parser("inspect", help="show what is in a bundle"))
     _add_report(sub.add_parser("report", help="compare a bundle's precisions with fp32: quality, size, time"))
-    _add_quantize(sub.add_parser("quantize", help="add a precision to a bundle"))
+    _add_quantize(sub.add_parser("quantize", help="add a precision to a bundle, or drop one"))
     _add_build(sub.add_parser("build", help="build a bundle's TensorRT engines"))
     _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
@@ -215,10 +215,13 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
     variants = "fp16, bf16, fp8, w8a8-dyn, w8a8, w8g128, w4g32, w4g128, kv8, fp16+kvfp8, ...; may be repeated"
     targets = "ort-cpu, openvino, tensorrt, cuda, ort-cuda; may be repeated"
-    parser.add_argument("--variant", action="append", required=True, metavar="NAME", help=variants)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--variant", action="append", metavar="NAME", help=variants)
+    drop = "drop it, with the files that nothing else reads; may be repeated"
+    which.add_argument("--drop", action="append", metavar="NAME", help=drop)
     parser.add_argument(
         "--target", action="append", metavar="NAME",
-        help=f"{targets}; default: all that run this model in the variant; with integers the first",
+        help=f"{targets}; default: all that run this model in the variant; with integers the first. Of --drop: all",
     )
     parser.add_argument("--no-parity", action="store_true", help="skip the comparison of the graph's numbers")
     group = parser.add_argument_group("integers")

@@ -117,6 +117,8 @@ def settle(
         raise InputError(f"{precision!r} is no precision", where="precision", remedy="Give a name, such as 'fp16'")
     variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
     scheme = _check_variant(arch, variant)
+    bundle.refuse_lost(variant, TARGET)  # making it again may choose other integers: not without being asked
+    _say_lost(bundle, precision, variant)
     settings = BuildSettings(
         target=flavour.target, sm=sms, profiles=chosen, capacity=positions, dtype=DTYPES[scheme.gpu_base],
         optimization_level=optimization_level, refittable=refittable, hardware_compatibility=hardware_compatibility,
@@ -128,6 +130,13 @@ def settle(
     rows = _most_rows(arch, settings)
     _check_alignment(arch, settings, rows)
     return Settled(variant, settings, rows)
+
+
+def _say_lost(bundle: Bundle, precision: str, variant: str) -> None:
+    """Which precision an automatic choice passes over because files of it are lost."""
+    wanted = pick_precision(bundle.whole, "auto") if precision == "auto" else None
+    if wanted is not None and wanted != variant:
+        _log.warning("%s is built in place of %s: %s", variant, wanted, bundle.lost_reason(wanted, TARGET))
 
 
 def _choose_profiles(

@@ -68,7 +68,7 @@ class Measurements:
         rounds: Interleaved rounds behind each median.
         cost: What the rows' cost is, in words.
         rows: Those whose graphs the bundle still has, once they come from ``recall``.
-        passed_over: Engine -> why it was not measured.
+        passed_over: Engine, or what of it or of the bundle -> why it was not measured.
     """
 
     schema: int

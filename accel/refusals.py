@@ -5,7 +5,7 @@ Names and schemes alone: below ``accel.bundle`` and the engines, which must not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from accel.errors import InputError
@@ -123,6 +123,23 @@ def how_to_get(path: Path, kind: Kind, name: str, graphs: Mapping[str, Collectio
     return "; ".join(told)
 
 
+def how_to_mend(path: Path, kind: Kind, variant: str, targets: Sequence[str], whole: bool) -> str:
+    """The commands for a variant whose files are lost: what makes its graphs again, where that can be, or drops them.
+
+    Args:
+        path: The bundle.
+        kind: Of its model.
+        variant: Its name in the bundle.
+        targets: Of the graphs.
+        whole: Whether it has no others.
+    """
+    able = [target for target in targets if refusal_by_name(target, kind, variant) is None]
+    again = "".join(f" --target {target}" for target in able)
+    which = "" if whole else "".join(f" --target {target}" for target in targets)
+    told = [f"accel quantize {path} --variant {variant}{again} makes it again"] if able else []
+    return ", ".join([*told, f"accel quantize {path} --drop {variant}{which} drops it"])
+
+
 def with_cache(kind: Kind, scheme: Scheme) -> Iterator[tuple[str, list[str]]]:
     """Targets that refuse a scheme, and what they take beside a cache like its own; without those that take nothing."""
     for target in _RULES:
@@ -138,4 +155,13 @@ def beside_cache(target: str, kind: Kind, scheme: Scheme) -> list[str]:
     return [name for name in names if refusal(target, kind, parse_scheme(name)) is None]
 
 
-__all__ = ["NO_CACHE", "beside_cache", "how_to_get", "refusal", "refusal_by_name", "takers", "with_cache"]
+__all__ = [
+    "NO_CACHE",
+    "beside_cache",
+    "how_to_get",
+    "how_to_mend",
+    "refusal",
+    "refusal_by_name",
+    "takers",
+    "with_cache",
+]

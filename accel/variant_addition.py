@@ -159,7 +159,7 @@ class Addition:
 
     def _with(self, entry: GraphEntry) -> Manifest:
         """The manifest with the new graph, not checked yet."""
-        manifest = self.bundle.manifest
+        manifest = self.bundle.full_manifest
         parity = {key: result for key, result in manifest.parity.items() if key != self._key()}
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
@@ -180,6 +180,8 @@ class Addition:
         if _choice(known) == _choice(new):
             return known if self.files.others else new, old.quality
         if not self.files.others:
+            if (self.variant, self.target.name) in self.bundle.lost:
+                _log.warning("%s is made otherwise than what was lost: %s", self.variant, _difference(known, new))
             return new, None
         what = "%s for %s has other integers than its graphs for other targets, whose record and figures stay: %s"
         _log.warning(what, self.variant, self.target.title, _difference(known, new))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import accel
@@ -17,19 +17,55 @@ if TYPE_CHECKING:
     from accel.bundle import Bundle
 
 _PASSED = ("algorithm", "calibration", "head_bits", "max_bytes", "max_layer_error", "q_budget", "text")
+_GATE = ("max_q_drop", "min_cosine")
+
+
+def quantize(options: Namespace) -> int:
+    """Adds variants to a bundle, or drops some."""
+    return _add(options) if options.drop is None else _drop(options)
+
+
+def _drop(options: Namespace) -> int:
+    """Drops variants, or their graphs for the targets that are named; checks all names first."""
+    from accel.bundle import Bundle
+    from accel.variant_removal import check_drop
+
+    given = [name for name in (*_PASSED, "keep", *_GATE) if getattr(options, name) is not None]
+    given = [name for name in given if name != "algorithm" or options.algorithm != "auto"]
+    given += [name for name in ("no_parity", "no_quality") if getattr(options, name)]
+    if given:
+        what = f"{_as_option(given[0])} is for variants that are added, and --drop adds none"
+        raise InputError(what, where=_as_option(given[0]), remedy="Leave it out")
+    bundle = Bundle.open(options.bundle)
+    asked = [check_drop(bundle, name, target) for name in options.drop for target in options.target or (None,)]
+    wanted = dict.fromkeys((name, target) for name, targets in asked for target in targets)
+    before = {name: entry.size for name, entry in bundle.manifest.files.items()}
+    for name, target in wanted:
+        bundle = accel.drop_variant(bundle, name, target=target)
+    removed = {name: size for name, size in before.items() if not bundle.has(name)}
+    left, dropped = list(bundle.full_manifest.variants), [f"{name}/{target}" for name, target in wanted]
+    if options.json:
+        print(json.dumps({"variants": left, "dropped": dropped, "removed": removed}))
+        return 0
+    print(f"{bundle.path}: {', '.join(left)}; {sum(removed.values()) / 1e6:.1f} MB removed")
+    print(f"dropped {', '.join(dropped)}")
+    return 0
+
+
+def _as_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @phases_on_stderr()
-def quantize(options: Namespace) -> int:
-    """Adds variants to a bundle, for the targets asked for, or see ``default_targets``; checks all names first."""
+def _add(options: Namespace) -> int:
+    """Adds variants, for the targets asked for, or see ``default_targets``; checks all names first."""
     from accel.bundle import Bundle
     from accel.quality import Gate
     from accel.scheme import parse_scheme
     from accel.variant_targets import default_targets, find_target
     from accel.variants import check_addition, check_packages, is_current, read_choices
 
-    bundle = Bundle.open(options.bundle)
-    before = {name: entry.size for name, entry in bundle.manifest.files.items()}
+    before = bundle = Bundle.open(options.bundle)
     names = [parse_scheme(variant).name for variant in options.variant]
     targets = [find_target(name).name for name in options.target or ()]
     arch = bundle.manifest.arch
@@ -49,18 +85,45 @@ def quantize(options: Namespace) -> int:
             bundle, scheme.name, target=target.name, check=not options.no_parity,
             max_q_drop=options.max_q_drop, min_cosine=options.min_cosine, **choices,
         )  # fmt: skip
-    manifest = bundle.manifest
-    added = {name: entry.size for name, entry in manifest.files.items() if name not in before}
     if options.json:
-        content = {"variants": list(manifest.variants), "added": added, **_records(manifest, names)}
-        content["known"] = list(known)
-        content["not_applied"] = {key: ignored for key, ignored in known.items() if ignored}
-        content["elsewhere"] = _elsewhere(bundle, names)
-        print(json.dumps(content))
-        return 0
-    print(f"{bundle.path}: {', '.join(manifest.variants)}; {sum(added.values()) / 1e6:.1f} MB added")
+        print(json.dumps(_as_json(before, bundle, names, known)))
+    else:
+        _print_added(before, bundle, names, known)
+    return 0
+
+
+def _added(before: Bundle, bundle: Bundle) -> dict[str, int]:
+    """Files that are new -> bytes."""
+    return {name: entry.size for name, entry in bundle.manifest.files.items() if not before.has(name)}
+
+
+def _mended(before: Bundle, bundle: Bundle) -> dict[str, tuple[str, ...]]:
+    """Graphs that were made again -> the files that they had lost."""
+    return {"/".join(key): files for key, files in before.lost.items() if key not in bundle.lost}
+
+
+def _as_json(before: Bundle, bundle: Bundle, names: Sequence[str], known: Mapping[str, list[str]]) -> dict[str, object]:
+    return {
+        "variants": list(bundle.manifest.variants),
+        "added": _added(before, bundle),
+        **_records(bundle.manifest, names),
+        "known": list(known),
+        "not_applied": {key: ignored for key, ignored in known.items() if ignored},
+        "elsewhere": _elsewhere(bundle, names),
+        "mended": list(_mended(before, bundle)),
+        "lost": {"/".join(key): bundle.lost_reason(*key) for key in bundle.lost},
+    }
+
+
+def _print_added(before: Bundle, bundle: Bundle, names: Sequence[str], known: Mapping[str, list[str]]) -> None:
+    manifest, added = bundle.manifest, sum(_added(before, bundle).values())
+    print(f"{bundle.path}: {', '.join(manifest.variants)}; {added / 1e6:.1f} MB added")
     for key, ignored in known.items():
-        print(f"{key} was there already and stays as it was made{_ignored_in_words(ignored)}")
+        print(f"{key} was there already and stays as it was made{_ignored_in_words(bundle, key, ignored)}")
+    for key, files in _mended(before, bundle).items():
+        print(f"{key} was made again: it lacked {', '.join(files)}")
+    for name, target in bundle.lost:
+        print(f"{name}/{target} is damaged: {bundle.lost_reason(name, target)}")
     for name, result in _parity(manifest, names).items():
         print(f"{name}: error {result.max_rel_error:.1e} against {result.reference} (limit {result.limit:.0e})")
     for name in dict.fromkeys(names):
@@ -69,7 +132,6 @@ def quantize(options: Namespace) -> int:
             print(f"{name}: {_cost(quality)}; accel report {bundle.path} shows more")
     for name, engines in _elsewhere(bundle, names).items():
         print(f"{name}: nothing here runs it; {engines}")
-    return 0
 
 
 def _not_applied(options: Namespace, made: Quantization | None) -> list[str]:
@@ -80,14 +142,15 @@ def _not_applied(options: Namespace, made: Quantization | None) -> list[str]:
         heeded.add("algorithm")
     if options.max_q_drop is not None or options.min_cosine is not None:  # these hold it too, on that text
         heeded.add("text")
-    return ["--" + name.replace("_", "-") for name in given if name not in heeded]
+    return [_as_option(name) for name in given if name not in heeded]
 
 
-def _ignored_in_words(ignored: Sequence[str]) -> str:
+def _ignored_in_words(bundle: Bundle, key: str, ignored: Sequence[str]) -> str:
     """Goes on after what stays as it was made."""
     if not ignored:
         return ""
-    return f"; not applied: {', '.join(ignored)}. To make it otherwise, export the model again and quantize that bundle"
+    command = f"accel quantize {bundle.path} --drop {key.partition('/')[0]}"
+    return f"; not applied: {', '.join(ignored)}. To make it otherwise, drop it first: {command}"
 
 
 def _elsewhere(bundle: Bundle, names: Sequence[str]) -> dict[str, str]:

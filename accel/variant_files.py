@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from accel.bundle import Bundle
+from accel.lost_files import graph_keys, weights_of
 from accel.manifest import GraphEntry
 from accel.scheme import Scheme
 from accel.variant_checks import BASE
@@ -30,14 +31,15 @@ class GraphFiles:
 
     @property
     def graphs(self) -> dict[str, GraphEntry]:
-        """The variant's, by their targets."""
-        found = self.bundle.manifest.variants.get(self.scheme.name)
+        """The variant's, by their targets; those whose files are lost too."""
+        found = self.bundle.full_manifest.variants.get(self.scheme.name)
         return {} if found is None else found.graphs
 
     @property
     def others(self) -> list[str]:
-        """The other targets that the variant has graphs for."""
-        return [name for name in self.graphs if name != self.target.name]
+        """The other targets that the variant has graphs for, whose files are there."""
+        found = self.bundle.manifest.variants.get(self.scheme.name)
+        return [] if found is None else [name for name in found.graphs if name != self.target.name]
 
     @property
     def reads_base(self) -> bool:
@@ -82,7 +84,7 @@ class GraphFiles:
         Files that stood before and were not the variant's are no files of it, though the graph reads them: they would
         change the keys of engines of its other graphs, where the manifest does not say what those read.
         """
-        known = self.bundle.manifest.variants.get(self.scheme.name)
+        known = self.bundle.full_manifest.variants.get(self.scheme.name)
         left = self._left(new, [self.scheme.name])
         kept = [] if known is None else [file for file in known.weights if file not in left]
         return tuple(dict.fromkeys((*kept, *(file for file in new.weights or () if not self.bundle.has(file)))))
@@ -90,17 +92,17 @@ class GraphFiles:
     def outdated(self, new: GraphEntry) -> tuple[str, ...]:
         """The files of the graph that is lowered again; weights that another graph or the new one reads are left."""
         old = self.graphs.get(self.target.name)
-        return () if old is None else (old.file, *self._left(new, self.bundle.manifest.variants))
+        return () if old is None else (old.file, *self._left(new, self.bundle.full_manifest.variants))
 
-    def _left(self, new: GraphEntry, variants: Iterable[str]) -> tuple[str, ...]:
+    def _left(self, new: GraphEntry, variants: Collection[str]) -> tuple[str, ...]:
         """The weights of the graph that is lowered again which neither it nor other graphs of these variants read."""
-        bundle, mine = self.bundle, (self.scheme.name, self.target.name)
+        manifest, mine = self.bundle.full_manifest, (self.scheme.name, self.target.name)
         if self.target.name not in self.graphs:
             return ()
-        read = {*(new.weights or ()), *(parameter.file for parameter in bundle.manifest.parameters.values())}
-        graphs = [(variant, target) for variant in variants for target in bundle.variant(variant).graphs]
-        read |= {name for graph in graphs if graph != mine for name in bundle.weights(*graph)}
-        return tuple(name for name in bundle.weights(*mine) if name not in read)
+        read = {*(new.weights or ()), *(parameter.file for parameter in manifest.parameters.values())}
+        others = [key for key in graph_keys(manifest) if key[0] in variants and key != mine]
+        read |= {name for key in others for name in weights_of(manifest, *key)}
+        return tuple(name for name in weights_of(manifest, *mine) if name not in read)
 
 
 __all__ = ["GraphFiles"]

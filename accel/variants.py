@@ -50,7 +50,8 @@ def add_variant(
     CPU's graph is measured on text and recorded, see ``accel.quality``. Weights that the variant's graph for
     another target has stored already are read there, and so are those of a variant for the same target that differs in
     the cache alone, where they are the same. A graph that another version of the lowering wrote, or an
-    accel that recorded no version, is lowered again: new files take the place of the old ones, which go.
+    accel that recorded no version, is lowered again: new files take the place of the old ones, which go. So is one that
+    lost files, with what is asked for now.
 
     Args:
         bundle: A bundle or its directory; its other files stay as they are.

@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ),
     ("accel.storage", "accel.recipe", "accel.capabilities", "accel.passages"),
     (
-        *("accel.manifest", "accel.bundle", "accel.bundle_extension"),
+        *("accel.manifest", "accel.lost_files", "accel.bundle", "accel.bundle_reading", "accel.bundle_extension"),
         *("accel.engines.session", "accel.measurements", "accel.store"),
     ),
     ("accel.engines",),
@@ -34,6 +34,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.variant_addition",
         "accel.variant_checks",
         "accel.variant_files",
+        "accel.variant_removal",
         "accel.variant_targets",
         "accel.inspection",
         "accel.doctor",

@@ -174,8 +174,8 @@ def test_a_variant_that_is_there_is_held_too(decoder: Path, capsys: pytest.Captu
     add_variant(decoder, "w8g32", max_q_drop=0.6)
     assert main(["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "gptq"]) == 0
     said = "w8g32/ort-cpu was there already and stays as it was made"
-    told = capsys.readouterr().out
-    assert f"{said}; not applied: --algorithm. To make it otherwise, export the model again" in told
+    told, drop = capsys.readouterr().out, f"accel quantize {Bundle.open(decoder).path} --drop w8g32"
+    assert f"{said}; not applied: --algorithm. To make it otherwise, drop it first: {drop}" in told
     assert content(decoder) == before
     plain = ["quantize", str(decoder), "--variant", "w8g32", "--algorithm", "rtn"]
     assert main(plain) == 0  # it was made so

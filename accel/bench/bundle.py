@@ -50,7 +50,7 @@ class BenchReport:
         machine: CPU, cores, memory, system.
         engines: Every engine on every variant that runs here; the rows are those of the chosen one.
         chosen: What ``accel.load`` takes unasked: ``engine variant``.
-        passed_over: Engine, or ``engine variant`` -> why it was not measured.
+        passed_over: Engine, ``engine variant``, or ``variant for target`` -> why it was not measured.
         roofline: Where the ``cuda`` engine's time goes and how near the GPU's limits it is, if those were asked for.
         elsewhere: Variant that no engine runs here -> the targets of its graphs.
         remembered: Whether ``accel.load`` knows this from now on; if not, ``unremembered`` says why.

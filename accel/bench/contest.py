@@ -82,7 +82,7 @@ def find_contestants(
         device: ``auto``: the GPU where an engine runs on one, else the CPU.
 
     Returns:
-        The device, the contestants, and engine -> why it runs none of them.
+        The device, the contestants, and engine -> why it runs none of them, ``variant for target`` -> what is lost.
     """
     wanted: list[Device] = ["cuda", "cpu"] if device == "auto" and has_nvidia_device() else ["cpu"]
     if device != "auto":
@@ -96,13 +96,19 @@ def find_contestants(
             if reason is not None:
                 passed_over[engine.name] = reason
         if found:
-            return place, found, passed_over
+            return place, found, passed_over | _lost(bundle)
     for engine in (engine for engine in ENGINES if engine.device == wanted[-1] and not engine.target):
         if (reason := engine.probe(bundle, "auto")) is None:
             found.append(Contestant(engine.name, "auto", ""))
         else:
             passed_over[engine.name] = reason
-    return wanted[-1], found, passed_over
+    return wanted[-1], found, passed_over | _lost(bundle)
+
+
+def _lost(bundle: Bundle) -> dict[str, str]:
+    """``variant for target`` of each graph that files are lost of -> which, and what mends it."""
+    reasons = {key: bundle.lost_reason(*key) for key in bundle.lost}
+    return {f"{variant} for {target}": reason for (variant, target), reason in reasons.items() if reason is not None}
 
 
 def _runnable(bundle: Bundle, engine: Engine) -> tuple[list[Contestant], str | None]:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-from accel.engines.choice import FASTEST, Candidate, order_engines
+from accel.engines.choice import FASTEST, Candidate, lost_choice, order_engines
 from accel.engines.kv_cache import check_count, resolve_cache, rounded_cache
 from accel.engines.registry import ENGINES, Engine, cache_item_bytes_of, pick_variant
 from accel.engines.session import DecoderSession, EncoderSession, Fallback, SessionOptions
@@ -176,8 +176,8 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
     for index, candidate in enumerate(request.candidates):
         engine = candidate.engine
         try:
-            reason = _reject_device(engine, request.device) or _reject_cache(candidate, request.bundle)
-            reason = reason or engine.probe(request.bundle, candidate.variant)
+            lost = _lost(candidate, request.bundle)
+            reason = _reject(candidate, request, lost)
             if reason is None:
                 session = _open(candidate, request, replacing)
         except tolerated as error:
@@ -189,7 +189,11 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
                 _log.info("%s runs, %s", engine.name, candidate.why)
                 session.info = replace(session.info, why=candidate.why)
             rest = replace(request, candidates=request.candidates[index + 1 :])
-            others = [found for found in (*candidate.slower, *old, *news) if found.engine != engine.name]
+            if lost is not None:
+                news.append(lost)
+                _log.warning("%s runs because %s cannot: %s", session.info.variant, lost.engine, lost.reason)
+            passed = (*candidate.slower, *old, *news)
+            others = [found for found in passed if found.engine != engine.name]
             return OpenedSession(session, _latest(others), rest)
         news.append(Fallback(engine.name, reason))
         if request.strict and not _has_twin(engine, request):
@@ -257,10 +261,29 @@ def _engines(device: str, engine: str, sees_gpu: bool) -> tuple[Engine, ...]:
     return chosen
 
 
+def _reject(candidate: Candidate, request: Request, lost: Fallback | None) -> str | None:
+    """Why an engine cannot run the bundle, or may not run what is left of it; None: it can."""
+    engine, bundle, variant = candidate.engine, request.bundle, candidate.variant
+    reason = _reject_device(engine, request.device) or _reject_cache(candidate, bundle)
+    if reason is not None or lost is None:
+        return reason or engine.probe(bundle, variant)
+    if request.strict or engine.pick(bundle, variant) is None:  # what else it lacks comes first
+        reasons = engine.probe(bundle.whole, variant), f"{lost_choice(engine, bundle, variant)}: {lost.reason}"
+        return "; ".join(reason for reason in reasons if reason is not None)
+    return engine.probe(bundle, variant)
+
+
 def _reject_device(engine: Engine, device: str) -> str | None:
     if device in ("auto", engine.device):
         return None
     return f"it runs on {engine.device} only, not on {device}"
+
+
+def _lost(candidate: Candidate, bundle: Bundle) -> Fallback | None:
+    """The variant that the engine would run, if files of it are lost."""
+    wanted = lost_choice(candidate.engine, bundle, candidate.variant)
+    reason = None if wanted is None else bundle.lost_reason(wanted, candidate.engine.target)
+    return None if reason is None else Fallback(f"{candidate.engine.name} {wanted}", reason)
 
 
 def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from accel.engines.registry import Engine
@@ -28,7 +28,8 @@ class Candidate:
         engine: The engine.
         variant: What it is asked for: a variant's name or ``auto``.
         why: What was measured; empty: it has its place by the documented order.
-        slower: Engines that come before it in the documented order, and what was measured of them.
+        slower: Engines that come before it in the documented order, and what was measured of them; and what was
+            measured to be faster, but lost files since.
     """
 
     engine: Engine
@@ -62,13 +63,42 @@ def order_engines(
     for device in dict.fromkeys(engine.device for engine in engines):
         group = [candidate for candidate in documented if candidate.engine.device == device]
         targets = {candidate.engine.name: candidate.engine.target for candidate in group if candidate.engine.target}
-        known = recall(bundle, cast(Device, device), options.threads, options.store) if targets else None
-        known = None if known is None else current(known, bundle, targets)
-        found += group if known is None else _by_time(bundle, group, known, variant)
+        recalled = recall(bundle, cast(Device, device), options.threads, options.store) if targets else None
+        known = None if recalled is None else current(recalled, bundle, targets)
+        lost = () if recalled is None else _lost(bundle, group, recalled, known, variant)
+        ordered = group if known is None else _by_time(bundle, group, known, variant)
+        found += [replace(candidate, slower=(*candidate.slower, *lost)) for candidate in ordered]
     if variant == FASTEST and not any(candidate.why for candidate in found):
         said = Fallback(FASTEST, _unmeasured(bundle, documented, options))
         _log.warning("variant='fastest' runs what 'auto' would: %s", said.reason)
-        found = [Candidate(c.engine, c.variant, c.why, (said,)) for c in found]
+        found = [replace(candidate, slower=(*candidate.slower, said)) for candidate in found]
+    return tuple(found)
+
+
+def lost_choice(engine: Engine, bundle: Bundle, variant: str) -> str | None:
+    """The variant that an engine would run, did its graph not lack files; None: it runs what it would anyway."""
+    if not bundle.lost or not engine.target:
+        return None
+    wanted = engine.pick(bundle.whole, variant)
+    return None if wanted == engine.pick(bundle, variant) else wanted
+
+
+def _lost(
+    bundle: Bundle, group: Sequence[Candidate], recalled: Measurements, known: Measurements | None, variant: str
+) -> tuple[Fallback, ...]:
+    """What was measured to be faster than all that is left, and lost files since."""
+    if not bundle.lost:
+        return ()
+    engines = {candidate.engine.name: candidate.engine for candidate in group if candidate.engine.target}
+    whole = current(recalled, bundle.whole, {name: engine.target for name, engine in engines.items()})
+    rows = _eligible(bundle.whole, group, whole, variant) if whole is not None else []
+    best = min(map(_cost, _eligible(bundle, group, known, variant) if known is not None else []), default=None)
+    found = []
+    for row in rows:
+        reason = bundle.lost_reason(row.variant, engines[row.engine].target)
+        if reason is not None and (best is None or row.cost < best):
+            found.append(Fallback(f"{row.engine} {row.variant}", f"measured: {_shown(row.cost)}, but {reason}"))
+            _log.warning("%s, which was measured to be the fastest, cannot run: %s", found[-1].engine, reason)
     return tuple(found)
 
 
@@ -96,11 +126,7 @@ def _join(counts: Sequence[str]) -> str:
 def _by_time(bundle: Bundle, group: list[Candidate], known: Measurements, variant: str) -> list[Candidate]:
     """The candidates of one device, those that were measured first."""
     names = [candidate.engine.name for candidate in group]
-    eligible: list[Measured] = []
-    for engine in (candidate.engine for candidate in group):
-        wanted = engine.pick(bundle, variant) if engine.target and variant != FASTEST else None
-        own = [row for row in known.rows if row.engine == engine.name]
-        eligible += own if variant == FASTEST else [row for row in own if row.variant == wanted]
+    eligible = _eligible(bundle, group, known, variant)
     best = {name: min((row for row in eligible if row.engine == name), key=_cost, default=None) for name in names}
     rows = fastest_first([row for row in best.values() if row is not None])
     found = []
@@ -112,6 +138,16 @@ def _by_time(bundle: Bundle, group: list[Candidate], known: Measurements, varian
         found.append(Candidate(candidate.engine, asked, _why(row, eligible), slower))
     measured = {row.engine for row in rows}
     return found + [candidate for candidate in group if candidate.engine.name not in measured]
+
+
+def _eligible(bundle: Bundle, group: Sequence[Candidate], known: Measurements, variant: str) -> list[Measured]:
+    """The rows that a choice is made among: of each engine that of the variant it would run, or of all."""
+    found: list[Measured] = []
+    for engine in (candidate.engine for candidate in group):
+        wanted = engine.pick(bundle, variant) if engine.target and variant != FASTEST else None
+        own = [row for row in known.rows if row.engine == engine.name]
+        found += own if variant == FASTEST else [row for row in own if row.variant == wanted]
+    return found
 
 
 def fastest_first(rows: Sequence[Measured]) -> list[Measured]:
@@ -155,4 +191,4 @@ def _shown(milliseconds: float) -> str:
     return f"{milliseconds:.3g} ms" if milliseconds < 100 else f"{milliseconds:.0f} ms"
 
 
-__all__ = ["FASTEST", "Candidate", "fastest_first", "order_engines"]
+__all__ = ["FASTEST", "Candidate", "fastest_first", "lost_choice", "order_engines"]

@@ -26,7 +26,10 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Fallback:
-    """One engine that was passed over, and why. ``engine`` is its name, or ``cuda`` for all that need a GPU."""
+    """One engine that was passed over, and why.
+
+    ``engine`` is its name, ``cuda`` for all that need a GPU, or ``engine variant`` where only that variant was.
+    """
 
     engine: str
     reason: str

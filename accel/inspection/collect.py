@@ -16,6 +16,7 @@ from accel.inspection.report import (
     FileReport,
     GraphReport,
     Inspection,
+    LostGraph,
     WeightReport,
 )
 from accel.inspection.weights import count_weights
@@ -50,7 +51,7 @@ def inspect(bundle: Bundle) -> Inspection:
     Raises:
         BundleError: A graph file is junk, or leads out of the bundle; the manifest's numbers are absurd.
     """
-    _check_numbers(to_dict(bundle.manifest), MANIFEST_NAME)
+    _check_numbers(to_dict(bundle.full_manifest), MANIFEST_NAME)
     return _Collector(bundle).collect()
 
 
@@ -63,7 +64,7 @@ class _Collector:
         self.warnings: list[str] = []
 
     def collect(self) -> Inspection:
-        manifest = self.manifest
+        manifest, full = self.manifest, self.bundle.full_manifest
         files = self._read_graphs()
         graphs = [
             self._graph(variant, target, entry, files.get((variant, target)))
@@ -82,17 +83,20 @@ class _Collector:
             accel_version=manifest.accel_version,
             schema_version=manifest.schema_version,
             arch=manifest.arch,
-            variants={name: variant.dtype for name, variant in manifest.variants.items()},
+            variants={name: variant.dtype for name, variant in full.variants.items()},
             graphs=tuple(graphs),
             weights=tuple(weights),
             cache=self._cache(),
-            files=tuple(FileReport(name, entry.size, entry.sha256) for name, entry in sorted(manifest.files.items())),
+            files=tuple(FileReport(name, entry.size, entry.sha256) for name, entry in sorted(full.files.items())),
             parity=manifest.parity,
             tied=manifest.tied,
             versions=manifest.versions,
             notes=manifest.notes,
             left_out=tuple(self.left_out),
             warnings=tuple(self.warnings),
+            lost=tuple(
+                LostGraph(*key, files, self.bundle.lost_reason(*key) or "") for key, files in self.bundle.lost.items()
+            ),
         )
 
     def _read_graphs(self) -> dict[tuple[str, str], GraphFile]:

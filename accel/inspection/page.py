@@ -20,7 +20,7 @@ def render_page(found: Inspection) -> str:
 
 def _header(found: Inspection) -> str:
     arch = found.arch
-    tags = [arch.family, arch.kind, arch.task, *(f"{name}: {dtype}" for name, dtype in found.variants.items())]
+    tags = [arch.family, arch.kind, arch.task, *wording.variants(found, "{}: {}")]
     tags += [f"{shared} is {owner}" for shared, owner in found.tied.items()]
     return html.header(arch.architecture, found.source, found.path, tags)
 
@@ -44,6 +44,7 @@ def _cards(found: Inspection) -> str:
 
 def _messages(found: Inspection) -> str:
     blocks = (
+        ("alert", "Lost files", wording.lost(found)),
         ("alert", "Warnings", found.warnings),
         ("hint", "Notes of the export", found.notes),
         ("hint", "Not shown", found.left_out),
@@ -182,13 +183,16 @@ def _io(graph: GraphReport) -> str:
 
 
 def _files(found: Inspection) -> str:
-    files = [(file.name, f"{file.size:,}", file.sha256[:16]) for file in found.files]
+    missing = found.missing
+    files = [
+        (file.name, f"{file.size:,}", "missing" if file.name in missing else file.sha256[:16]) for file in found.files
+    ]
     versions = list(found.versions.items())
     columns = [
         f"<div>{html.table(('file', 'bytes', 'sha256'), files, right=(1,))}</div>",
         f"<div>{html.table(('package', 'version at export'), versions)}</div>",
     ]
-    total = sum(file.size for file in found.files)
+    total = sum(file.size for file in found.files if file.name not in missing)
     return html.section("Files and versions", f"{len(files)} files, {total:,} bytes.", html.columns(columns))
 
 

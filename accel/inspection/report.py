@@ -143,7 +143,7 @@ class CacheReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file of the bundle; ``size`` in bytes."""
+    """One file that the manifest lists; ``size`` in bytes."""
 
     name: str
     size: int
@@ -151,11 +151,22 @@ class FileReport:
 
 
 @dataclass(frozen=True)
+class LostGraph:
+    """A graph that cannot run: the files that it lacks, and the commands that make it again or drop it."""
+
+    variant: str
+    target: str
+    files: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """Everything that ``accel inspect`` shows.
 
     ``notes`` says what the export left behind or did without, ``left_out`` what could not be read here and how to
-    get it, ``warnings`` where the bundle's own statements disagree.
+    get it, ``warnings`` where the bundle's own statements disagree. Graphs that files are missing of are ``lost``, and
+    in none of the other tables; their variants are in ``variants``.
     """
 
     path: str
@@ -174,6 +185,12 @@ class Inspection:
     notes: tuple[str, ...]
     left_out: tuple[str, ...]
     warnings: tuple[str, ...]
+    lost: tuple[LostGraph, ...] = ()
+
+    @property
+    def missing(self) -> set[str]:
+        """The files that are listed and not there."""
+        return {file for graph in self.lost for file in graph.files}
 
     def to_json(self) -> str:
         """One JSON object with everything."""
@@ -189,6 +206,7 @@ __all__ = [
     "GraphNodes",
     "GraphReport",
     "Inspection",
+    "LostGraph",
     "Rotary",
     "WeightGroup",
     "WeightReport",

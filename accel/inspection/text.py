@@ -13,7 +13,8 @@ MAX_OPERATORS = 12  # operators listed on their own; the rest is summed up
 
 def render_text(found: Inspection) -> str:
     """Every section, with a blank line between; characters that could steer a terminal are spelled out."""
-    sections = [_head(found), *(_graph(graph, found.graphs) for graph in found.graphs)]
+    lost = [["Lost files", *_bullets(wording.lost(found))]] if found.lost else []
+    sections = [_head(found), *lost, *(_graph(graph, found.graphs) for graph in found.graphs)]
     sections += [_weights(report) for report in found.weights]
     if found.cache is not None:
         sections.append(_cache(found.cache))
@@ -28,7 +29,7 @@ def render_text(found: Inspection) -> str:
 
 def _head(found: Inspection) -> list[str]:
     arch = found.arch
-    variants = ", ".join(f"{wording.printable(name)} ({wording.printable(d)})" for name, d in found.variants.items())
+    variants = ", ".join(map(wording.printable, wording.variants(found, "{} ({})")))
     tied = "; ".join(f"{wording.printable(a)} is {wording.printable(b)}" for a, b in found.tied.items())
     rows = [
         ("source", wording.printable(found.source)),
@@ -139,9 +140,13 @@ def _parity(parity: dict[str, ParityResult]) -> list[str]:
 
 
 def _files(found: Inspection) -> list[str]:
-    rows = [(wording.printable(file.name), f"{file.size:,}", file.sha256[:12]) for file in found.files]
-    total = sum(file.size for file in found.files)
-    return [f"Files: {total:,} bytes", *_table(rows, ("file", "bytes", "sha256"), right=(1,))]
+    missing = found.missing
+    rows = [
+        (wording.printable(file.name), f"{file.size:,}", file.sha256[:12], "missing" if file.name in missing else "")
+        for file in found.files
+    ]
+    total = sum(file.size for file in found.files if file.name not in missing)
+    return [f"Files: {total:,} bytes", *_table(rows, ("file", "bytes", "sha256", ""), right=(1,))]
 
 
 def _bullets(items: Sequence[str]) -> Iterator[str]:

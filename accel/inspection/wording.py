@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from accel.inspection.report import AttentionLayer, CacheReport, GraphReport
+from accel.inspection.report import AttentionLayer, CacheReport, GraphReport, Inspection
 from accel.manifest import PassReport
 from accel.spec import TensorSpec
 
@@ -118,6 +118,22 @@ def cache_kinds(cache: CacheReport) -> list[str]:
     return [f"{kind}, {token:,} bytes per token: {printable(', '.join(names))}" for kind, token, names in told]
 
 
+def variants(found: Inspection, form: str) -> list[str]:
+    """The variants with their types, in a form for both; one that files are lost of says so."""
+    told = []
+    for name, dtype in found.variants.items():
+        lost = [graph.target for graph in found.lost if graph.variant == name]
+        whole = any(graph.variant == name for graph in found.graphs)
+        which = f" for {' and '.join(lost)}" if whole else ""
+        told.append(form.format(name, dtype) + (f" [damaged{which}]" if lost else ""))
+    return told
+
+
+def lost(found: Inspection) -> tuple[str, ...]:
+    """A line for each graph that cannot run."""
+    return tuple(f"{graph.variant}/{graph.target}: {graph.reason}" for graph in found.lost)
+
+
 def base_of(graph: GraphReport, graphs: Iterable[GraphReport]) -> GraphReport | None:
     """The graph of the same variant whose passes this one's begin with; of several, the furthest."""
     bases = [
@@ -137,6 +153,7 @@ __all__ = [
     "fused",
     "kernel",
     "kinds",
+    "lost",
     "mask",
     "merge_layers",
     "percent",
@@ -144,5 +161,6 @@ __all__ = [
     "shape",
     "size",
     "span",
+    "variants",
     "yes_no",
 ]

@@ -59,10 +59,11 @@ def report(
     settings.check()
     texts = resolve_text(text)
     afresh = measure or text is not None
-    unknown = [name for name in names if afresh or opened.variant(name).quality is None]
     measured: dict[str, Quality] = {}
-    missing: dict[str, str] = {}
-    if unknown and (names == unknown or unknown != [REFERENCE]):  # fp32's figures are in the others' records, too
+    missing = _lost(opened, names)
+    whole = [name for name in names if name not in missing]
+    unknown = [name for name in whole if afresh or opened.variant(name).quality is None]
+    if unknown and (whole == unknown or unknown != [REFERENCE]):  # fp32's figures are in the others' records, too
         if save:
             with BundleExtension(opened):  # raises now what it would after the measuring
                 pass
@@ -93,23 +94,32 @@ def save_quality(bundle: Bundle, measured: dict[str, Quality]) -> Bundle:
         BundleError: The bundle is damaged, or a variant went meanwhile.
     """
     with BundleExtension(bundle) as extension:
-        manifest, changed = extension.bundle.manifest, {}
+        manifest, changed = extension.bundle.full_manifest, {}
         for name, quality in measured.items():
-            changed[name] = dataclasses.replace(extension.bundle.variant(name), quality=quality)
+            extension.bundle.variant(name)  # raises where it went
+            changed[name] = dataclasses.replace(manifest.variants[name], quality=quality)
         return extension.commit(dataclasses.replace(manifest, variants={**manifest.variants, **changed}))
 
 
 def _chosen(bundle: Bundle, variant: str | Sequence[str] | None) -> list[str]:
-    asked = [variant] if isinstance(variant, str) else list(bundle.manifest.variants if variant is None else variant)
+    everything = bundle.full_manifest.variants
+    asked = [variant] if isinstance(variant, str) else list(everything if variant is None else variant)
     if not asked:
         raise InputError("No variant is asked for", where="variant", remedy="Name one, or leave it out for all")
-    for name in asked:
+    for name in asked if variant is not None else ():
         bundle.variant(name)
     return list(dict.fromkeys([REFERENCE, *asked]))
 
 
+def _lost(bundle: Bundle, names: Sequence[str]) -> dict[str, str]:
+    """Variants that lost files of all their graphs -> which."""
+    found = {name: [key for key in bundle.lost if key[0] == name] for name in names}
+    gone = {name: keys for name, keys in found.items() if name not in bundle.manifest.variants}
+    return {name: "; ".join(f"{key[1]}: {bundle.lost_reason(*key)}" for key in keys) for name, keys in gone.items()}
+
+
 def _variant(bundle: Bundle, name: str, measured: Quality | None, missing: str | None) -> VariantReport:
-    content = bundle.variant(name)
+    content = bundle.full_manifest.variants[name]
     quality = measured if measured is not None or missing is not None else content.quality
     targets = tuple(content.graphs)
     return VariantReport(name, content.dtype, targets, quality, content.quantization, measured is not None, missing)

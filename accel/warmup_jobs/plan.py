@@ -178,6 +178,7 @@ def _resolve_sm(sm: str, flavour: Flavour) -> str:
 def _resolve_variant(bundle: Bundle, precision: str) -> str:
     if precision == "auto":
         return pick_precision(bundle, "auto") or DEFAULT_PRECISION
+    bundle.refuse_lost(precision, TARGET)
     if precision not in LIMITS and not has_variant(bundle, precision):
         remedy = suggest(precision, ["auto", *LIMITS])
         raise InputError(f"There is no precision {precision!r}", where="precision", remedy=remedy)

@@ -1,0 +1,151 @@
+"""Variants that are dropped: with the files that nothing else reads, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import accel
+from accel.bundle import Bundle
+from accel.cli import main
+from accel.errors import BundleError, InputError, StorageError
+from accel.variant_removal import drop_variant
+from accel.variants import add_variant
+from tests.test_bundle_extension import content
+from tests.test_lost_files import add
+
+
+@pytest.fixture
+def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "decoder")).resolve()
+
+
+def test_what_was_added_goes(decoder: Path) -> None:
+    before = content(decoder)
+    add_variant(decoder, "w8g32", algorithm="rtn", measure=False)
+    assert "w8g32/ort-cpu" in Bundle.open(decoder).manifest.parity
+    bundle = accel.drop_variant(decoder, "w8g32")
+    assert content(decoder) == before, "to the byte, the manifest too"
+    assert list(bundle.manifest.variants) == ["fp32"] and Bundle.open(decoder, verify=True).lost == {}
+    with pytest.raises(InputError, match="no variant 'w8g32'.*fp32"):
+        drop_variant(decoder, "w8g32")
+    assert "w8g32" in add(decoder, ("w8g32", "ort-cpu")).manifest.variants
+
+
+def test_files_that_others_read_stay(decoder: Path) -> None:
+    both = add(decoder, ("fp16", "cuda"), ("fp16+kv8", "cuda"), ("w4g32", "ort-cpu"))
+    assert both.weights("fp16+kv8", "cuda") == both.weights("fp16", "cuda") == ("fp16.weights",)
+    others = {name: data for name, data in content(decoder).items() if name != "manifest.json"}
+    bundle = drop_variant(decoder, "fp16")
+    after = {name: data for name, data in content(decoder).items() if name != "manifest.json"}
+    assert after == {name: data for name, data in others.items() if name != "fp16.cuda.onnx"}
+    assert bundle.weights("fp16+kv8", "cuda") == ("fp16.weights",) and list(bundle.manifest.variants)[1:] == [
+        "fp16+kv8",
+        "w4g32",
+    ]
+    drop_variant(decoder, "fp16+kv8")
+    assert not Bundle.open(decoder, verify=True).has("fp16.weights")
+    assert set(Bundle.open(decoder).manifest.files) | {"manifest.json"} == set(content(decoder))
+
+
+def test_one_graph_of_several(decoder: Path) -> None:
+    two = add(decoder, ("fp16", "tensorrt"), ("fp16", "cuda"))
+    own = set(two.weights("fp16", "cuda")) - set(two.weights("fp16", "tensorrt"))
+    assert own == {"fp16.cuda.weights"}
+    bundle = drop_variant(two, "fp16", target="cuda")
+    assert list(bundle.variant("fp16").graphs) == ["tensorrt"] and bundle.variant("fp16").weights == ("fp16.weights",)
+    gone = {"fp16.cuda.weights", "fp16.cuda.onnx"}
+    assert not gone & set(content(decoder)) and Bundle.open(decoder, verify=True).lost == {}
+    with pytest.raises(InputError, match="no graph for target 'cuda'.*It has: tensorrt"):
+        drop_variant(decoder, "fp16", target="cuda")
+    assert list(drop_variant(decoder, "fp16", target="tensorrt").manifest.variants) == ["fp32"]
+
+
+def test_what_the_export_wrote_stays(decoder: Path) -> None:
+    add(decoder, ("fp32", "tensorrt"))
+    before = content(decoder)
+    for target in (None, "canonical", "ort-cpu"):
+        with pytest.raises(InputError, match=r"fp32 is what the export wrote.*added to it: tensorrt"):
+            drop_variant(decoder, "fp32", target=target)
+    assert content(decoder) == before
+    bundle = drop_variant(decoder, "fp32", target="tensorrt")
+    assert list(bundle.variant("fp32").graphs) == ["canonical", "ort-cpu"] and bundle.variant("fp32").weights
+    with accel.load(decoder, device="cpu") as model:
+        assert model.generate("hello", max_new_tokens=2).ids
+
+
+@pytest.mark.parametrize("lost", ["w8g32.weights", "w8g32.ort-cpu.onnx"])
+def test_a_damaged_one(decoder: Path, lost: str) -> None:
+    before = content(decoder)
+    add(decoder, ("w8g32", "ort-cpu"))
+    (decoder / lost).unlink()
+    assert drop_variant(decoder, "w8g32").lost == {}
+    assert content(decoder) == before and Bundle.open(decoder, verify=True)
+
+
+def test_two_that_share_a_lost_file_go_one_by_one(decoder: Path) -> None:
+    before = content(decoder)
+    add(decoder, ("fp16", "cuda"), ("fp16+kv8", "cuda"))
+    (decoder / "fp16.weights").unlink()
+    assert list(drop_variant(decoder, "fp16").lost) == [("fp16+kv8", "cuda")]
+    assert drop_variant(decoder, "fp16+kv8").lost == {} and content(decoder) == before
+
+
+def test_the_manifest_goes_first(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(decoder, ("w8g32", "ort-cpu"))
+    before = content(decoder)
+
+    def broken(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", broken)
+        with pytest.raises(StorageError):
+            drop_variant(decoder, "w8g32")
+    assert content(decoder) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", broken)
+        bundle = drop_variant(decoder, "w8g32")
+    assert list(bundle.manifest.variants) == ["fp32"] and "w8g32.weights" in content(decoder)
+    assert list(Bundle.open(decoder, verify=True).manifest.files) == list(bundle.manifest.files)
+    assert "w8g32" in add(decoder, ("w8g32", "ort-cpu")).manifest.variants, "what was left is written over"
+
+
+def test_the_command(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = content(decoder)
+    bundle = add(decoder, ("w8g32", "ort-cpu"), ("fp16", "tensorrt"), ("fp16", "cuda"), ("fp32+kv8", "ort-cpu"))
+    before, command = content(decoder), ["quantize", str(decoder), "--drop"]
+    for arguments, said in (
+        (["w8g32", "--drop", "w4g32"], "no variant 'w4g32'"),
+        (["fp16", "--target", "ort-cpu"], "no graph for target 'ort-cpu'"),
+        (["w8g32", "--text", "x"], "--text is for variants that are added"),
+        (["w8g32", "--no-parity"], "--no-parity is for variants that are added"),
+        (["w8g32", "--min-cosine", "0"], "--min-cosine is for variants that are added"),
+        (["w8g32", "--algorithm", "gptq"], "--algorithm is for variants that are added"),
+    ):
+        assert main([*command, *arguments]) == 1 and said in capsys.readouterr().err
+        assert content(decoder) == before
+    with pytest.raises(SystemExit):
+        main([*command, "w8g32", "--variant", "w4g32"])
+    with pytest.raises(SystemExit):
+        main(["quantize", str(decoder)])
+    size = bundle.manifest.files["w8g32.weights"].size
+    capsys.readouterr()
+    assert main([*command, "w8g32", "--drop", "w8g32", "--drop", "kv8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dropped"] == ["w8g32/ort-cpu", "fp32+kv8/ort-cpu"] and found["variants"] == ["fp32", "fp16"]
+    assert found["removed"]["w8g32.weights"] == size and set(found["removed"]) == set(before) - set(content(decoder))
+    assert main([*command, "fp16", "--target", "cuda", "--target", "tensorrt"]) == 0
+    assert "dropped fp16/cuda, fp16/tensorrt" in capsys.readouterr().out
+    assert content(decoder) == plain
+
+
+def test_a_bundle_that_is_broken(decoder: Path) -> None:
+    add(decoder, ("w8g32", "ort-cpu"))
+    (decoder / "fp32.weights").unlink()
+    with pytest.raises(BundleError, match=r"missing \(at .*fp32\.weights"):
+        drop_variant(decoder, "w8g32")
