@@ -298,7 +298,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=_shape, nargs="+", metavar="BxS", help=shapes)
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="decoders (default 128)")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders (default 32)")
-    parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave eager PyTorch out")
+    without = "leave eager PyTorch out, which takes most of the time on a CPU"
+    parser.add_argument("--no-compare", dest="compare", action="store_false", help=without)
     parser.add_argument("--limits", action="store_true", help="also measure how near the machine's limits it comes")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose engines; default auto")
     _add_store(parser)
