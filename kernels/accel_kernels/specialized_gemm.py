@@ -45,6 +45,7 @@ SpecializedGemm <gated: int = 0, stripe, activation: int = -1> (x, weight, bias,
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HEIGHT, WIDTH, DEPTH, STAGES = 64, 256, 64, 3  # rows of a half, outputs and terms of a tile, turns in flight
 TILE = f"2 x {HEIGHT} by {WIDTH}, {DEPTH} terms, stages {STAGES}"  # in words
+HALVED = f"{TILE}, those left halved"
 PIECE = 64  # outputs that are stored at once
 STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated tile
 # Triton 3.9 calls them by shorter names than 3.6.
@@ -71,7 +72,7 @@ def reference(
 def _unit(unit, WHOLE, M, COUNT, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, GROUP: gl.constexpr):
     """First row and first output of a unit of work, and whether it is a tile: WHOLE tiles, then halves of those left.
 
-    Tiles that fill less than half of the programs are better halved, each half for a program of its own.
+    Halves are for tiles that would fill half of the programs or fewer: each gets a program of its own.
     """
     behind = gl.maximum(unit - WHOLE, 0)
     m, n = place(unit - behind + behind // 2, M, COUNT, 2 * HEIGHT, WIDTH, GROUP)
@@ -108,8 +109,10 @@ def _fetch(x, weight, xs, ws, full, stage, m, n, k, both, pred):
     ONE: gl.constexpr = (HEIGHT + ws.shape[1]) * ws.shape[2] * 2  # bytes of elements with 16 bits
     BOTH: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2
     bar = full.index(stage)
-    mbarrier.expect(bar, BOTH, pred=pred & both)
-    mbarrier.expect(bar, ONE, pred=pred & (both == 0))
+    if both:  # a branch: each one costs the group a barrier of its own
+        mbarrier.expect(bar, BOTH, pred=pred)
+    else:
+        mbarrier.expect(bar, ONE, pred=pred)
     _load(x, [m, k], bar, xs.index(2 * stage), pred=pred)
     _load(weight, [n, k], bar, ws.index(stage), pred=pred)
     _load(x, [m + HEIGHT, k], bar, xs.index(2 * stage + 1), pred=pred & both)
@@ -228,7 +231,7 @@ def _finish(
         phase ^= 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["WHOLE", "UNITS"])
 def specialized_gemm_kernel(
     x, weight, out, bias, residual, M, COUNT, K, WHOLE, UNITS,
     STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
@@ -276,10 +279,12 @@ def specialized_gemm(
     activation: int = NO_ACTIVATION,
     group: int = 8,
     programs: int | None = None,
+    halves: bool = False,
 ) -> torch.Tensor:
     """act(x W^T + bias) + residual. Every tensor on one device, contiguous, each row a multiple of 16 bytes.
 
-    x W^T has to be within x's type before the bias comes, as where cuBLAS computes it.
+    x W^T has to be within x's type before the bias comes, as where cuBLAS computes it, and so has the sum with the
+    residual.
 
     Args:
         x: [M, K] in float16 or bfloat16.
@@ -290,16 +295,16 @@ def specialized_gemm(
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION (not gated); gated: of the gate.
         group: Tiles of rows that share their weights in the L2.
         programs: How many stay; None: one per multiprocessor.
+        halves: Of tiles that are left for half of the programs or fewer, each half gets a program.
 
     Raises:
         TypeError, ValueError: A tensor has another type, shape or place; the GPU has no SM 90.
     """
     _check(x, weight, out, bias, residual, gated, activation)
     (rows, size), lines = x.shape, len(weight)
-    tiles = triton.cdiv(rows, 2 * HEIGHT) * triton.cdiv(lines, WIDTH)
+    tiles = _tiles(rows, lines)
     programs = multiprocessors(x.device) if programs is None else programs
-    whole = tiles - tiles % programs if 2 * (tiles % programs) <= programs else tiles
-    units = 2 * tiles - whole
+    whole, units = shares(tiles, programs) if halves else (tiles, tiles)
     programs = min(programs, units)
     blocks = (x, [HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH]), (out, [HEIGHT, PIECE])
     specialized_gemm_kernel[(programs,)](
@@ -309,6 +314,23 @@ def specialized_gemm(
         GATED=gated, ACTIVATION=activation, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def can_halve(x: torch.Tensor, lines: int) -> bool:
+    """Whether ``halves`` makes a difference for x [M, K] and a matrix of so many lines, on x's device."""
+    tiles = _tiles(len(x), lines)
+    return shares(tiles, multiprocessors(x.device))[0] < tiles
+
+
+def _tiles(rows: int, lines: int) -> int:
+    return triton.cdiv(rows, 2 * HEIGHT) * triton.cdiv(lines, WIDTH)
+
+
+def shares(tiles: int, programs: int) -> tuple[int, int]:
+    """(tiles that are computed as a whole, units of work): those left for half of the programs or fewer are halved."""
+    left = tiles % programs
+    whole = tiles - left if 2 * left <= programs else tiles
+    return whole, 2 * tiles - whole
 
 
 def _described(tensor: torch.Tensor, block: list[int]) -> TensorDescriptor:
@@ -340,4 +362,4 @@ def _check(
     expect.described(x=x, weight=weight, out=out)
 
 
-__all__ = ["BODY", "STRIPE", "TILE", "TOLERANCES", "reference", "specialized_gemm"]
+__all__ = ["BODY", "HALVED", "STRIPE", "TILE", "TOLERANCES", "can_halve", "reference", "shares", "specialized_gemm"]

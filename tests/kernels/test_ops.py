@@ -34,7 +34,7 @@ SCRATCH = {
     "longest",
     "room",
 }
-TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "group", "flatten"}
+TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "group", "flatten", "halves"}
 
 
 def test_every_file_of_an_op_is_listed() -> None:
@@ -51,7 +51,8 @@ def test_an_op_has_what_it_needs(op: Op) -> None:
 
 
 def jitted(function: ast.FunctionDef) -> bool:
-    return any(isinstance(node, ast.Attribute) and node.attr == "jit" for node in function.decorator_list)
+    decorators = [node.func if isinstance(node, ast.Call) else node for node in function.decorator_list]
+    return any(isinstance(node, ast.Attribute) and node.attr == "jit" for node in decorators)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)

@@ -15,7 +15,14 @@ from tests.kernels.warp_jobs import simulated
 torch = pytest.importorskip("torch")
 from accel_kernels import specialized_gemm as made  # noqa: E402
 from accel_kernels.device import has_warp_jobs  # noqa: E402
-from accel_kernels.specialized_gemm import STRIPE, TOLERANCES, reference, specialized_gemm  # noqa: E402
+from accel_kernels.specialized_gemm import (  # noqa: E402
+    STRIPE,
+    TOLERANCES,
+    can_halve,
+    reference,
+    shares,
+    specialized_gemm,
+)
 from accel_kernels.tiles import GELU_ERF, GELU_TANH, NO_ACTIVATION, SILU  # noqa: E402
 
 ROWS, COUNT, SIZE = 300, 712, 416  # the last tiles and the last turn are not full
@@ -38,7 +45,9 @@ sizes = {{"STAGES": made.STAGES, "GROUP": 8, "PROGRAMS": 132, "HAS_BIAS": not {g
 sizes |= {{"GATED": {gated}, "ACTIVATION": {activation}}}
 signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
 constants = {{(kernel.arg_names.index(name),): size for name, size in sizes.items()}}
-source = GluonASTSource(kernel, signature, constants)
+multiples = ("bias", "residual", "M", "COUNT", "K") if {aligned} else ()  # of 16, which a launch sees by itself
+attributes = {{(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}}
+source = GluonASTSource(kernel, signature, constants, attributes)
 compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})
 assert compiled.asm["ptx"].count("wgmma.mma_async") >= 8 and compiled.asm["cubin"]
 assert compiled.metadata.shared <= 227 * 1024, compiled.metadata.shared
@@ -91,14 +100,31 @@ def test_any_number_of_rows(half: Maker, rows: int | None, size: int) -> None:
     assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize(
+    "tiles, programs, whole, units",
+    [(576, 132, 528, 624), (9, 5, 9, 9), (9, 6, 6, 12), (9, 17, 9, 9), (9, 20, 0, 18), (1, 1, 1, 1)],
+)
+def test_tiles_that_half_of_the_programs_could_take_are_halved(
+    tiles: int, programs: int, whole: int, units: int
+) -> None:
+    assert shares(tiles, programs) == (whole, units)
+
+
+def test_whether_halves_make_a_difference_here(half: Maker) -> None:
+    count = made.multiprocessors(half.device)
+    assert can_halve(half.poison(2 * made.HEIGHT * count + 1, 8), 8)
+    assert not can_halve(half.poison(2 * made.HEIGHT * count, 8), 8)
+
+
 @pytest.mark.parametrize("programs", [2, 4, 5, 6, 8, 20, 132])
 @pytest.mark.parametrize("rows", [1152, 1034, 1090])
-def test_tiles_that_are_left_are_halved(half: Maker, rows: int, programs: int) -> None:
-    """Nine of them, of which one, four, three or all are left; the last one has rows in one half, or in both."""
+def test_halves_and_whole_tiles_side_by_side(half: Maker, rows: int, programs: int) -> None:
+    """Nine tiles, of which none, one, three or all are halved; the last one has rows in one half, or in both."""
     x, weight, residual = half.normal(rows, 104), half.normal(200, 104), half.normal(rows, 200)
-    out = half.poison(rows, 200)
-    specialized_gemm(x, weight, out, residual=residual, programs=programs)
-    assert_close(out, reference(x, weight, residual=residual), TOLERANCES[torch.float16])
+    for halves in (False, True):
+        out = half.poison(rows, 200)
+        specialized_gemm(x, weight, out, residual=residual, programs=programs, halves=halves)
+        assert_close(out, reference(x, weight, residual=residual), TOLERANCES[torch.float16])
     x, weight, out = half.normal(rows, 72), half.normal(2 * STRIPE, 72), half.poison(rows, STRIPE)
     specialized_gemm(x, weight, out, gated=True, activation=GELU_TANH, programs=programs)
     expected = reference(x, weight, gated=True, stripe=STRIPE, activation=GELU_TANH)
@@ -131,7 +157,7 @@ def test_no_order_of_what_is_under_way_changes_a_result(device: Any, seed: int, 
     make = Maker(device, torch.float16)
     x, weight, out = make.normal(ROWS, SIZE), make.normal(COUNT, SIZE), make.poison(ROWS, COUNT)
     with simulated(made, "specialized_gemm_kernel", seed, programs):
-        specialized_gemm(x, weight, out)
+        specialized_gemm(x, weight, out, halves=True)
     assert_close(out, reference(x, weight), TOLERANCES[torch.float16])
 
 
@@ -174,11 +200,16 @@ def test_other_gpus_are_refused(device: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "name, short, activation, gated", [("float16", "fp16", SILU, True), ("bfloat16", "bf16", GELU_ERF, False)]
+    "name, short, activation, gated, aligned",
+    [
+        ("float16", "fp16", SILU, True, True),
+        ("float16", "fp16", NO_ACTIVATION, False, True),
+        ("bfloat16", "bf16", GELU_ERF, False, False),
+    ],
 )
-def test_compiles_where_it_cannot_run(name: str, short: str, activation: int, gated: bool) -> None:
+def test_compiles_where_it_cannot_run(name: str, short: str, activation: int, gated: bool, aligned: bool) -> None:
     """With the Triton that is here, whose Gluon may call things by other names than the last one's."""
-    code = COMPILE.format(name=name, short=short, activation=activation, gated=gated)
+    code = COMPILE.format(name=name, short=short, activation=activation, gated=gated, aligned=aligned)
     root = Path(__file__).resolve().parents[2] / "kernels"
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}

@@ -15,6 +15,8 @@ torch = pytest.importorskip("torch")
 from accel_kernels import specialized_gemm as made  # noqa: E402
 from accel_kernels.device import INTERPRETED  # noqa: E402
 
+FULL = "            mbarrier.wait(full.index(stage), phase)\n"
+
 
 def altered(folder: Path, old: str, new: str) -> ModuleType:
     """The kernel's module with other words in place of some."""
@@ -37,7 +39,7 @@ def goes_wrong(module: ModuleType, seed: int) -> bool:
         options = {"gated": gated, "activation": 0 if gated else -1}
         try:
             with simulated(module, "specialized_gemm_kernel", seed, programs=4):
-                module.specialized_gemm(x, weight, out, **options)
+                module.specialized_gemm(x, weight, out, halves=True, **options)
         except AssertionError:
             return True
         expected = made.reference(x, weight, stripe=made.STRIPE if gated else None, **options)
@@ -53,7 +55,7 @@ def goes_wrong(module: ModuleType, seed: int) -> bool:
         ("empty.index(last), count=1, pred=turn > 0", "empty.index(stage), count=1"),  # before its products end
         ("        mbarrier.arrive(empty.index(last), count=1)\n", ""),  # all wait for good
         ("mbarrier.init(empty.index(stage), count=2)", "mbarrier.init(empty.index(stage), count=1)"),
-        ("            mbarrier.wait(full.index(stage), phase)\n", ""),
+        (FULL, ""),
         ("                mbarrier.wait(empty.index(stage_ahead), phase_ahead, pred=more)\n", ""),
         ("        total = warpgroup_mma_wait(0, deps=[total])\n", ""),
         ("        mbarrier.wait(free.index(HALF), sent)\n", ""),
@@ -62,7 +64,9 @@ def goes_wrong(module: ModuleType, seed: int) -> bool:
         ("                fence_async_shared()\n", ""),
         ("for _ in range(STAGES - 1):", "for _ in range(STAGES):"),
         ("if HALF == 1:  #", "if False:  #"),
+        (f"{FULL}            mbarrier.arrive", "            mbarrier.arrive"),  # of a half that is not its own
         ("mbarrier.expect(bar, ONE,", "mbarrier.expect(bar, BOTH,"),
+        ("m + behind % 2 * HEIGHT", "m"),
         ("pred=pred & both)\n\n", "pred=pred)\n\n"),
     ],
 )

@@ -5,7 +5,8 @@ of many orders of magnitude. What is under way reads and writes as late as the k
 copy holds NaN from its start: who reads too early, or writes over what is still read, gets wrong numbers. Jobs that
 wait for one another for good, and arrivals that no barrier expects, are errors.
 
-A job's warps move together here, and layouts, registers and the odds of real hardware have no part in it.
+A job's warps move together here: layouts, registers, the width of integers, and what a barrier's start needs to be seen
+by all have no part in it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def _fetch(source: Any, place: list[int], barrier: Barrier, into: Shared, pred: 
     if not pred:
         return
     into.data.fill_(math.nan)
-    assert list(source.block_shape) == into.shape
+    assert list(source.block_shape) == into.shape and min(place) >= 0
 
     def arrive() -> None:
         into.data.zero_()
@@ -71,13 +72,14 @@ def _fetch(source: Any, place: list[int], barrier: Barrier, into: Shared, pred: 
 def _save(target: Any, place: list[int], source: Shared) -> None:
     machine = current()
     machine.move()
-    assert list(target.block_shape) == source.shape
+    assert list(target.block_shape) == source.shape and min(place) >= 0
     assert source.data.data_ptr() not in machine.unfenced, "what was written there is not fenced"
 
     def leave() -> None:
         rows, columns = (slice(first, first + size) for first, size in zip(place, source.shape))
         there = target.base[rows, columns]
         there.copy_(source.data[: there.shape[0], : there.shape[1]])
+        target.stores[rows, columns] += 1
 
     machine.start("saves", leave, ordered=False)
 
@@ -115,7 +117,7 @@ def _multiply_wait(left: int, deps: list[Any]) -> Any:
 def _gather(pointer: Pointer, mask: Any, other: float) -> Value:
     current().move()
     inside, places = torch.broadcast_tensors(mask, pointer.offsets)
-    assert (places[inside] < pointer.tensor.numel()).all(), "reads behind a tensor's end"
+    assert (places[inside] >= 0).all() and (places[inside] < pointer.tensor.numel()).all(), "reads outside a tensor"
     found = pointer.tensor[torch.where(inside, places, 0).as_subclass(torch.Tensor)]
     return torch.where(inside, found, torch.tensor(other, dtype=found.dtype)).as_subclass(Value)
 
@@ -164,6 +166,9 @@ class Simulated:
             for program in range(grid[0]):
                 with running(Machine(self._seed * 1000 + program)):
                     _Copies(program).of(self._kernel)(*operands, **options)
+            for operand in operands:
+                written = getattr(operand, "stores", None)
+                assert written is None or written.sum() == 0 or (written == 1).all(), "not one store for each element"
 
         return launch
 
@@ -172,9 +177,9 @@ def _operand(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return Pointer(argument)
     if hasattr(argument, "block_shape"):
-        return SimpleNamespace(
-            base=argument.base, block_shape=argument.block_shape, layout=None, dtype=argument.base.dtype
-        )
+        base, block = argument.base, argument.block_shape
+        stores = torch.zeros(base.shape, dtype=torch.int32)
+        return SimpleNamespace(base=base, block_shape=block, layout=None, dtype=base.dtype, stores=stores)
     return argument
 
 

@@ -169,8 +169,11 @@ class Machine:
             self.job = actor
             self._turns[actor].release()
             self._back.acquire()
-        else:
+            return
+        try:
             self.under_way[actor].pop(0)()
+        except BaseException as error:  # the jobs' threads have to end all the same
+            self._failed = error
 
     def _job(self, place: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         self._turns[place].acquire()

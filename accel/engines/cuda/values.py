@@ -37,12 +37,13 @@ class Product:
 
 @dataclass
 class Sum:
-    """stream + added, the latter perhaps in parts [P, T, K]; the norm that reads it adds them up on the way, unless the
-    result is there.
+    """stream + added, the latter perhaps in parts [P, T, K]; the norm that reads it adds them up on the way.
+
+    added is None where the product added the stream itself; the result is there then.
     """
 
     stream: torch.Tensor  # [T, K]
-    added: torch.Tensor
+    added: torch.Tensor | None
     kept: bool = True  # whether something besides one norm reads it
     shape: torch.Size | None = None  # of the result, where it is not [T, K]
     result: torch.Tensor | None = None
@@ -50,6 +51,7 @@ class Sum:
     def tensor(self) -> torch.Tensor:
         """The sum [T, K], float32 unless its product left it in another type."""
         if self.result is None:
+            assert self.added is not None
             added = self.added if self.added.dim() == self.stream.dim() else self.added.sum(0)
             self.result = self.stream.float() + added.float()
         return self.result

@@ -151,8 +151,15 @@ def _prepare_specialized(layer: Layer, rows: int, added: bool, operands: Operand
     out = operands.unwritten(rows, layer.outputs)
     residual = operands.normal(rows, layer.outputs) if added else None
     options = made.options | {"residual": residual}
+    ways = {specialized.TILE: False}
+    if operands.device.type == "cuda" and specialized.can_halve(made.x, len(made.weights(0))):
+        ways[specialized.HALVED] = True
+
+    def run(halves: bool, index: int) -> torch.Tensor:
+        return specialized.specialized_gemm(made.x, made.weights(index), out, halves=halves, **options)
+
     return Problem(
-        {specialized.TILE: lambda i: specialized.specialized_gemm(made.x, made.weights(i), out, **options)},
+        {name: partial(run, halves) for name, halves in ways.items()},
         made.peer(residual=residual),
         lambda: specialized.reference(made.x, made.weights(0), stripe=layer.stripe, **options),
         size_of(made.x, made.weights(0), made.options.get("bias"), residual, out),

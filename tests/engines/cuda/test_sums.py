@@ -11,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from accel_kernels import specialized_gemm as made
+from accel_kernels.packing import pack, unpack
 from accel_kernels.tiles import LAYER_NORM
 
 from accel.bundle import Bundle
@@ -84,7 +85,7 @@ def test_the_norm_reads_one_tensor(make: Maker, preferred: list[str], biased: bo
     assert_close(multiplier(make).norm(total, by), wanted, 3e-3)
 
 
-@pytest.mark.parametrize("reason", ["kept", "float32 stream", "no jobs for warps", "few rows"])
+@pytest.mark.parametrize("reason", ["kept", "float32 stream", "bfloat16", "integers", "no jobs for warps", "few rows"])
 def test_others_leave_it_to_their_reader(
     make: Maker, preferred: list[str], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,10 +93,36 @@ def test_others_leave_it_to_their_reader(
     if reason == "few rows":
         monkeypatch.setattr(products, "WIDE_ROWS", ROWS + 1)
     stream = stream.float() if reason == "float32 stream" else stream
-    chosen = multiplier(make, warp_jobs=reason != "no jobs for warps")
+    wanted, tolerance, chosen = expected(x, matrix, stream), 1e-3, multiplier(make, reason != "no jobs for warps")
+    if reason == "integers":
+        x = make.normal(ROWS, 64)
+        words, scales = pack(make.normal(COUNT, 64), 8, 32)
+        matrix = Matrix(words, scales=scales, bits=8)
+        wanted = x.double() @ unpack(words, scales, 8).double().T + stream.double()
+    if reason == "bfloat16":
+        x, stream, tolerance = x.bfloat16(), stream.bfloat16(), 8e-3
+        matrix = Matrix(matrix.weight.bfloat16(), matrix.bias, low_bias=matrix.bias.bfloat16())
+        chosen = Products(torch.bfloat16, False, Contest(open_device()), warp_jobs=True)
     total = chosen.sum(x, matrix, stream, kept=reason == "kept")
     assert total.result is None and not any("added to a stream" in key for key in preferred)
-    assert_close(total.tensor(), expected(x, matrix, stream), 1e-3)
+    assert_close(total.tensor(), wanted, tolerance)
+
+
+def test_a_source_is_lowered_once(make: Maker, preferred: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both ways are possible, they share it."""
+    x, matrix, stream = operands(make)
+    lowered: list[int] = []
+    low = Products.low
+
+    def counted(self: Products, value: Any) -> Any:
+        result = low(self, value)
+        lowered.extend([1] * (result is not value))
+        return result
+
+    monkeypatch.setattr(Products, "low", counted)
+    monkeypatch.setattr(Contest, "pick", lambda self, key, ways: next(iter(ways)))
+    assert multiplier(make).sum(x.float(), matrix, stream, kept=False).result is None
+    assert len(lowered) == 1
 
 
 def test_both_ways_are_timed_with_the_norm_behind_them(make: Maker, preferred: list[str], monkeypatch: Any) -> None:
@@ -123,7 +150,7 @@ def test_both_ways_are_timed_with_the_norm_behind_them(make: Maker, preferred: l
 def test_the_bytes_of_a_sum_are_its_readers_or_its_own(make: Maker) -> None:
     x, matrix, stream = operands(make)
     out, normed = make.normal(ROWS, COUNT), make.normal(ROWS, COUNT)
-    apart, together = Sum(stream, out, kept=False), Sum(stream, out, kept=False, result=out)
+    apart, together = Sum(stream, out, kept=False), Sum(stream, None, kept=False, result=out)
     read = {ir.Value(): Product(x, matrix), ir.Value(): stream}
     assert _moved(read, apart) == x.nbytes + out.nbytes
     assert _moved(read, together) == x.nbytes + stream.nbytes + out.nbytes
