@@ -24,23 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
 from accel_kernels.device import has_warp_jobs, multiprocessors
-from accel_kernels.plain import product
+from accel_kernels.narrow_gemm import BODY as NARROW_BODY
+from accel_kernels.narrow_gemm import reference
 from accel_kernels.tiles import ACTIVATIONS, NO_ACTIVATION, activate
 from accel_kernels.wide_gemm import place
 
-BODY = (
-    HEADER
-    + """
-SpecializedGemm <gated: int = 0, stripe, activation: int = -1> (x, weight, bias, residual) => (out)
-{
-    out = accel.kernels.Linear <gated: int = @gated, stripe: int = @stripe, activation: int = @activation>
-        (x, weight, bias, residual)
-}
-"""
-)
+BODY = NARROW_BODY.replace("NarrowGemm", "SpecializedGemm")  # one op, computed by other means; so is its reference
 # Sums are rounded before bias and activation, and once more behind them.
 TOLERANCES = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 HEIGHT, WIDTH, DEPTH, STAGES = 64, 256, 64, 3  # rows of a half, outputs and terms of a tile, turns in flight
@@ -52,20 +43,6 @@ STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated til
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
-
-
-def reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    gated: bool = False,
-    stripe: int | None = None,
-    activation: int = NO_ACTIVATION,
-) -> torch.Tensor:
-    """What ``specialized_gemm`` computes of the same arguments, gated with stripes of ``STRIPE``: float64 [M, N]."""
-    return product(x, weight, bias, residual, gated, stripe, activation)
 
 
 @gluon.jit
