@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -42,6 +43,7 @@ STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated til
 # Triton 3.9 calls them by shorter names than 3.6.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 _save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+_NAN = gl.constexpr(tl.PropagateNan.ALL)
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
@@ -133,11 +135,12 @@ def _multiply(
                 ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS
             )
     stage, phase, last, sent = 0, 0, 0, 1
+    total = gl.zeros((HEIGHT, WIDTH), gl.float32, layout)  # once: a unit's first turn does not read it
     for _ in range(gl.program_id(0), UNITS if HALF == 0 else WHOLE, PROGRAMS):
-        total = gl.zeros((HEIGHT, WIDTH), gl.float32, layout)
         for turn in range(gl.cdiv(K, DEPTH)):
             mbarrier.wait(full.index(stage), phase)
-            total = warpgroup_mma(xs.index(2 * stage + HALF), ws.index(stage).permute((1, 0)), total, is_async=True)
+            rows, lines = xs.index(2 * stage + HALF), ws.index(stage).permute((1, 0))
+            total = warpgroup_mma(rows, lines, total, use_acc=turn > 0, is_async=True)
             total = warpgroup_mma_wait(1, deps=[total])
             mbarrier.arrive(empty.index(last), count=1, pred=turn > 0)
             if HALF == 0:
@@ -185,13 +188,16 @@ def _finish(
             mbarrier.wait(ready.index(half), phase)
             for piece in range(STORED):
                 part = parts.index(half * (WIDTH // PIECE) + piece)
-                value = part.load(layout).to(gl.float32)
+                value = part.load(layout)
+                if ACTIVATION >= 0 and parts.dtype == gl.float16:  # 0 of a sum below all float16, but no number of -inf
+                    lowest = gl.full((HEIGHT, PIECE), -65504.0, parts.dtype, layout)
+                    value = gl.maximum(value, lowest, propagate_nan=_NAN)
+                value = value.to(gl.float32)
                 column = left + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
                 if HAS_BIAS:
                     line = gl.load(bias + column, mask=column < COUNT, other=0.0)
                     value += line.to(gl.float32)[None, :]
-                if ACTIVATION >= 0:  # which is 0 of a sum below all float16, and no number of minus infinity
-                    value = gl.where(value == float("-inf"), -65504.0, value)
+                if ACTIVATION >= 0:
                     value = activate(value, ACTIVATION, True)
                 if GATED:
                     value *= parts.index(half * (WIDTH // PIECE) + STORED + piece).load(layout).to(gl.float32)

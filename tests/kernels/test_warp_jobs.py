@@ -67,6 +67,7 @@ def goes_wrong(module: ModuleType, seed: int) -> bool:
         (f"{FULL}            mbarrier.arrive", "            mbarrier.arrive"),  # of a half that is not its own
         ("mbarrier.expect(bar, ONE,", "mbarrier.expect(bar, BOTH,"),
         ("m + behind % 2 * HEIGHT", "m"),
+        ("use_acc=turn > 0", "use_acc=True"),  # a tile begins with the sums of the last one
         ("pred=pred & both)\n\n", "pred=pred)\n\n"),
     ],
 )

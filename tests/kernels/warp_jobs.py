@@ -96,12 +96,13 @@ def _fence() -> None:
     machine.unfenced = {place: job for place, job in machine.unfenced.items() if job != machine.job}
 
 
-def _multiply(a: Shared, b: Shared, sums: Any, *, is_async: bool) -> Any:
+def _multiply(a: Shared, b: Shared, sums: Any, *, use_acc: bool, is_async: bool) -> Any:
     assert is_async
     current().move()
 
     def add() -> None:
-        sums.add_(a.data.float() @ b.data.float())
+        product = a.data.float() @ b.data.float()
+        sums.copy_(sums + product if use_acc else product)
 
     current().start("products", add, ordered=True)
     return sums
@@ -128,7 +129,9 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
     return yes if condition else no
 
 
-def _larger(a: Any, b: Any) -> Any:
+def _larger(a: Any, b: Any, propagate_nan: Any = None) -> Any:
+    if isinstance(b, torch.Tensor):
+        return torch.maximum(a, b)  # NaN where one is
     return torch.clamp(a, min=b) if isinstance(a, torch.Tensor) else max(a, b)
 
 
@@ -143,6 +146,7 @@ def _language(program: int) -> SimpleNamespace:
         program_id=lambda axis: program, cdiv=lambda a, b: -(-a // b), where=_where, maximum=_larger, minimum=_smaller,
         exp=torch.exp, abs=torch.abs, load=_gather, static_range=range, allocate_shared_memory=allocated,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Accumulator),
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype).as_subclass(Value),
         arange=lambda start, stop, layout=None: torch.arange(start, stop).as_subclass(Value),
         NVMMADistributedLayout=lambda *_: None, BlockedLayout=lambda *_: None, SliceLayout=lambda *_: None,
         warp_specialize=lambda jobs, warps, registers: current().run(jobs),
