@@ -100,7 +100,8 @@ def build(
 
     Raises:
         InputError, DependencyError, EngineBuildError, EngineProofError: see ``accel.builder.build.build_plan``.
-        BundleError: A damaged bundle, or an outdated precision that cannot be lowered again here.
+        BundleError: A damaged bundle, a precision (of ``auto`` too) whose files it lost, or an outdated one that cannot
+            be lowered again here.
         StorageError, EngineStoreError, RefusedEngineError: The store cannot be used, holds a bad engine, or may not
             hold all that is asked for: its size limit removed the first engines for the last, which stay.
         KeyboardInterrupt: Ctrl-C, or SIGTERM where this program handles it and its handler raises nothing; nothing

@@ -15,7 +15,7 @@ from accel.engines.tensorrt.adapter import Compatibility, Flavour, load_flavour
 from accel.engines.tensorrt.lookup import TARGET, Sources, hash_sources, passes_of, pick_precision
 from accel.engines.tensorrt.memory import ALIGNMENT
 from accel.engines.tensorrt.packages import MODULES, TITLES, cuda_version, current_gpu, current_sm
-from accel.errors import DependencyError, InputError
+from accel.errors import BundleError, DependencyError, InputError
 from accel.scheme import FLOAT8_SM, Scheme, parse_scheme
 from accel.sizes import parse_size
 from accel.spec import ArchSpec, ProfileRanges, TensorSpec
@@ -115,10 +115,8 @@ def settle(
     chosen = _choose_profiles(profiles, recorded, arch, rows, positions)
     if not isinstance(precision, str):
         raise InputError(f"{precision!r} is no precision", where="precision", remedy="Give a name, such as 'fp16'")
-    variant = pick_precision(bundle, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
+    variant = resolve_precision(bundle, precision)
     scheme = _check_variant(arch, variant)
-    bundle.refuse_lost(variant, TARGET)  # making it again may choose other integers: not without being asked
-    _say_lost(bundle, precision, variant)
     settings = BuildSettings(
         target=flavour.target, sm=sms, profiles=chosen, capacity=positions, dtype=DTYPES[scheme.gpu_base],
         optimization_level=optimization_level, refittable=refittable, hardware_compatibility=hardware_compatibility,
@@ -132,11 +130,23 @@ def settle(
     return Settled(variant, settings, rows)
 
 
-def _say_lost(bundle: Bundle, precision: str, variant: str) -> None:
-    """Which precision an automatic choice passes over because files of it are lost."""
-    wanted = pick_precision(bundle.whole, "auto") if precision == "auto" else None
-    if wanted is not None and wanted != variant:
-        _log.warning("%s is built in place of %s: %s", variant, wanted, bundle.lost_reason(wanted, TARGET))
+def resolve_precision(bundle: Bundle, precision: str) -> str:
+    """The variant that a precision stands for; ``auto``: what the bundle has, or had before it lost files.
+
+    Raises:
+        BundleError: It lost files of that graph. Making it again may choose other integers, and another precision may
+            lose more: neither is done without being asked.
+    """
+    variant = pick_precision(bundle.whole, "auto") or DEFAULT_PRECISION if precision == "auto" else precision
+    try:
+        bundle.refuse_lost(variant, TARGET)
+    except BundleError as error:
+        left = pick_precision(bundle, "auto") if precision == "auto" else None
+        if left is None:
+            raise
+        remedy = f"{error.remedy}, or name the precision that is meant: --precision {left}"
+        raise BundleError(error.what, where=error.where, remedy=remedy) from error
+    return variant
 
 
 def _choose_profiles(
@@ -319,4 +329,13 @@ def _shapes(profile: Profile, inputs: tuple[TensorSpec, ...], capacity: int | No
     return dict(input_shapes(profile, static))
 
 
-__all__ = ["DEFAULT_PRECISION", "BuildRequest", "Settled", "SmNames", "load_builder", "prepare", "settle", "split_sms"]
+__all__ = [
+    "BuildRequest",
+    "Settled",
+    "SmNames",
+    "load_builder",
+    "prepare",
+    "resolve_precision",
+    "settle",
+    "split_sms",
+]

@@ -231,7 +231,7 @@ def test_files_that_are_replaced_meanwhile_are_not_lost(decoder: Path, monkeypat
     assert Bundle.open(decoder).lost == {} and not reads
 
 
-def test_engines_are_not_built_of_it(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_engines_are_not_built_of_it(damaged: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     add(damaged, ("bf16", "tensorrt"))
     flavour = load_builder("rtx")
@@ -239,8 +239,10 @@ def test_engines_are_not_built_of_it(damaged: Path, caplog: pytest.LogCaptureFix
     bundle = Bundle.open(damaged)
     with pytest.raises(BundleError, match=r"'fp16' cannot run for tensorrt: its file fp16\.weights is missing"):
         settle(bundle, flavour, "sm86", precision="fp16")
-    assert settle(bundle, flavour, "sm86").variant == "bf16"
-    assert "bf16 is built in place of fp16: its file fp16.weights is missing" in caplog.text
+    told = r"'fp16' cannot run.*--variant fp16.*--drop fp16 drops it, or name the precision.*: --precision bf16"
+    with pytest.raises(BundleError, match=told):
+        settle(bundle, flavour, "sm86")
+    assert settle(bundle, flavour, "sm86", precision="bf16").variant == "bf16"
     (damaged / "bf16.weights").unlink()
     with pytest.raises(BundleError, match=r"fp16\.weights is missing"):
         settle(Bundle.open(damaged), flavour, "sm86")
@@ -258,6 +260,18 @@ def test_a_warmup_does_not_make_it_again(damaged: Path, tmp_path: Path) -> None:
     (engine,) = accel.warmup(jobs, dry_run=True).engines
     assert engine.status == "failed" and "'w8g32' cannot run for tensorrt" in str(engine.reason)
     assert content(damaged) == before
+
+
+def test_a_warmup_builds_no_other_precision_in_its_place(damaged: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    add(damaged, ("bf16", "tensorrt"))
+    (damaged / "fp16.weights").unlink()
+    jobs = tmp_path / "jobs.yaml"
+    text = f"jobs: [{{bundle: {damaged}, target: rtx, sm: [sm86], precision: [auto, bf16]}}]\n"
+    jobs.write_text(f"store: {tmp_path / 'store'}\n{text}")
+    lost, named = accel.warmup(jobs, dry_run=True).engines
+    assert lost.status == "failed" and "'fp16' cannot run for tensorrt" in str(lost.reason)
+    assert named.status != "failed"
 
 
 def test_which_files_are_needed() -> None:

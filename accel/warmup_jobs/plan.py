@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from accel.bundle import Bundle
 from accel.engine_build import past_seconds
-from accel.engine_request import DEFAULT_PRECISION, BuildRequest, load_builder, prepare, settle
+from accel.engine_request import BuildRequest, load_builder, prepare, resolve_precision, settle
 from accel.engines.tensorrt.adapter import Flavour
-from accel.engines.tensorrt.lookup import TARGET, pick_precision
+from accel.engines.tensorrt.lookup import TARGET
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, InputError, RefusedEngineError, StorageError
 from accel.schema import suggest
@@ -176,13 +176,11 @@ def _resolve_sm(sm: str, flavour: Flavour) -> str:
 
 
 def _resolve_variant(bundle: Bundle, precision: str) -> str:
-    if precision == "auto":
-        return pick_precision(bundle, "auto") or DEFAULT_PRECISION
-    bundle.refuse_lost(precision, TARGET)
-    if precision not in LIMITS and not has_variant(bundle, precision):
-        remedy = suggest(precision, ["auto", *LIMITS])
-        raise InputError(f"There is no precision {precision!r}", where="precision", remedy=remedy)
-    return precision
+    variant = resolve_precision(bundle, precision)
+    if variant not in LIMITS and not has_variant(bundle, variant):
+        remedy = suggest(variant, ["auto", *LIMITS])
+        raise InputError(f"There is no precision {variant!r}", where="precision", remedy=remedy)
+    return variant
 
 
 def _build_memory(bundle: Bundle, variant: str) -> int:
