@@ -120,7 +120,7 @@ class Bundle:
         raise BundleError(what, where=str(self.path), remedy=self._how_to_mend(variant, targets))
 
     def _how_to_mend(self, variant: str, targets: Sequence[str]) -> str:
-        whole = variant not in self.manifest.variants
+        whole = set(targets) == self.full_manifest.variants[variant].graphs.keys()
         return how_to_mend(self.path, self.manifest.arch.kind, variant, targets, whole)
 
     def has(self, name: str) -> bool:

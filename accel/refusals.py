@@ -131,7 +131,7 @@ def how_to_mend(path: Path, kind: Kind, variant: str, targets: Sequence[str], wh
         kind: Of its model.
         variant: Its name in the bundle.
         targets: Of the graphs.
-        whole: Whether it has no others.
+        whole: Whether these are all that it has: else to drop it would cost others.
     """
     able = [target for target in targets if refusal_by_name(target, kind, variant) is None]
     again = "".join(f" --target {target}" for target in able)

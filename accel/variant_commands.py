@@ -149,7 +149,10 @@ def _ignored_in_words(bundle: Bundle, key: str, ignored: Sequence[str]) -> str:
     """Goes on after what stays as it was made."""
     if not ignored:
         return ""
-    command = f"accel quantize {bundle.path} --drop {key.partition('/')[0]}"
+    name, _, target = key.partition("/")
+    others = [other for other in bundle.full_manifest.variants[name].graphs if other != target]
+    which = f" --target {target} (what it has for {', '.join(others)} stays as it is)" if others else ""
+    command = f"accel quantize {bundle.path} --drop {name}{which}"
     return f"; not applied: {', '.join(ignored)}. To make it otherwise, drop it first: {command}"
 
 

@@ -112,6 +112,19 @@ def test_an_inspection_of_one_that_lost_a_graph_of_several(decoder: Path) -> Non
         accel.load(decoder, engine="cuda", variant="fp16")
 
 
+def test_what_drops_a_lost_graph_drops_no_other(decoder: Path) -> None:
+    """Each line is of one graph: the whole variant would take those with it that were made again meanwhile."""
+    add(decoder, ("fp16", "tensorrt"), ("fp16", "cuda"))
+    for target in ("tensorrt", "cuda"):
+        (decoder / f"fp16.{target}.onnx").unlink()
+    bundle = Bundle.open(decoder)
+    for target in ("tensorrt", "cuda"):
+        assert f"--drop fp16 --target {target} drops it" in str(bundle.lost_reason("fp16", target))
+    with pytest.raises(BundleError, match=r"for tensorrt and cuda: .*--drop fp16 drops it"):
+        bundle.variant("fp16")
+    assert list(drop_variant(decoder, "fp16", target="cuda").lost) == [("fp16", "tensorrt")]
+
+
 def test_a_report_says_which_variant_is_not_in_it(damaged: Path) -> None:
     for name in ("w4g32", "fp16"):
         save_quality(Bundle.open(damaged), {name: QUALITY})

@@ -189,6 +189,16 @@ def test_a_variant_that_is_there_is_held_too(decoder: Path, capsys: pytest.Captu
     assert content(decoder) == before
 
 
+def test_what_is_advised_to_be_dropped_costs_no_other_graph(
+    decoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target in ("ort-cpu", "cuda"):
+        add_variant(decoder, "w8g32", target=target, algorithm="rtn", check=False, measure=False)
+    assert main(["quantize", str(decoder), "--variant", "w8g32", "--head-bits", "8"]) == 0
+    advised = f"drop it first: accel quantize {decoder.resolve()} --drop w8g32 --target ort-cpu (what it has for cuda"
+    assert advised in capsys.readouterr().out
+
+
 def test_a_variant_without_a_record_is_measured_for_its_gate(decoder: Path) -> None:
     add_variant(decoder, "w4g32", algorithm="rtn", check=False, measure=False)
     text = ["Some words to measure on.", "And a few more of them.", "The end of it."]
