@@ -15,6 +15,7 @@ from typing import Self
 
 from accel.bundle import Bundle, check_references, file_entry
 from accel.errors import BundleError, StorageError
+from accel.lost_files import dispensable
 from accel.manifest import MANIFEST_NAME, FileEntry, Manifest
 from accel.schema import to_dict
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
@@ -99,7 +100,8 @@ class BundleExtension:
         """Publishes what was written.
 
         Args:
-            manifest: The bundle's full one with whatever is new; the new files are added here.
+            manifest: The bundle's full one with whatever is new; the new files are added here. Missing files are
+                listed on as long as a graph in it reads them: who left out a lost one gave it up.
             outdated: Files that nothing in it refers to any more: they go once it stands.
 
         Raises:
@@ -113,7 +115,8 @@ class BundleExtension:
         if taken:
             what = f"The bundle has a file {taken[0]!r} already"
             raise StorageError(what, where=str(root), remedy="Export the model again to change what it holds")
-        kept = {name: entry for name, entry in known.items() if name not in outdated}
+        gone = {*outdated, *(self.bundle.missing - dispensable(manifest))}  # listed, these would be needed for good
+        kept = {name: entry for name, entry in known.items() if name not in gone}
         files = {**kept, **{path.name: file_entry(path) for path in new}}
         complete = dataclasses.replace(manifest, files=dict(sorted(files.items())))
         check_references(complete)

@@ -190,6 +190,14 @@ def test_a_file_that_comes_back_mends_it(damaged: Path, tiny_decoder_bundle: Pat
     assert bundle.lost == {} and list(bundle.manifest.variants) == ["fp32", "w8g32", "w4g32", "fp16", "bf16"]
 
 
+def test_a_manifest_without_what_is_lost_is_no_end_of_the_bundle(damaged: Path) -> None:
+    bundle = Bundle.open(damaged)
+    with BundleExtension(bundle) as extension:
+        extension.commit(bundle.manifest)
+    left = Bundle.open(damaged, verify=True)
+    assert list(left.manifest.variants) == ["fp32", "w4g32", "fp16"] and not left.has("w8g32.weights")
+
+
 def test_graphs_that_shared_a_lost_file_are_made_again_one_by_one(decoder: Path) -> None:
     """Each reads new files alone: an old graph over new weights of another layout would compute nonsense."""
     graphs = [("fp16", "tensorrt"), ("fp16", "cuda"), ("fp16+kv8", "cuda")]
