@@ -28,6 +28,7 @@ from accel.bundle_reading import (
 from accel.errors import BundleError, InputError, StorageError
 from accel.lost_files import dispensable, graph_keys, lost_graphs, weights_of, without_lost
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, GraphEntry, Manifest, Variant
+from accel.recorded_choices import options_of
 from accel.refusals import how_to_get, how_to_mend
 from accel.schema import suggest, to_dict
 from accel.scheme import BASES, QUANTIZED, suggest_variant
@@ -121,7 +122,8 @@ class Bundle:
 
     def _how_to_mend(self, variant: str, targets: Sequence[str]) -> str:
         whole = set(targets) == self.full_manifest.variants[variant].graphs.keys()
-        return how_to_mend(self.path, self.manifest.arch.kind, variant, targets, whole)
+        options, left_out = options_of(self.full_manifest, variant)
+        return how_to_mend(self.path, self.manifest.arch.kind, variant, targets, whole, options, left_out)
 
     def has(self, name: str) -> bool:
         """Whether the manifest lists a file of this name; it may be lost."""

@@ -123,7 +123,9 @@ def how_to_get(path: Path, kind: Kind, name: str, graphs: Mapping[str, Collectio
     return "; ".join(told)
 
 
-def how_to_mend(path: Path, kind: Kind, variant: str, targets: Sequence[str], whole: bool) -> str:
+def how_to_mend(
+    path: Path, kind: Kind, variant: str, targets: Sequence[str], whole: bool, options: str = "", left_out: str = ""
+) -> str:
     """The commands for a variant whose files are lost: what makes its graphs again, where that can be, or drops them.
 
     Args:
@@ -132,11 +134,15 @@ def how_to_mend(path: Path, kind: Kind, variant: str, targets: Sequence[str], wh
         variant: Its name in the bundle.
         targets: Of the graphs.
         whole: Whether these are all that it has: else to drop it would cost others.
+        options: That choose its integers as they were.
+        left_out: What these do not choose so.
     """
     able = [target for target in targets if refusal_by_name(target, kind, variant) is None]
     again = "".join(f" --target {target}" for target in able)
     which = "" if whole else "".join(f" --target {target}" for target in targets)
-    told = [f"accel quantize {path} --variant {variant}{again} makes it again"] if able else []
+    again += f" {options}" if options else ""
+    made = f"makes it again{f' ({left_out})' if left_out else ''}"
+    told = [f"accel quantize {path} --variant {variant}{again} {made}"] if able else []
     return ", ".join([*told, f"accel quantize {path} --drop {variant}{which} drops it"])
 
 

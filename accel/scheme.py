@@ -62,6 +62,13 @@ class Scheme:
         """Whether it is the model itself, in fp32."""
         return self.base == "fp32" and not self.quantized and self.kv_bits is None
 
+    @property
+    def usual_algorithm(self) -> str:
+        """What chooses the integers of its weights where nothing else is asked for and there is text to look at."""
+        if self.weight_bits == 4:
+            return "gptq"
+        return "rtn" if self.activations == "none" else "smoothquant+gptq"
+
 
 def parse_scheme(name: str) -> Scheme:
     """Reads a variant's name.

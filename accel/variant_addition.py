@@ -15,6 +15,7 @@ from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, EngineUnavailableError, InputError, QualityError
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quality, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
+from accel.recorded_choices import difference, same_choice
 from accel.runtime.text import TOKENIZER_FILE
 from accel.scheme import Scheme
 from accel.spec import Kind
@@ -177,14 +178,14 @@ class Addition:
         known, new = old.quantization, self.quantization
         if known is None or new is None:
             return new or known, old.quality
-        if _choice(known) == _choice(new):
+        if same_choice(known, new):
             return known if self.files.others else new, old.quality
         if not self.files.others:
             if (self.variant, self.target.name) in self.bundle.lost:
-                _log.warning("%s is made otherwise than what was lost: %s", self.variant, _difference(known, new))
+                _log.warning("%s is made otherwise than what was lost: %s", self.variant, difference(known, new))
             return new, None
         what = "%s for %s has other integers than its graphs for other targets, whose record and figures stay: %s"
-        _log.warning(what, self.variant, self.target.title, _difference(known, new))
+        _log.warning(what, self.variant, self.target.title, difference(known, new))
         return known, old.quality
 
     def _write(self) -> tuple[ir.Model, ir.Model, GraphEntry]:
@@ -347,26 +348,6 @@ def _record(report: QuantizationReport, sha256: str | None) -> Quantization:
         report.scheme, report.algorithm, sha256, report.calibration_tokens, layers,
         report.bytes_before, report.bytes_after, report.scales, report.error_of, dict(report.kept),
     )  # fmt: skip
-
-
-def _choice(record: Quantization) -> tuple[object, ...]:
-    """What decides the integers: two records of one choice differ by errors of the arithmetic alone."""
-    layers = [(layer.name, layer.bits, layer.group) for layer in record.layers]
-    return record.algorithm, record.calibration_sha256, layers
-
-
-def _difference(known: Quantization, new: Quantization) -> str:
-    """What decided differently, in words."""
-    told = []
-    if new.algorithm != known.algorithm:
-        told.append(f"{new.algorithm} in place of {known.algorithm}")
-    if new.calibration_sha256 != known.calibration_sha256:
-        told.append("other calibration text")
-    widths = [{layer.name: (layer.bits, layer.group) for layer in record.layers} for record in (known, new)]
-    changed = sum(widths[0].get(name) != widths[1].get(name) for name in widths[0].keys() | widths[1].keys())
-    if changed:
-        told.append(f"{changed} layers in another precision (--keep, --max-bytes, --head-bits)")
-    return ", ".join(told)
 
 
 @contextmanager

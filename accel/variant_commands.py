@@ -11,6 +11,7 @@ import accel
 from accel.errors import InputError
 from accel.manifest import Manifest, Quality, Quantization
 from accel.progress import phases_on_stderr
+from accel.recorded_choices import difference, same_choice
 from accel.schema import to_dict
 
 if TYPE_CHECKING:
@@ -102,6 +103,17 @@ def _mended(before: Bundle, bundle: Bundle) -> dict[str, tuple[str, ...]]:
     return {"/".join(key): files for key, files in before.lost.items() if key not in bundle.lost}
 
 
+def _made_otherwise(before: Bundle, bundle: Bundle) -> dict[str, str]:
+    """Graphs that were made again with other integers than the manifest recorded -> how these came about."""
+    found = {}
+    for key in _mended(before, bundle):
+        name = key.partition("/")[0]
+        known, new = (one.full_manifest.variants[name].quantization for one in (before, bundle))
+        if known is not None and new is not None and not same_choice(known, new):
+            found[key] = difference(known, new)
+    return found
+
+
 def _as_json(before: Bundle, bundle: Bundle, names: Sequence[str], known: Mapping[str, list[str]]) -> dict[str, object]:
     return {
         "variants": list(bundle.manifest.variants),
@@ -111,6 +123,7 @@ def _as_json(before: Bundle, bundle: Bundle, names: Sequence[str], known: Mappin
         "not_applied": {key: ignored for key, ignored in known.items() if ignored},
         "elsewhere": _elsewhere(bundle, names),
         "mended": list(_mended(before, bundle)),
+        "made_otherwise": _made_otherwise(before, bundle),
         "lost": {"/".join(key): bundle.lost_reason(*key) for key in bundle.lost},
     }
 
@@ -120,8 +133,10 @@ def _print_added(before: Bundle, bundle: Bundle, names: Sequence[str], known: Ma
     print(f"{bundle.path}: {', '.join(manifest.variants)}; {added / 1e6:.1f} MB added")
     for key, ignored in known.items():
         print(f"{key} was there already and stays as it was made{_ignored_in_words(bundle, key, ignored)}")
+    otherwise = _made_otherwise(before, bundle)
     for key, files in _mended(before, bundle).items():
-        print(f"{key} was made again: it lacked {', '.join(files)}")
+        how = f"; made otherwise than what was lost: {otherwise[key]}" if key in otherwise else ""
+        print(f"{key} was made again: it lacked {', '.join(files)}{how}")
     for name, target in bundle.lost:
         print(f"{name}/{target} is damaged: {bundle.lost_reason(name, target)}")
     for name, result in _parity(manifest, names).items():

@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("accel.storage", "accel.recipe", "accel.capabilities", "accel.passages"),
     (
         *("accel.manifest", "accel.lost_files", "accel.bundle", "accel.bundle_reading", "accel.bundle_extension"),
-        *("accel.engines.session", "accel.measurements", "accel.store"),
+        *("accel.engines.session", "accel.measurements", "accel.recorded_choices", "accel.store"),
     ),
     ("accel.engines",),
     ("accel.runtime",),

@@ -143,8 +143,7 @@ def choose_algorithm(name: str, scheme: Scheme, calibration: Calibration | None)
         InputError: Unknown, unfit, or it needs calibration without any.
     """
     if name == "auto":
-        fitting = "gptq" if scheme.weight_bits == 4 else "rtn" if scheme.activations == "none" else "smoothquant+gptq"
-        chosen = ALGORITHMS[fitting if calibration is not None else "rtn"]
+        chosen = ALGORITHMS[scheme.usual_algorithm if calibration is not None else "rtn"]
     elif name in ALGORITHMS:
         chosen = ALGORITHMS[name]
     else:
