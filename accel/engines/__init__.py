@@ -120,7 +120,8 @@ def open_session(
         variant: ``auto``: what each engine runs unasked; ``fastest``: the fastest that was measured, which may be a
             lossy one; or the precision to use.
         options: Threads, and for decoders cache rows and capacity.
-        strict: Raise instead of falling back to a later engine. With ``auto``, a flavour of TensorRT that is not
+        strict: Raise instead of falling back to a later engine, or to what was measured to be slower than what lost
+            files. With ``auto``, a flavour of TensorRT that is not
             installed is passed over all the same if the other one is.
 
     Raises:
@@ -192,7 +193,7 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
             if lost is not None:
                 news.append(lost)
                 _log.warning("%s runs because %s cannot: %s", session.info.variant, lost.engine, lost.reason)
-            passed = (*candidate.slower, *old, *news)
+            passed = (*candidate.slower, *candidate.lost, *old, *news)
             others = [found for found in passed if found.engine != engine.name]
             return OpenedSession(session, _latest(others), rest)
         news.append(Fallback(engine.name, reason))
@@ -265,6 +266,8 @@ def _reject(candidate: Candidate, request: Request, lost: Fallback | None) -> st
     """Why an engine cannot run the bundle, or may not run what is left of it; None: it can."""
     engine, bundle, variant = candidate.engine, request.bundle, candidate.variant
     reason = _reject_device(engine, request.device) or _reject_cache(candidate, bundle)
+    if reason is None and request.strict and candidate.lost:
+        return "; ".join(f"{faster.engine}: {faster.reason}" for faster in candidate.lost)
     if reason is not None or lost is None:
         return reason or engine.probe(bundle, variant)
     if request.strict or engine.pick(bundle, variant) is None:  # what else it lacks comes first

@@ -28,14 +28,15 @@ class Candidate:
         engine: The engine.
         variant: What it is asked for: a variant's name or ``auto``.
         why: What was measured; empty: it has its place by the documented order.
-        slower: Engines that come before it in the documented order, and what was measured of them; and what was
-            measured to be faster, but lost files since.
+        slower: Engines that come before it in the documented order, and what was measured of them.
+        lost: What was measured to be faster on its device, but lost files since.
     """
 
     engine: Engine
     variant: str
     why: str = ""
     slower: tuple[Fallback, ...] = ()
+    lost: tuple[Fallback, ...] = ()
 
 
 def order_engines(
@@ -67,7 +68,7 @@ def order_engines(
         known = None if recalled is None else current(recalled, bundle, targets)
         lost = () if recalled is None else _lost(bundle, group, recalled, known, variant)
         ordered = group if known is None else _by_time(bundle, group, known, variant)
-        found += [replace(candidate, slower=(*candidate.slower, *lost)) for candidate in ordered]
+        found += [replace(candidate, lost=lost) for candidate in ordered]
     if variant == FASTEST and not any(candidate.why for candidate in found):
         said = Fallback(FASTEST, _unmeasured(bundle, documented, options))
         _log.warning("variant='fastest' runs what 'auto' would: %s", said.reason)

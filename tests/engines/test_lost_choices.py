@@ -140,6 +140,29 @@ def test_the_fastest_that_is_lost_is_said(
     assert "one fp16" not in opened(damaged)[2], "unasked it would not have run"
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_strict_runs_nothing_in_place_of_the_fastest(
+    bundle: Bundle, registry: Callable[..., None], left: bool
+) -> None:
+    registry(engine("one", ORT.pick), engine("two", ORT.pick))
+    measure(bundle, ("one", "fp16", 1.0), ("two", "fp16", 9.0), *([("two", "fp32", 2.0)] if left else []))
+    assert opened(bundle, variant=FASTEST, strict=True)[:2] == ("one", "fp16")
+    damaged = lose(bundle)
+    for name in ("auto", "one"):
+        with pytest.raises(EngineUnavailableError, match=rf"one fp16: measured: 1 ms, but {LOST}"):
+            open_session(damaged, engine=name, options=OPTIONS, variant=FASTEST, strict=True)
+    assert opened(damaged, strict=True)[1] == "fp32", "unasked fp16 would not have run"
+
+
+def test_strict_runs_no_engine_in_place_of_one_that_was_faster(bundle: Bundle, registry: Callable[..., None]) -> None:
+    registry(engine("one"), engine("two", ORT.pick))
+    measure(bundle, ("one", "fp16", 1.0), ("two", "fp32", 2.0))
+    damaged = lose(bundle)
+    assert opened(damaged)[:2] == ("two", "fp32")
+    with pytest.raises(EngineUnavailableError, match=rf"one fp16: measured: 1 ms, but {LOST}"):
+        open_session(damaged, options=OPTIONS, strict=True)
+
+
 def test_a_contest_says_what_it_cannot_measure(bundle: Bundle, registry: Callable[..., None]) -> None:
     registry(engine("cpu", ORT.pick))
     assert find_contestants(bundle, "cpu")[1:] == (
