@@ -15,7 +15,7 @@ from typing import Self
 
 from accel.bundle import Bundle, check_references, file_entry
 from accel.errors import BundleError, StorageError
-from accel.lost_files import dispensable
+from accel.lost_files import dispensable, name_number
 from accel.manifest import MANIFEST_NAME, FileEntry, Manifest
 from accel.schema import to_dict
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
@@ -118,7 +118,8 @@ class BundleExtension:
         gone = {*outdated, *(self.bundle.missing - dispensable(manifest))}  # listed, these would be needed for good
         kept = {name: entry for name, entry in known.items() if name not in gone}
         files = {**kept, **{path.name: file_entry(path) for path in new}}
-        complete = dataclasses.replace(manifest, files=dict(sorted(files.items())))
+        freed = max((self.bundle.full_manifest.freed, *(name_number(name) for name in known.keys() - files.keys())))
+        complete = dataclasses.replace(manifest, files=dict(sorted(files.items())), freed=freed)
         check_references(complete)
         text = json.dumps(to_dict(complete), indent=1, ensure_ascii=False, allow_nan=False)
         (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")

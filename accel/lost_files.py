@@ -7,11 +7,13 @@ of such graphs alone still serves all others.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection
 
 from accel.manifest import Manifest, Variant
 
 GraphKey = tuple[str, str]  # variant, target
+_NUMBERED = re.compile(r"\.(\d+)\.(?:onnx|weights)$")
 # Every variant is made from the first, judged by the second, and both are written by an export alone.
 EXPORTED: tuple[GraphKey, ...] = (("fp32", "canonical"), ("fp32", "ort-cpu"))
 
@@ -50,6 +52,12 @@ def lost_graphs(manifest: Manifest, missing: Collection[str]) -> dict[GraphKey, 
     return {key: files for key, files in found.items() if files}
 
 
+def name_number(file: str) -> int:
+    """The number in a graph's or weight file's name; 1: a plain one."""
+    found = _NUMBERED.search(file)
+    return int(found[1]) if found else 1
+
+
 def without_lost(manifest: Manifest, missing: Collection[str]) -> Manifest:
     """The manifest of what is left: variants without a graph are none."""
     if not missing:
@@ -71,6 +79,7 @@ __all__ = [
     "files_of",
     "graph_keys",
     "lost_graphs",
+    "name_number",
     "weights_of",
     "without_lost",
 ]

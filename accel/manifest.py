@@ -310,6 +310,7 @@ class Manifest:
     tied: dict[str, str] = field(default_factory=dict)  # parameter -> the parameter it shares storage with
     notes: tuple[str, ...] = ()  # what the export left behind, or did without
     profiles: dict[str, ProfileRanges] = field(default_factory=dict)  # of engines, by name, from the recipe
+    freed: int = 0  # the highest number of a file that went (1: a plain name): readers may still look for it
 
 
 __all__ = [

@@ -73,9 +73,12 @@ class GraphFiles:
         return self._free(folder, f"{self.scheme.name}.{self.target.name}", ".onnx")
 
     def _free(self, folder: Path, stem: str, ending: str) -> Path:
-        """A file whose name the bundle has not: readers of the old one go on with it until the manifest is new."""
-        numbers = (f".{number}" for number in itertools.count(2))
-        names = (f"{stem}{number}{ending}" for number in itertools.chain([""], numbers))
+        """A file whose name the bundle has not and never had: who opened it before goes on with the old one, or fails.
+
+        A name that is used again would give such a reader other integers.
+        """
+        numbers = itertools.count(self.bundle.full_manifest.freed + 1)
+        names = (f"{stem}{'' if number == 1 else f'.{number}'}{ending}" for number in numbers)
         return folder / next(name for name in names if not self.bundle.has(name))
 
     def of_variant(self, new: GraphEntry) -> tuple[str, ...]:

@@ -56,10 +56,11 @@ def test_an_outdated_variant_is_lowered_again(decoder: Path, variant: str, versi
     assert bundle.manifest.parity == first.manifest.parity
     assert bundle.graph("fp32", "ort-cpu")
     say_lowering(decoder, variant, version)
-    assert add_variant(decoder, variant, check=False).graph(variant, "tensorrt").file == f"{variant}.tensorrt.onnx"
+    third = add_variant(decoder, variant, check=False).graph(variant, "tensorrt").file
+    assert third == f"{variant}.tensorrt.3.onnx", "who opened the first would read the third for it"
     unchecked = Bundle.open(decoder).manifest
     assert f"{variant}/tensorrt" not in unchecked.parity  # that was measured on the old one
-    assert set(content(decoder)) == set(old)
+    assert len(content(decoder)) == len(old)
 
 
 def test_an_outdated_graph_with_a_file_of_its_own(minilm_bundle: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,10 +14,11 @@ import accel
 from accel.bundle import Bundle
 from accel.cli import main
 from accel.errors import BundleError, InputError, StorageError
+from accel.quality import save_quality
 from accel.variant_removal import drop_variant
 from accel.variants import add_variant
 from tests.test_bundle_extension import content
-from tests.test_lost_files import add
+from tests.test_lost_files import QUALITY, add
 
 
 @pytest.fixture
@@ -24,16 +26,51 @@ def decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_decoder_bundle, tmp_path / "decoder")).resolve()
 
 
+def but_for_numbers(folder: Path) -> dict[str, bytes]:
+    """All files; of the manifest what it was before names went."""
+    found = content(folder)
+    manifest = json.loads(found["manifest.json"])
+    return found | {"manifest.json": json.dumps(manifest | {"freed": 0}).encode()}
+
+
 def test_what_was_added_goes(decoder: Path) -> None:
-    before = content(decoder)
+    before = but_for_numbers(decoder)
     add_variant(decoder, "w8g32", algorithm="rtn", measure=False)
     assert "w8g32/ort-cpu" in Bundle.open(decoder).manifest.parity
     bundle = accel.drop_variant(decoder, "w8g32")
-    assert content(decoder) == before, "to the byte, the manifest too"
+    assert but_for_numbers(decoder) == before, "to the byte, the manifest too"
     assert list(bundle.manifest.variants) == ["fp32"] and Bundle.open(decoder, verify=True).lost == {}
     with pytest.raises(InputError, match="no variant 'w8g32'.*fp32"):
         drop_variant(decoder, "w8g32")
     assert "w8g32" in add(decoder, ("w8g32", "ort-cpu")).manifest.variants
+
+
+def test_a_reader_finds_no_other_integers_under_the_old_name(decoder: Path) -> None:
+    """Whoever opened the bundle before goes on with the old file, or fails."""
+    reader = add(decoder, ("w8g32", "ort-cpu"))
+    own = {reader.graph("w8g32", "ort-cpu").file, *reader.weights("w8g32", "ort-cpu")} - {"fp32.weights"}
+    seen = set(own)
+    for _ in range(3):
+        drop_variant(decoder, "w8g32")
+        add_variant(decoder, "w8g32", keep={"*.o_proj.weight": 32}, algorithm="rtn", check=False, measure=False)
+        now = Bundle.open(decoder)
+        files = {now.graph("w8g32", "ort-cpu").file, *now.weights("w8g32", "ort-cpu")} - {"fp32.weights"}
+        assert not files & seen
+        seen |= files
+    assert not any(reader.file(name).exists() for name in own)
+
+
+def test_figures_of_another_are_not_kept(decoder: Path) -> None:
+    reader = add(decoder, ("w8g32", "ort-cpu"), ("w8g32", "cuda"))
+    drop_variant(decoder, "w8g32", target="cuda")
+    measured = dataclasses.replace(QUALITY, engine="ort-cpu 1.31, cpu, 1 thread")
+    save_quality(reader, {"w8g32": measured})  # that graph is the same
+    drop_variant(decoder, "w8g32")
+    add_variant(decoder, "w8g32", keep={"*.o_proj.weight": 32}, algorithm="rtn", check=False, measure=False)
+    for quality in (measured, QUALITY):
+        with pytest.raises(BundleError, match="made anew for ort-cpu while it was measured.*Measure it again"):
+            save_quality(reader, {"w8g32": quality})
+    assert Bundle.open(decoder).variant("w8g32").quality is None
 
 
 def test_files_that_others_read_stay(decoder: Path) -> None:
@@ -80,19 +117,19 @@ def test_what_the_export_wrote_stays(decoder: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["w8g32.weights", "w8g32.ort-cpu.onnx"])
 def test_a_damaged_one(decoder: Path, lost: str) -> None:
-    before = content(decoder)
+    before = but_for_numbers(decoder)
     add(decoder, ("w8g32", "ort-cpu"))
     (decoder / lost).unlink()
     assert drop_variant(decoder, "w8g32").lost == {}
-    assert content(decoder) == before and Bundle.open(decoder, verify=True)
+    assert but_for_numbers(decoder) == before and Bundle.open(decoder, verify=True)
 
 
 def test_two_that_share_a_lost_file_go_one_by_one(decoder: Path) -> None:
-    before = content(decoder)
+    before = but_for_numbers(decoder)
     add(decoder, ("fp16", "cuda"), ("fp16+kv8", "cuda"))
     (decoder / "fp16.weights").unlink()
     assert list(drop_variant(decoder, "fp16").lost) == [("fp16+kv8", "cuda")]
-    assert drop_variant(decoder, "fp16+kv8").lost == {} and content(decoder) == before
+    assert drop_variant(decoder, "fp16+kv8").lost == {} and but_for_numbers(decoder) == before
 
 
 def test_the_manifest_goes_first(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +149,11 @@ def test_the_manifest_goes_first(decoder: Path, monkeypatch: pytest.MonkeyPatch)
         bundle = drop_variant(decoder, "w8g32")
     assert list(bundle.manifest.variants) == ["fp32"] and "w8g32.weights" in content(decoder)
     assert list(Bundle.open(decoder, verify=True).manifest.files) == list(bundle.manifest.files)
-    assert "w8g32" in add(decoder, ("w8g32", "ort-cpu")).manifest.variants, "what was left is written over"
+    assert "w8g32.2.weights" in add(decoder, ("w8g32", "ort-cpu")).manifest.files, "what was left is not in the way"
 
 
 def test_the_command(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = content(decoder)
+    plain = but_for_numbers(decoder)
     bundle = add(decoder, ("w8g32", "ort-cpu"), ("fp16", "tensorrt"), ("fp16", "cuda"), ("fp32+kv8", "ort-cpu"))
     before, command = content(decoder), ["quantize", str(decoder), "--drop"]
     for arguments, said in (
@@ -141,7 +178,7 @@ def test_the_command(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["removed"]["w8g32.weights"] == size and set(found["removed"]) == set(before) - set(content(decoder))
     assert main([*command, "fp16", "--target", "cuda", "--target", "tensorrt"]) == 0
     assert "dropped fp16/cuda, fp16/tensorrt" in capsys.readouterr().out
-    assert content(decoder) == plain
+    assert but_for_numbers(decoder) == plain
 
 
 def test_a_bundle_that_is_broken(decoder: Path) -> None:

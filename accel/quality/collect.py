@@ -8,8 +8,10 @@ from pathlib import Path
 
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
-from accel.errors import EngineError, InputError
+from accel.engines import ENGINES
+from accel.errors import BundleError, EngineError, InputError
 from accel.manifest import Quality
+from accel.measurements import graph_digest
 from accel.quality.measure import MAX_TOKENS, NEW_TOKENS, REFERENCE, Settings, measure_reference, measure_variant
 from accel.quality.records import Report, VariantReport
 from accel.quality.text_set import resolve_text
@@ -91,14 +93,28 @@ def save_quality(bundle: Bundle, measured: dict[str, Quality]) -> Bundle:
 
     Raises:
         StorageError: The manifest cannot be written; nothing was changed.
-        BundleError: The bundle is damaged, or a variant went meanwhile.
+        BundleError: The bundle is damaged, or a variant went meanwhile, or was made otherwise.
     """
     with BundleExtension(bundle) as extension:
         manifest, changed = extension.bundle.full_manifest, {}
         for name, quality in measured.items():
-            extension.bundle.variant(name)  # raises where it went
+            _check_same(bundle, extension.bundle, name, quality)
             changed[name] = dataclasses.replace(manifest.variants[name], quality=quality)
         return extension.commit(dataclasses.replace(manifest, variants={**manifest.variants, **changed}))
+
+
+def _check_same(bundle: Bundle, now: Bundle, name: str, quality: Quality) -> None:
+    """Refuses figures of a graph that is not the variant's any more.
+
+    Raises:
+        BundleError: The variant went, or its graph for the engine that was measured is another one.
+    """
+    now.variant(name)  # raises where it went
+    ran = [engine.target for engine in ENGINES if engine.name == quality.engine.partition(" ")[0] and engine.target]
+    for target in ran or bundle.variant(name).graphs:
+        if graph_digest(bundle, name, target) != graph_digest(now, name, target):
+            what = f"The variant {name!r} was made anew for {target} while it was measured"
+            raise BundleError(what, where=str(now.path), remedy="Measure it again")
 
 
 def _chosen(bundle: Bundle, variant: str | Sequence[str] | None) -> list[str]:
