@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from accel.bundle import Bundle
 from accel.bundle_extension import BundleExtension
 from accel.errors import BundleError, EngineUnavailableError, InputError, QualityError
+from accel.lost_files import weights_of
 from accel.manifest import GraphEntry, Manifest, ParityResult, Quality, Quantization, QuantizedLayer, Variant
 from accel.quality import Gate, Settings, TextSet, measure_reference, measure_variant
 from accel.recorded_choices import difference, same_choice
@@ -165,7 +166,10 @@ class Addition:
         dtype = DTYPES[self.scheme.base]
         old = manifest.variants.get(self.variant, Variant(dtype, (), {}))
         weights = self.files.of_variant(entry)
-        graphs = {**old.graphs, self.target.name: entry}
+        # Where an older accel did not record what a graph reads, that would go by the variant's files, which change.
+        read = {name: weights_of(manifest, self.variant, name) for name in old.graphs}
+        graphs = {name: dataclasses.replace(graph, weights=read[name]) for name, graph in old.graphs.items()}
+        graphs[self.target.name] = entry
         quantization, quality = self._recorded(old)
         variant = dataclasses.replace(old, weights=weights, graphs=graphs, quantization=quantization, quality=quality)
         return dataclasses.replace(manifest, variants={**manifest.variants, self.variant: variant}, parity=parity)

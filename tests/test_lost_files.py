@@ -218,6 +218,26 @@ def test_graphs_that_shared_a_lost_file_are_made_again_one_by_one(decoder: Path)
     assert total < 1.01 * sum(entry.size for entry in first.manifest.files.values())
 
 
+def test_what_was_not_recorded_goes_by_the_files_of_before(decoder: Path) -> None:
+    """An older accel did not say which weights a graph reads; those of one that is made again are not the others'."""
+    add(decoder, ("fp16", "tensorrt"), ("fp16", "cuda"))
+    path = decoder / "manifest.json"
+    data = json.loads(path.read_text())
+    for graph in data["variants"]["fp16"]["graphs"].values():
+        del graph["weights"]
+    path.write_text(json.dumps(data))
+    (decoder / "fp16.weights").rename(decoder.parent / "aside")
+    before = weights_of(Bundle.open(decoder).full_manifest, "fp16", "cuda")
+    assert before == ("fp16.weights", "fp16.cuda.weights")
+    bundle = add(decoder, ("fp16", "tensorrt"))
+    assert bundle.weights("fp16", "tensorrt") == ("fp16.2.weights",)
+    assert weights_of(bundle.full_manifest, "fp16", "cuda") == before
+    (decoder.parent / "aside").rename(decoder / "fp16.weights")
+    assert Bundle.open(decoder, verify=True).weights("fp16", "cuda") == before
+    drop_variant(decoder, "fp16", target="tensorrt")
+    assert not (decoder / "fp16.2.weights").exists()
+
+
 def test_one_that_is_made_otherwise_says_so(damaged: Path, caplog: pytest.LogCaptureFixture) -> None:
     save = dataclasses.replace(QUALITY, text="of the lost integers")
     manifest = Bundle.open(damaged).full_manifest
