@@ -31,7 +31,7 @@ from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, GraphEntry, Manifest, 
 from accel.recorded_choices import options_of
 from accel.refusals import how_to_get, how_to_mend
 from accel.schema import suggest, to_dict
-from accel.scheme import BASES, QUANTIZED, suggest_variant
+from accel.scheme import BASES, QUANTIZED, full_name, suggest_variant
 from accel.storage import TemporarySibling, as_storage_error, fsync_tree
 
 
@@ -113,12 +113,14 @@ class Bundle:
         Raises:
             BundleError: They are; names them, and the commands that make the graphs again, and that drop them.
         """
-        keys = [key for key in self.lost if key[0] == variant and target in (None, key[1])]
+        names = {variant, full_name(variant)} if isinstance(variant, str) else ()
+        keys = [key for key in self.lost if key[0] in names and target in (None, key[1])]
         if not keys:
             return
         targets, files = [key[1] for key in keys], dict.fromkeys(file for key in keys for file in self.lost[key])
-        what = f"The variant {variant!r} cannot run for {' and '.join(targets)}: {_missing(tuple(files))}"
-        raise BundleError(what, where=str(self.path), remedy=self._how_to_mend(variant, targets))
+        name = keys[0][0]
+        what = f"The variant {name!r} cannot run for {' and '.join(targets)}: {_missing(tuple(files))}"
+        raise BundleError(what, where=str(self.path), remedy=self._how_to_mend(name, targets))
 
     def _how_to_mend(self, variant: str, targets: Sequence[str]) -> str:
         whole = set(targets) == self.full_manifest.variants[variant].graphs.keys()

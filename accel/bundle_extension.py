@@ -125,11 +125,11 @@ class BundleExtension:
         (self.path / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
         fsync_tree(self.path)
         self._move_in(new)
+        if self._lock is not None:
+            os.fsync(self._lock)  # before the files go that the old manifest lists: after a crash it may be back
         for name in outdated:
             with suppress(OSError):  # they take room, no more
                 (root / name).unlink()
-        if self._lock is not None:
-            os.fsync(self._lock)
         return Bundle.open(root)
 
     def _move_in(self, new: list[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import stat
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -139,7 +140,10 @@ def inside(root: Path, name: str) -> Path:
 def check_file(root: Path, name: str, entry: FileEntry, verify: bool, dispensable: bool) -> bool:
     """Whether the file is there; what is there must be right."""
     path = inside(root, name)
-    remedy = f"{RE_EXPORT}; or delete the file: all but its own graphs run without it" if dispensable else RE_EXPORT
+    remedy = RE_EXPORT
+    if dispensable:
+        mend = f"then accel inspect {root} says what makes these again, or drops them"
+        remedy += f"; or delete it (rm {shlex.quote(str(path))}): all but its own graphs run without it, {mend}"
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

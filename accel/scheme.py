@@ -96,6 +96,14 @@ def parse_scheme(name: str) -> Scheme:
     return Scheme(name, weight_bits=bits, group=group, kv_bits=kv_bits, kv_float8=kv_float8)
 
 
+def full_name(name: object) -> object:
+    """The name by which bundles have a variant: ``fp32+kv8`` of ``kv8``; what is no scheme's name as it is."""
+    try:
+        return parse_scheme(name).name if isinstance(name, str) else name
+    except InputError:
+        return name
+
+
 def stores_integers(name: str) -> bool:
     """Whether a variant of this name has integer weights; not for names that are no schemes."""
     try:
@@ -144,5 +152,6 @@ def _unknown(name: str) -> InputError:
 
 __all__ = [
     *("BASES", "CACHES", "FLOAT8_SM", "GROUPS", "QUANTIZED"),
-    *("Activations", "Base", "Scheme", "gpu_type", "parse_scheme", "stores_integers", "suggest_variant"),
+    *("Activations", "Base", "Scheme", "full_name", "gpu_type", "parse_scheme", "stores_integers"),
+    "suggest_variant",
 ]

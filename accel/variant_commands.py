@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import accel
 from accel.errors import InputError
-from accel.manifest import Manifest, Quality, Quantization
+from accel.manifest import FileEntry, Manifest, Quality, Quantization
 from accel.progress import phases_on_stderr
 from accel.recorded_choices import difference, same_choice
 from accel.schema import to_dict
@@ -40,17 +41,31 @@ def _drop(options: Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     asked = [check_drop(bundle, name, target) for name in options.drop for target in options.target or (None,)]
     wanted = dict.fromkeys((name, target) for name, targets in asked for target in targets)
-    before = {name: entry.size for name, entry in bundle.manifest.files.items()}
-    for name, target in wanted:
-        bundle = accel.drop_variant(bundle, name, target=target)
-    removed = {name: size for name, size in before.items() if not bundle.has(name)}
-    left, dropped = list(bundle.full_manifest.variants), [f"{name}/{target}" for name, target in wanted]
-    if options.json:
-        print(json.dumps({"variants": left, "dropped": dropped, "removed": removed}))
-        return 0
+    before, dropped = bundle.manifest.files, list[str]()  # without those that were gone already
+    try:
+        for name, target in wanted:
+            bundle = accel.drop_variant(bundle, name, target=target)
+            dropped.append(f"{name}/{target}")
+    except BaseException:
+        if dropped:
+            print(f"dropped before this failed: {', '.join(dropped)}", file=sys.stderr)
+        raise
+    _print_dropped(bundle, before, dropped, options.json)
+    return 0
+
+
+def _print_dropped(bundle: Bundle, before: Mapping[str, FileEntry], dropped: Sequence[str], as_json: bool) -> None:
+    gone = {name: entry.size for name, entry in before.items() if not bundle.has(name)}
+    stuck = [name for name in gone if (bundle.path / name).exists()]  # immutable, say
+    removed = {name: size for name, size in gone.items() if name not in stuck}
+    left = list(bundle.full_manifest.variants)
+    if as_json:
+        print(json.dumps({"variants": left, "dropped": dropped, "removed": removed, "not_removed": stuck}))
+        return
     print(f"{bundle.path}: {', '.join(left)}; {sum(removed.values()) / 1e6:.1f} MB removed")
     print(f"dropped {', '.join(dropped)}")
-    return 0
+    if stuck:
+        print(f"not removed, though nothing lists them any more: {', '.join(stuck)}; delete them")
 
 
 def _as_option(name: str) -> str:

@@ -11,12 +11,11 @@ from accel.bundle_extension import BundleExtension
 from accel.errors import InputError
 from accel.lost_files import EXPORTED, files_of, graph_keys, weights_of
 from accel.manifest import Manifest
-from accel.schema import suggest
-from accel.scheme import parse_scheme
+from accel.scheme import full_name
 
 
 def drop_variant(bundle: Bundle | str | Path, variant: str, *, target: str | None = None) -> Bundle:
-    """Takes a variant, or its graph for one target, out of a bundle, with its records; damaged ones too.
+    """Takes a variant, or its graph for one target, out of a bundle, with its records; one whose files are missing too.
 
     Weight files go that no graph of another variant or target reads. The manifest is replaced first: whenever this is
     interrupted, the bundle is whole, and at worst files that it does not list take up room. Engines that were built
@@ -32,7 +31,7 @@ def drop_variant(bundle: Bundle | str | Path, variant: str, *, target: str | Non
 
     Raises:
         InputError: The bundle has no such variant or graph, or it is what the export wrote, which all others need.
-        BundleError: The bundle is damaged beyond its variants.
+        BundleError: The bundle is damaged beyond its variants, or a file is there and wrong: delete that one first.
         StorageError: Writing failed; nothing was taken out.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -52,13 +51,15 @@ def check_drop(bundle: Bundle, variant: str, target: str | None = None) -> tuple
     """
     name = _find(bundle, variant)
     graphs = bundle.full_manifest.variants[name].graphs
-    if target is not None and target not in graphs:
+    if target is not None and target not in list(graphs):  # a list is no key
         what = f"The variant {name!r} has no graph for target {target!r}"
         raise InputError(what, where="target", remedy=f"It has: {', '.join(graphs) or 'none'}")
     targets = tuple(graphs) if target is None else (target,)
     if any((name, one) in EXPORTED for one in targets):
         added = [one for one in graphs if (name, one) not in EXPORTED]
-        remedy = f"Name the target of a graph that was added to it: {', '.join(added)}" if added else "Name another"
+        others = ", ".join(other for other in bundle.full_manifest.variants if other != name)
+        alone = f"Variants that can be dropped: {others}" if others else "No variant was added that could be dropped"
+        remedy = f"Name the target of a graph that was added to it: {', '.join(added)}" if added else alone
         what = f"{name} is what the export wrote, and all other variants are made from it"
         raise InputError(what, where="variant", remedy=remedy)
     return name, targets
@@ -67,15 +68,10 @@ def check_drop(bundle: Bundle, variant: str, target: str | None = None) -> tuple
 def _find(bundle: Bundle, variant: str) -> str:
     """The name by which the bundle has a variant: ``kv8`` is short for ``fp32+kv8``."""
     known = list(bundle.full_manifest.variants)
-    if variant in known:
-        return variant
-    try:
-        name = parse_scheme(variant).name
-    except InputError:
-        name = variant
+    name = variant if variant in known else full_name(variant)
     if name not in known:
         what = f"The bundle has no variant {variant!r}"
-        raise InputError(what, where=str(bundle.path), remedy=suggest(str(variant), known))
+        raise InputError(what, where=str(bundle.path), remedy=f"It has: {', '.join(known)}")  # a guess would be dropped
     return name
 
 

@@ -148,7 +148,7 @@ def test_what_is_there_must_be_right(decoder: Path) -> None:
     add(decoder, ("w8g32", "ort-cpu"))
     path = decoder / "w8g32.weights"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(BundleError, match=r"truncated.*or delete the file: all but its own graphs run without it"):
+    with pytest.raises(BundleError, match=rf"truncated.*or delete it \(rm {path}\): .*accel inspect {decoder} says"):
         Bundle.open(decoder)
     path.unlink()
     assert "fp32" in Bundle.open(decoder).manifest.variants
@@ -188,6 +188,22 @@ def test_a_file_that_comes_back_mends_it(damaged: Path, tiny_decoder_bundle: Pat
     shutil.copy(copy.file("w8g32.weights"), damaged)
     bundle = Bundle.open(damaged, verify=True)
     assert bundle.lost == {} and list(bundle.manifest.variants) == ["fp32", "w8g32", "w4g32", "fp16", "bf16"]
+
+
+def test_a_cache_is_called_by_its_short_name_too(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(decoder, ("fp32+kv8", "ort-cpu"))
+    (decoder / "fp32+kv8.ort-cpu.onnx").unlink()
+    assert main(["run", str(decoder), "hello", "--variant", "kv8"]) == 1
+    assert "'fp32+kv8' cannot run for ort-cpu: its file" in capsys.readouterr().err
+    with pytest.raises(BundleError, match=r"no variant \['kv8'\]"):
+        Bundle.open(decoder).variant(["kv8"])  # type: ignore[arg-type]
+
+
+def test_a_preview_lacks_what_the_bundle_lost(damaged: Path) -> None:
+    bundle = Bundle.open(damaged)
+    with BundleExtension(bundle) as extension, extension.preview(bundle.full_manifest) as preview:
+        assert preview.lost == bundle.lost and "w8g32" not in preview.manifest.variants
+        assert set(content(preview.path)) == bundle.manifest.files.keys()
 
 
 def test_a_manifest_without_what_is_lost_is_no_end_of_the_bundle(damaged: Path) -> None:

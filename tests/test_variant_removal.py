@@ -181,6 +181,87 @@ def test_the_command(decoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert but_for_numbers(decoder) == plain
 
 
+def test_names_that_are_none(decoder: Path) -> None:
+    for name in (None, 5, ["fp32"], "w8g33", "w8g32"):
+        with pytest.raises(InputError, match=r"no variant .*It has: fp32$"):
+            drop_variant(decoder, name)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"fp32 is what the export wrote.*No variant was added"):
+        drop_variant(decoder, "fp32")
+    add(decoder, ("w8g32", "ort-cpu"))
+    with pytest.raises(InputError, match=r"fp32 is what the export wrote.*can be dropped: w8g32"):
+        drop_variant(decoder, "fp32")
+    for target in (5, ["ort-cpu"], "cuda"):
+        with pytest.raises(InputError, match=r"no graph for target .*It has: ort-cpu"):
+            drop_variant(decoder, "w8g32", target=target)  # type: ignore[arg-type]
+
+
+def test_one_that_another_process_dropped_meanwhile(decoder: Path) -> None:
+    first = add(decoder, ("w8g32", "ort-cpu"))
+    drop_variant(decoder, "w8g32")
+    before = content(decoder)
+    with pytest.raises(InputError, match="no variant 'w8g32'"):
+        drop_variant(first, "w8g32")
+    assert content(decoder) == before
+
+
+def test_the_manifest_is_on_disk_before_files_go(decoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a crash the directory may hold the old manifest, which lists them."""
+    add(decoder, ("w8g32", "ort-cpu"))
+    done, sync, unlink = [], os.fsync, Path.unlink
+
+    def note_sync(handle: int) -> None:
+        if os.readlink(f"/proc/self/fd/{handle}") == str(decoder):
+            done.append("w8g32" in (decoder / "manifest.json").read_text())
+        sync(handle)
+
+    def note_unlink(path: Path, missing_ok: bool = False) -> None:
+        done.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "unlink", note_unlink)
+    drop_variant(decoder, "w8g32")
+    assert done.index(False) < done.index("w8g32.weights")
+
+
+def test_the_command_says_what_is_gone(
+    decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what was lost before nor what cannot be removed."""
+    add(decoder, ("w8g32", "ort-cpu"), ("w4g32", "ort-cpu"))
+    (decoder / "w8g32.weights").unlink()
+    unlink = Path.unlink
+
+    def immutable(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "w4g32.weights":
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", immutable)
+    command = ["quantize", str(decoder), "--drop"]
+    assert main([*command, "w8g32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (list(found["removed"]), found["not_removed"]) == (["w8g32.ort-cpu.onnx"], [])
+    assert main([*command, "w4g32"]) == 0
+    assert "not removed, though nothing lists them any more: w4g32.weights" in capsys.readouterr().out
+
+
+def test_what_went_before_a_failure_is_said(
+    decoder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(decoder, ("w8g32", "ort-cpu"), ("w4g32", "ort-cpu"))
+    drop = drop_variant
+
+    def once(bundle: Bundle, name: str, target: str | None = None) -> Bundle:
+        if name == "w4g32":
+            raise StorageError("the disk is gone", where="here", remedy="find it")
+        return drop(bundle, name, target=target)
+
+    monkeypatch.setattr(accel, "drop_variant", once)
+    assert main(["quantize", str(decoder), "--drop", "w8g32", "--drop", "w4g32"]) == 1
+    assert "dropped before this failed: w8g32/ort-cpu" in capsys.readouterr().err
+
+
 def test_a_bundle_that_is_broken(decoder: Path) -> None:
     add(decoder, ("w8g32", "ort-cpu"))
     (decoder / "fp32.weights").unlink()
