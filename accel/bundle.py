@@ -26,7 +26,7 @@ from accel.bundle_reading import (
     read_manifest,
 )
 from accel.errors import BundleError, InputError, StorageError
-from accel.lost_files import dispensable, graph_keys, lost_graphs, weights_of, without_lost
+from accel.lost_files import dispensable, lost_graphs, weights_of, without_lost
 from accel.manifest import MANIFEST_NAME, SCHEMA_VERSION, GraphEntry, Manifest, Variant
 from accel.recorded_choices import options_of
 from accel.refusals import how_to_get, how_to_mend
@@ -86,13 +86,13 @@ class Bundle:
         return bundle
 
     def _check_missing(self, spare: Collection[str], verify: bool) -> None:
-        """Refuses a bundle of which nothing can run, or not all that must be there is."""
+        """Refuses a bundle of which not all is there that must be: what the export wrote, and with ``verify`` all."""
         needed = [name for name in self.full_manifest.files if name in self.missing and name not in spare]
         for name in needed:
             raise BundleError("A file of the bundle is missing", where=str(self.path / name), remedy=RE_EXPORT)
-        if self.lost and (verify or len(self.lost) == len(graph_keys(self.full_manifest))):
+        if self.lost and verify:
             (variant, target), files = next(iter(self.lost.items()))
-            remedy = self._how_to_mend(variant, (target,)) if verify else RE_EXPORT
+            remedy = self._how_to_mend(variant, (target,))
             raise BundleError("A file of the bundle is missing", where=str(self.path / files[0]), remedy=remedy)
 
     @property

@@ -300,7 +300,8 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders (default 32)")
     without = "leave eager PyTorch out, which takes most of the time on a CPU"
     parser.add_argument("--no-compare", dest="compare", action="store_false", help=without)
-    parser.add_argument("--limits", action="store_true", help="also measure how near the machine's limits it comes")
+    limits = "also measure how near the machine's limits it comes, which takes seconds"
+    parser.add_argument("--limits", action="store_true", help=limits)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose engines; default auto")
     _add_store(parser)
     _finish(parser, commands.bench)

@@ -65,7 +65,7 @@ def without_lost(manifest: Manifest, missing: Collection[str]) -> Manifest:
     lost, variants = lost_graphs(manifest, missing), dict[str, Variant]()
     for name, variant in manifest.variants.items():
         graphs = {target: graph for target, graph in variant.graphs.items() if (name, target) not in lost}
-        if graphs or not variant.graphs:
+        if graphs:
             weights = tuple(file for file in variant.weights if file not in missing)
             variants[name] = dataclasses.replace(variant, graphs=graphs, weights=weights)
     files = {name: entry for name, entry in manifest.files.items() if name not in missing}

@@ -85,7 +85,8 @@ def _add(options: Namespace) -> int:
     names = [parse_scheme(variant).name for variant in options.variant]
     targets = [find_target(name).name for name in options.target or ()]
     arch = bundle.manifest.arch
-    wanted = [(name, target) for name in options.variant for target in targets or default_targets(arch, name)]
+    usual = {name: targets or default_targets(arch, name, bundle.path) for name in options.variant}
+    wanted = [(name, target) for name in options.variant for target in usual[name]]
     choices = {name: getattr(options, name) for name in _PASSED}
     choices |= {"measure": not options.no_quality, "keep": _read_keep(options.keep)}
     quantizing = read_choices(**choices, gate=Gate(options.max_q_drop, options.min_cosine))

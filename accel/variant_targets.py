@@ -201,8 +201,11 @@ def sensible_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
     return _able(arch.kind, parse_scheme(variant))
 
 
-def check_runnable(kind: Kind, variant: str) -> None:
-    """Refuses a scheme that no target runs for a kind of models, before there is a bundle.
+def check_runnable(kind: Kind, variant: str, bundle: Path | None = None) -> None:
+    """Refuses a scheme that no target runs for a kind of models.
+
+    Args:
+        bundle: What the commands are for that are advised; None: there is none yet.
 
     Raises:
         InputError: No such scheme, or no target runs it; says why each does not, or what keeps them all from it.
@@ -213,21 +216,24 @@ def check_runnable(kind: Kind, variant: str) -> None:
     reasons = {target.title: target.refuses(kind, scheme) for target in TARGETS.values()}
     told = "; ".join(f"{title}: {reason}" for title, reason in reasons.items() if reason)
     parts = "Take the parts that one target runs: accel's README lists the schemes of each"
-    remedy = "; ".join(_with_cache(kind, scheme, (), None)) or parts
+    remedy = "; ".join(_with_cache(kind, scheme, (), bundle)) or parts
     if set(reasons.values()) == {NO_CACHE}:
         told, remedy = NO_CACHE, _without_cache(kind, variant)
     raise InputError(f"no target runs this {kind} as {variant} ({told})", where="variant", remedy=remedy)
 
 
-def default_targets(arch: ArchSpec, variant: str) -> tuple[str, ...]:
+def default_targets(arch: ArchSpec, variant: str, bundle: Path | None = None) -> tuple[str, ...]:
     """The targets of a variant that are meant where none is named: the first where something is rounded, else all.
 
     Each target stores integers in a layout of its own, and choosing them, or a cache's scales, takes its time.
 
+    Args:
+        bundle: As ``check_runnable``.
+
     Raises:
         InputError: No such scheme, or no target runs this kind of model in it; says why each does not.
     """
-    check_runnable(arch.kind, variant)
+    check_runnable(arch.kind, variant, bundle)
     able = sensible_targets(arch, variant)
     scheme = parse_scheme(variant)
     return able[:1] if scheme.quantized or scheme.kv_bits is not None else able

@@ -178,7 +178,7 @@ def canonical_graph(bundle: Bundle) -> Path | None:
 
 
 def _first_target(bundle: Bundle, variant: str) -> str:
-    able = default_targets(bundle.manifest.arch, variant)
+    able = default_targets(bundle.manifest.arch, variant, bundle.path)
     return DEFAULT if DEFAULT in able else able[0]
 
 

@@ -153,6 +153,7 @@ def test_the_command_checks_all_before_the_first(decoder: Path, capsys: pytest.C
     for more, said in (
         (["--variant", "fp16", "--algorithm", "rtn"], "fp16 has no integer weights"),
         (["--variant", "fp16+kv4"], "no target runs this decoder as fp16+kv4"),
+        (["--variant", "fp16+kv4"], f"accel quantize {decoder.resolve()} --variant fp32+kv4 --target ort-cpu"),
         (["--target", "ort-cpu", "--target", "cuda", "--max-q-drop", "1"], "for the cuda engine is not measured here"),
         (["--no-quality", "--max-q-drop", "1"], "measuring is off"),
     ):

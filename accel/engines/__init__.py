@@ -20,7 +20,7 @@ from accel.errors import (
     InputError,
     UncoveredError,
 )
-from accel.machine import available_cores, has_nvidia_device, hidden_gpu
+from accel.machine import available_cores, has_nvidia_device, hidden_gpu, missing_gpu
 
 if TYPE_CHECKING:
     from accel.bundle import Bundle
@@ -319,6 +319,10 @@ def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineU
     first = request.strict and not request.named
     what = "the first engine cannot run this bundle here" if first else "no engine can run this bundle here"
     remedy = "Mend the reason, or load with strict=False" if first else "Mend one of the reasons; accel doctor helps"
+    lacking = missing_gpu() if request.named else None
+    if lacking is not None and passed_over[-1].reason.startswith(lacking):
+        able = "Run it where this process sees an NVIDIA GPU"
+        remedy = f"{able}, or leave the engine out (--engine, engine=): then what runs here is taken"
     return EngineUnavailableError(f"{what} ({reasons})", where=str(request.bundle.path), remedy=remedy)
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import accel.engines as engines
+import accel.machine as machine
 from accel.bundle import Bundle
 from accel.engines import Engine, open_session
 from accel.engines.ort import common
@@ -81,6 +82,20 @@ def test_cuda_without_a_gpu_is_said_in_a_line(
     assert 'device="cpu"' in str(caught.value) and "pip" not in str(caught.value)
     with pytest.raises(EngineUnavailableError, match="ort-cpu: it runs on cpu only, not on cuda"):
         open_session(bundle, device="cuda", engine="ort-cpu", options=OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "rtx", "cuda", "ort-cuda"])
+def test_an_engine_by_name_without_a_gpu_says_what_helps(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """In the same words for each: no package would."""
+    monkeypatch.setattr(machine, "hidden_gpu", lambda: None)
+    monkeypatch.setattr(machine, "has_nvidia_device", lambda: False)
+    monkeypatch.setattr("accel.engines.tensorrt.registry.current_sm", lambda: None)
+    with pytest.raises(EngineUnavailableError, match=rf"\({name}: there is no NVIDIA GPU or driver here\)") as caught:
+        open_session(bundle, engine=name, options=OPTIONS)
+    told = caught.value.remedy or ""
+    assert told.startswith("Run it where this process sees an NVIDIA GPU, or leave the engine out (--engine")
 
 
 def flavours(monkeypatch: pytest.MonkeyPatch, *installed: str, runs: tuple[str, ...] = ()) -> None:

@@ -166,7 +166,8 @@ def test_auto_takes_float_caches(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("engine", ["torch", "ort-cuda", "cuda", "tensorrt", "rtx"])
-def test_other_engines_refuse_integer_caches(bundle: Bundle, engine: str) -> None:
+def test_other_engines_refuse_integer_caches(bundle: Bundle, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accel.engines.cuda.registry.missing_gpu", lambda: None)
     said = rf"{engine}: it has no int4 KV cache; 'fp32\+kv4' runs on ort-cpu"
     with pytest.raises(EngineUnavailableError, match=said):
         open_session(bundle, engine=engine, variant=name_of(4), options=SessionOptions(1, CAPACITY, ROWS))

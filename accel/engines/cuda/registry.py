@@ -8,7 +8,7 @@ from accel.bundle import Bundle
 from accel.engines.kv_cache import cache_item_bytes, resolve_cache, rounded_cache
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
 from accel.errors import CapacityError, EngineError, EngineUnavailableError
-from accel.machine import gpu_models
+from accel.machine import missing_gpu
 from accel.measurements import folders
 from accel.refusals import refusal_by_name
 from accel.scheme import FLOAT8_SM, gpu_type
@@ -38,16 +38,16 @@ def probe(bundle: Bundle, variant: str) -> str | None:
         if refused is not None:
             return f"the cuda engine does not run {variant!r}: {refused}"
         command = f"accel quantize {bundle.path} --variant {asked} --target cuda"
-        return f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds one"
+        lacking = f"the bundle has no graph of the cuda engine for variant {variant!r}: {command} adds one"
+        return missing_gpu() or lacking  # without a GPU neither a graph nor a package would help
     missing = [name for name in ("torch", "triton", "onnx_ir") if find_spec(name) is None]
-    if missing and not gpu_models()[0]:
-        return "there is no NVIDIA GPU here"
     if missing:  # named one by one: the extra would bring onnxruntime-gpu beside onnxruntime
-        return f"{' and '.join(missing)} missing: pip install {' '.join(missing).replace('_', '-')}"
+        lacking = f"{' and '.join(missing)} missing: pip install {' '.join(missing).replace('_', '-')}"
+        return missing_gpu() or lacking
     import torch
 
     if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA GPU here, or was installed without CUDA"
+        return missing_gpu() or "PyTorch finds no CUDA GPU here, or was installed without CUDA"
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < MINIMUM_SM:
         return f"the GPU is sm{major}{minor}; the kernels need sm{MINIMUM_SM} or later"

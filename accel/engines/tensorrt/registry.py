@@ -34,7 +34,8 @@ def probe_for(target: Target) -> Callable[[Bundle, str], str | None]:
             lacking = f"{TITLES[target]} runs through cuda-python, which is not installed: {install}"
             return missing_gpu() or lacking
         if current_sm() is None:
-            return f"{TITLES[target]} needs an NVIDIA GPU and its driver; CUDA finds none here"
+            lacking = f"{TITLES[target]} needs an NVIDIA GPU and its driver; CUDA finds none here"
+            return missing_gpu() or lacking
         if pick_precision(bundle, variant) is None:
             command = f"accel build {bundle.path} --target {target}"
             return (

@@ -19,17 +19,17 @@ from tests.parity.families import ALL, build_model
 
 
 @pytest.mark.parametrize(
-    "gpus,said",
-    [((), "there is no NVIDIA GPU here"), (("Some GPU",), "triton and onnx_ir missing: pip install triton onnx-ir")],
+    "lacking,said",
+    [("there is no GPU", "there is no GPU"), (None, "triton and onnx_ir missing: pip install triton onnx-ir")],
 )
 def test_what_is_missing_is_named_where_there_is_a_gpu(
-    gpus: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+    lacking: str | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One by one: the extra would bring onnxruntime-gpu into the folder of onnxruntime."""
     bundle: Any = None
     monkeypatch.setattr(registry, "pick_precision", lambda *_: "fp16")
     monkeypatch.setattr(registry, "find_spec", lambda name: object() if name == "torch" else None)
-    monkeypatch.setattr(registry, "gpu_models", lambda: (gpus, "580"))
+    monkeypatch.setattr(registry, "missing_gpu", lambda: lacking)
     assert registry.probe(bundle, "auto") == said
 
 
@@ -50,11 +50,17 @@ def decoder(made_once: Callable[..., Path]) -> Path:
         ("mine", "no graph of the cuda engine for variant 'mine': {command} mine --target cuda adds one"),
     ],
 )
-def test_no_command_is_advised_that_is_refused(decoder: Path, variant: str, said: str) -> None:
+def test_no_command_is_advised_that_is_refused(
+    decoder: Path, variant: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "missing_gpu", lambda: None)
     opened = Bundle.open(decoder)
     variants = {**opened.manifest.variants, variant: opened.variant("fp32")}
     bundle = Bundle(opened.path, dataclasses.replace(opened.manifest, variants=variants))
     assert said.format(command=f"accel quantize {opened.path} --variant") in str(registry.probe(bundle, variant))
+    monkeypatch.setattr(registry, "missing_gpu", lambda: "there is no GPU")
+    without = str(registry.probe(bundle, variant))
+    assert without == "there is no GPU" or without.startswith("the cuda engine does not run"), "no graph would help"
 
 
 def test_weights_take_what_the_graph_reads_and_not_their_files(tmp_path: Path) -> None:

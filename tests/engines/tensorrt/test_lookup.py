@@ -280,7 +280,13 @@ def test_keys_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_probe(bundle: Bundle, tiny_decoder_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = registry.probe_for("rtx")
     monkeypatch.setattr(registry, "current_sm", lambda: None)
-    assert "needs an NVIDIA GPU and its driver; CUDA finds none here" in str(probe(bundle, "auto"))
+    for lacking, said in ((None, "needs an NVIDIA GPU and its driver; CUDA finds none here"), ("there is no GPU",) * 2):
+        monkeypatch.setattr(registry, "missing_gpu", lambda lacking=lacking: lacking)
+        assert str(probe(bundle, "auto")).endswith(said)
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "find_spec", lambda name: None)
+            wanted = lacking or "TensorRT-RTX runs through cuda-python, which is not installed"
+            assert str(probe(bundle, "auto")).startswith(wanted)
     monkeypatch.setattr(registry, "current_sm", lambda: "sm86")
     assert probe(bundle, "auto") is None and probe(bundle, "fp16") is None
     assert "no TensorRT graph for variant 'fp32': accel build" in str(probe(bundle, "fp32"))
