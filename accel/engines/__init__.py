@@ -121,8 +121,8 @@ def open_session(
             lossy one; or the precision to use.
         options: Threads, and for decoders cache rows and capacity.
         strict: Raise instead of falling back to a later engine, or to what was measured to be slower than what lost
-            files. With ``auto``, a flavour of TensorRT that is not
-            installed is passed over all the same if the other one is.
+            files. With ``auto``, a flavour of TensorRT that is not installed is passed over all the same if the other
+            one is.
 
     Raises:
         EngineUnavailableError: No engine (or not the one asked for, or with ``strict`` not the first) can run it;
