@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 
 from accel.bench import gpu_figures
 from accel.bench.plot import Panel
+from tests.loaded_modules import load_module
 
 TIMES = {"first_token_ms": [3.0, 1.0, 2.0], "per_token_ms": [0.5]}
 FIGURES: dict[str, Any] = {
@@ -34,12 +34,7 @@ FIGURES: dict[str, Any] = {
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(sys, "path", [*sys.path])  # both are the script's to change
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    path = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_cuda.py"
-    spec = importlib.util.spec_from_file_location("benchmark_cuda_script", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(Path(__file__).resolve().parents[2] / "scripts" / "benchmark_cuda.py")
 
 
 def written(folder: Path, content: Any) -> str:

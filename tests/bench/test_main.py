@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from accel.bench.main import choose
 from accel.errors import InputError
+from tests.loaded_modules import load_module
 
 
 def test_suite_is_cut_down_to_the_peers_asked_for() -> None:
@@ -30,11 +30,7 @@ def test_unknown_names_list_the_known_ones() -> None:
 
 
 def test_script_parses_and_reports_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py"
-    spec = importlib.util.spec_from_file_location("benchmark_script", path)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_module(Path(__file__).resolve().parents[2] / "scripts" / "benchmark.py")
     assert script.parse(["--suite", "gpt2", "--quick"]).quick
     assert script.main(["--suite", "embed", "--peers", "genai", "--cache", str(tmp_path)]) == 2
     assert "suite embed has no peer genai" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.kernels.comparing import Maker, error_of
 from tests.kernels.warp_jobs import simulated
+from tests.loaded_modules import load_module
 
 torch = pytest.importorskip("torch")
 from accel_kernels import specialized_gemm as made  # noqa: E402
@@ -24,11 +24,7 @@ def altered(folder: Path, old: str, new: str) -> ModuleType:
     assert old in source
     path = folder / "altered_gemm.py"
     path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("altered_gemm", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(path)
 
 
 def goes_wrong(module: ModuleType, seed: int) -> bool:
