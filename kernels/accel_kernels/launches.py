@@ -63,17 +63,11 @@ QUANTIZED_SPLIT_TILES = (  # likewise
     QuantizedTile(64, 64, 256, 4, 3, 8),
     QuantizedTile(64, 64, 128, 4, 4, 8),
 )
-_ENCODER_ATTENTION = (
+ENCODER_ATTENTION_TILES = (
     {"block_m": 64, "block_n": 64, "warps": 4, "stages": 3},
     {"block_m": 64, "block_n": 64, "warps": 4, "stages": 2},
     {"block_m": 64, "block_n": 128, "warps": 4, "stages": 2},
     {"block_m": 128, "block_n": 64, "warps": 8, "stages": 3},
-)
-# Of heads up to 64, whose tiles leave room: further ahead, more programs beside one another, less traffic with the L2.
-_SHORT_HEADS = (
-    {"block_m": 64, "block_n": 64, "warps": 4, "stages": 4},
-    {"block_m": 64, "block_n": 32, "warps": 4, "stages": 4},
-    {"block_m": 128, "block_n": 64, "warps": 4, "stages": 3},  # spills with longer heads
 )
 SHORT_PAST = 512  # positions up to which one program per head is as fast as several that must meet
 _MOST_SPLITS = 16
@@ -90,11 +84,6 @@ class Layer(Protocol):
 
     @property
     def stripe(self) -> int | None: ...
-
-
-def encoder_attention_tiles(dim: int) -> tuple[dict[str, int], ...]:
-    """Those that compete for heads of ``dim`` elements."""
-    return _ENCODER_ATTENTION + (_SHORT_HEADS if dim <= 64 else ())
 
 
 def gemv_tile(layer: Layer) -> GemvTile:
@@ -177,6 +166,7 @@ __all__ = [
     "BLOCK_TILES",
     "DESCRIBED_SPLIT_TILES",
     "DESCRIBED_TILES",
+    "ENCODER_ATTENTION_TILES",
     "FEW",
     "QUANTIZED_SPLIT_TILES",
     "QUANTIZED_TILES",
@@ -185,7 +175,6 @@ __all__ = [
     "WIDE_TILES",
     "Layer",
     "decode_launch",
-    "encoder_attention_tiles",
     "gemv_tile",
     "label",
     "narrow_split_tile",

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from accel_kernels.decode_attention import decode_attention
 from accel_kernels.decode_attention import workspace as decode_workspace
-from accel_kernels.launches import decode_launch, encoder_attention_tiles, label
+from accel_kernels.launches import ENCODER_ATTENTION_TILES, decode_launch, label
 from accel_kernels.rotary_append import rotary_append
 from accel_kernels.varlen_attention import varlen_attention
 
@@ -145,7 +145,7 @@ def encoder_attention(
         longest=longest, scale=node.attributes["scale"].as_float(), softcap=softcap, window=window,
         bias=None if bias is None else bias[0].contiguous(), room=longest,
     )  # fmt: skip
-    ways = {label(tile): partial(attend, **tile) for tile in encoder_attention_tiles(dim)}
+    ways = {label(tile): partial(attend, **tile) for tile in ENCODER_ATTENTION_TILES}
     options = f"softcap {softcap}, window {window}, bias {bias is not None}"
     key_of = f"attention of {len(starts)}x{longest}, {heads} heads on {kv_heads} of {dim}, {query.dtype}, {options}"
     return ways[products.fastest(key_of, ways, query if operands[1] is not None else packed)]()

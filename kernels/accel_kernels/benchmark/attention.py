@@ -167,7 +167,7 @@ def _prepare_encoder(sizes: Encoder, sequences: int, tokens: int, operands: Oper
 
     launch = {"longest": tokens, "room": tokens}
     return Problem(
-        _ways((query, keys, values, out, *limits), options | launch, launches.encoder_attention_tiles(dim)),
+        _ways((query, keys, values, out, *limits), options | launch, launches.ENCODER_ATTENTION_TILES),
         peer,
         lambda: varlen.reference(query, keys, values, *limits, **options),
         size_of(qkv, out),
