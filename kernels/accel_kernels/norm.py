@@ -10,7 +10,7 @@ from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
 from accel_kernels.device import launch_options, next_power_of_2
 from accel_kernels.plain import normed
-from accel_kernels.tiles import LAYER_NORM, RMS_NORM, let_successor_start, wait_for_predecessor
+from accel_kernels.tiles import LAYER_NORM, RMS_NORM, let_successor_start, normalize_row, wait_for_predecessor
 
 BODY = (
     HEADER
@@ -67,9 +67,7 @@ def norm_kernel(
             row += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         if HAS_STREAM:
             tl.store(stream + line + k, row.to(stream.dtype.element_ty), mask=inside)
-    if NORM == 2:
-        row = tl.where(inside, row - tl.sum(row, 0) / K, 0.0)
-    row = row * tl.rsqrt(tl.sum(row * row, 0) / K + eps) * factor
+    row = normalize_row(row, inside, K, eps, NORM) * factor
     if HAS_BIAS:
         row += shift
     tl.store(out + line + k, row.to(out.dtype.element_ty), mask=inside)

@@ -251,13 +251,17 @@ def test_sample(maker: Maker) -> None:
 
 def test_gather(maker: Maker) -> None:
     table, ids = maker.normal(9, 5), maker.ints(8, 0, 8)
-    nothing = [torch.zeros(1, 5), maker.ints(0)]
-    (out,) = evaluate(BY_NAME["gather"], [table, ids, torch.zeros(len(ids), 5), *nothing, *nothing], {})
+    nothing, norm = [torch.zeros(1, 5), maker.ints(0)], [maker.normal(5), maker.normal(5)]
+    (out,) = evaluate(BY_NAME["gather"], [table, ids, torch.zeros(len(ids), 5), *nothing, *nothing, *norm], {})
     assert torch.equal(out.double(), BY_NAME["gather"].reference(table, ids))
     added = maker.normal(2 * len(ids), table.shape[1])
     second, third = (maker.normal(4, 5), maker.ints(3, 1)), (maker.normal(2, 5), maker.ints(0, 1, 1))
-    (out,) = evaluate(BY_NAME["gather"], [table, ids, added, *second, *third], {})
-    assert_close(out, BY_NAME["gather"].reference(table, ids, added, second, third), 1e-6)
+    for kind in (NO_NORM, LAYER_NORM):
+        (out,) = evaluate(
+            BY_NAME["gather"], [table, ids, added, *second, *third, *norm], {"norm": kind, "eps": 0.1}
+        )
+        by = {"norm": kind, "norm_weight": norm[0], "norm_bias": norm[1], "eps": 0.1}
+        assert_close(out, BY_NAME["gather"].reference(table, ids, added, second, third, **by), 1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -166,20 +166,22 @@ class _Run:
         bias = self._tensor(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
         default = 1e-5
         epsilon = node.attributes.get_float("epsilon", default) or default
+        by = Normed(torch.empty(0), weight, bias, epsilon, NORMS[node.op_type])
+        readers, output = self._program.readers.get(node.outputs[0], []), node.outputs[0].is_graph_output()
+        linears = [reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers]
+        low = any(linears) and not output
+        if low and isinstance(source, Rows) and self._program.only_reader(node.inputs[0]) is node:  # type: ignore[arg-type]
+            return source.normalized(by, self._products.dtype)
         if isinstance(source, Sum):
             shape = source.shape
         else:
             tensor = self._tensor(node.inputs[0])
             shape = tensor.shape
             source = tensor.reshape(-1, shape[-1])
-        readers = self._program.readers.get(node.outputs[0], [])
-        linears = all(reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers)
-        by = Normed(torch.empty(0), weight, bias, epsilon, NORMS[node.op_type])
-        if linears and rows_of(source) == 1 and not node.outputs[0].is_graph_output():
+        if all(linears) and rows_of(source) == 1 and not output:
             by.source, by.shape = source.tensor() if isinstance(source, Sum) else source, shape
             return by
-        read_low = any(reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers)
-        if node.outputs[0].is_graph_output() or not read_low:
+        if not low:
             return self._wide_norm(source, by, shape)
         result = self._products.norm(source, by)
         return result if shape is None else result.reshape(shape)

@@ -83,11 +83,19 @@ class Rows:
     def added_to(self, other: torch.Tensor | None) -> torch.Tensor:
         """other + the rows, whose shape may lack leading dimensions of it, or have 1 there; float32."""
         shape = self.shape if other is None else other.shape
-        out = torch.empty(shape, dtype=torch.float32, device=self.table.device)
-        flat, width = out.view(-1, shape[-1]), shape[-1]
-        added = None if other is None else other.reshape(-1, width).contiguous()
-        also: dict[str, Any] = {name: more._lookup() for name, more in zip(_PLACES, self.also)}
-        gather(*self._lookup(), flat, added=added, **also)
+        added = None if other is None else other.reshape(-1, shape[-1]).contiguous()
+        return self._read(shape, torch.float32, added=added)
+
+    def normalized(self, by: Normed, dtype: torch.dtype) -> torch.Tensor:
+        """norm(the rows), which are not written down."""
+        return self._read(
+            self.shape, dtype, norm=by.kind, norm_weight=by.weight, norm_bias=by.bias, eps=by.epsilon
+        )  # fmt: skip
+
+    def _read(self, shape: torch.Size, dtype: torch.dtype, **options: Any) -> torch.Tensor:
+        out = torch.empty(shape, dtype=dtype, device=self.table.device)
+        options |= {name: more._lookup() for name, more in zip(_PLACES, self.also)}
+        gather(*self._lookup(), out.view(-1, shape[-1]), **options)
         return out
 
     def joined(self, other: Rows) -> Rows | None:

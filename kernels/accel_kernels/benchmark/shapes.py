@@ -82,6 +82,7 @@ class Encoder:
     heads: int
     intermediate: int
     positions: int
+    vocabulary: int
 
     @property
     def dim(self) -> int:
@@ -135,14 +136,14 @@ class Shapes:
 
 FULL = Shapes(
     decoder=Decoder(hidden=2048, heads=32, kv_heads=8, dim=64, intermediate=8192, vocabulary=128256),
-    encoder=Encoder(hidden=768, heads=12, intermediate=3072, positions=512),
+    encoder=Encoder(hidden=768, heads=12, intermediate=3072, positions=512, vocabulary=30522),
     few=(8, 32), prompt=128, prompts=32, long_prompt=4096,
     pasts=((1, 128), (1, 4096), (8, 1024), (32, 128), (32, 4096)),
     batches=((8, 128), (64, 384)),
 )  # fmt: skip
 TINY = Shapes(
     decoder=Decoder(hidden=128, heads=4, kv_heads=2, dim=32, intermediate=512, vocabulary=500),
-    encoder=Encoder(hidden=64, heads=4, intermediate=192, positions=32),
+    encoder=Encoder(hidden=64, heads=4, intermediate=192, positions=32, vocabulary=300),
     few=(2, 3), prompt=18, prompts=2, long_prompt=70,
     pasts=((1, 5), (1, 600), (3, 20)),
     batches=((2, 9), (3, 20)),

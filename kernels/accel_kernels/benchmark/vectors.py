@@ -17,7 +17,7 @@ from accel_kernels import sample as sampling
 from accel_kernels.advance import advance
 from accel_kernels.benchmark import peers
 from accel_kernels.benchmark.problem import DTYPE, Operands, Problem, Row, size_of
-from accel_kernels.benchmark.shapes import Layer, Shapes
+from accel_kernels.benchmark.shapes import Encoder, Layer, Shapes
 from accel_kernels.tiles import LAYER_NORM, RMS_NORM
 
 _EPS = 1e-5
@@ -98,18 +98,27 @@ def _prepare_gather(vocabulary: int, size: int, count: int, operands: Operands) 
     )
 
 
-def _prepare_positions(positions: int, size: int, sequences: int, tokens: int, operands: Operands) -> Problem:
-    """An encoder's positions, which are the same ones for each row, on top of its words' embeddings."""
-    table = operands.normal(positions, size)
-    ids = torch.arange(tokens, device=operands.device)
-    added = operands.normal(sequences * tokens, size, dtype=torch.float32)
-    out = torch.empty_like(added)
-    by_row = added.view(sequences, tokens, size)
+def _prepare_embeddings(encoder: Encoder, sequences: int, tokens: int, operands: Operands) -> Problem:
+    """An encoder's words, positions and segments, added up and normalized."""
+    size, count = encoder.hidden, sequences * tokens
+    words, positions, segments = (operands.normal(n, size) for n in (encoder.vocabulary, encoder.positions, 2))
+    ids, places = operands.below(encoder.vocabulary, count), torch.arange(tokens, device=operands.device)
+    kinds, out = operands.below(2, count), operands.unwritten(count, size)
+    weight, bias = operands.normal(size, mean=1.0, dtype=torch.float32), operands.normal(size, dtype=torch.float32)
+    options: dict[str, Any] = {"second": (segments, kinds), "third": (positions, places), "norm": LAYER_NORM}
+    options |= {"norm_weight": weight, "norm_bias": bias, "eps": _EPS}
+    low = weight.to(DTYPE), bias.to(DTYPE)
+
+    def peer(_: int) -> torch.Tensor:
+        by_token = functional.embedding(ids, words) + functional.embedding(kinds, segments)
+        total = by_token.view(sequences, tokens, size) + functional.embedding(places, positions)
+        return functional.layer_norm(total, (size,), *low, eps=_EPS).view(count, size)
+
     return Problem(
-        {"warps 4": lambda _: rows_kernel.gather(table, ids, out, added=added)},
-        lambda _: (by_row + functional.embedding(ids, table)).view(-1, size),
-        lambda: rows_kernel.reference(table, ids, added=added),
-        size_of(ids, added, out) + 2 * tokens * size,
+        {"warps 4": lambda _: rows_kernel.gather(words, ids, out, **options)},
+        peer,
+        lambda: rows_kernel.reference(words, ids, **options),
+        size_of(ids, places, kinds, out, weight, bias) + 2 * (count + tokens + 2) * size,
     )
 
 
@@ -221,9 +230,9 @@ def rows_of(shapes: Shapes) -> list[Row]:
         prepare = partial(_prepare_gather, decoder.vocabulary, decoder.hidden, count)
         shape = f"{count} ids, table {decoder.vocabulary} x {decoder.hidden}"
         found.append(Row("gather", shape, "fp16", "table", "embedding, float", prepare))
-    prepare = partial(_prepare_positions, encoder.positions, encoder.hidden, *shapes.batches[1])
-    shape = f"{larger} x {encoder.hidden}, positions added"
-    found.append(Row("gather", shape, "fp32", "", "embedding, add", prepare))
+    prepare = partial(_prepare_embeddings, encoder, *shapes.batches[1])
+    shape = f"{larger} x {encoder.hidden}, positions and segments added, layer norm"
+    found.append(Row("gather", shape, "fp16", "", "embedding, add, layer_norm", prepare))
     for rows in (1, shapes.few[-1]):
         shape = f"{rows} x {decoder.vocabulary}"
         prepare = partial(_prepare_argmax, decoder.vocabulary, rows)

@@ -7,9 +7,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="Triton has no build for this system")
 from accel_kernels.device import INTERPRETED  # noqa: E402
+from accel_kernels.tiles import LAYER_NORM  # noqa: E402
 
 from accel.engines.cuda import values  # noqa: E402
-from accel.engines.cuda.values import Rows  # noqa: E402
+from accel.engines.cuda.values import Normed, Rows  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter; on a GPU the engine's tests do")
 
@@ -41,3 +42,17 @@ def test_rows_that_one_kernel_cannot_read_stay_apart() -> None:
     assert words.joined(Rows(torch.randn(6, 8).half(), positions.ids)) is None
     positions.tensor()
     assert words.joined(positions) is None, "it was read already"
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_norm_of_rows_reads_them_itself(biased: bool) -> None:
+    words = Rows(torch.randn(20, 8), torch.tensor([[3, 1], [1, 5]]))
+    segments = Rows(torch.randn(2, 8), torch.tensor([[0, 1], [1, 0]]))
+    both = words.joined(segments)
+    assert both is not None
+    weight, bias = torch.randn(8), torch.randn(8) if biased else None
+    result = both.normalized(Normed(torch.empty(0), weight, bias, 1e-5, LAYER_NORM), torch.float16)
+    sums = words.table[words.ids] + segments.table[segments.ids]
+    expected = torch.nn.functional.layer_norm(sums, (8,), weight, bias, 1e-5)
+    assert result.dtype == torch.float16 and torch.allclose(result.float(), expected, atol=4e-3)
+    assert both.result is None, "the sums are not written down"
