@@ -1,9 +1,11 @@
 """Many rows times a weight matrix on SM 90, with a job for each group of warps.
 
-Two groups multiply, each one half of a tile's rows, and the first one fetches for both. A third one adds the bias,
-applies the activation, adds a residual and stores while the others are at the next tile: an epilogue costs the tensor
-cores nothing but the way of the sums through shared memory, in the engine's type. Two halves of 64 x 256 read less
-from shared memory and from the L2 than any tile that one group can hold.
+Two groups multiply, each one half of a tile's rows, and the first one fetches for both: one copy brings the rows of
+both halves, one the weights they share. It knows from its own program which terms it has done with, so only the second
+group says so. A third one adds the bias, applies the activation, adds a residual and stores, from its registers, while
+the others are at the next tile: an epilogue costs the tensor cores nothing but the way of the sums through shared
+memory, once, in the engine's type. Two halves of 64 x 256 read less from shared memory and from the L2 than any tile
+that one group can hold.
 
 Written in Gluon: Triton's compiler gives warps no jobs on SM 90. Its interpreter does not know Gluon: where there is no
 GPU, the tests simulate the jobs.
@@ -40,9 +42,8 @@ TILE = f"2 x {HEIGHT} by {WIDTH}, {DEPTH} terms, stages {STAGES}"  # in words
 HALVED = f"{TILE}, those left halved"
 PIECE = 64  # outputs that are stored at once
 STRIPE = WIDTH // 2  # rows of the gate, and of the other matrix, in a gated tile
-# Triton 3.9 calls them by shorter names than 3.6.
+# Triton 3.9 calls it by a shorter name than 3.6.
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-_save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _NAN = gl.constexpr(tl.PropagateNan.ALL)
 _ELEMENTS = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
@@ -60,7 +61,7 @@ def _unit(unit, WHOLE, M, COUNT, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, GROU
 
 @gluon.jit
 def _onwards(
-    ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr,
+    ahead, m, n, k, WHOLE, M, COUNT, K, HEIGHT: gl.constexpr, WIDTH: gl.constexpr, DEPTH: gl.constexpr,
     GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """The turn behind one: a unit's next terms, or the first ones of the program's next unit."""
@@ -68,8 +69,8 @@ def _onwards(
     if k >= K:
         k = 0
         ahead += PROGRAMS
-        m, n, both = _unit(ahead, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
-    return ahead, m, n, both, k
+        m, n, _ = _unit(ahead, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
+    return ahead, m, n, k
 
 
 @gluon.jit
@@ -80,21 +81,13 @@ def _after(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, weight, xs, ws, full, stage, m, n, k, both, pred):
-    """One turn, [HEIGHT, DEPTH] from (m, k) of x, as much below it for both halves, and [WIDTH, DEPTH] from (n, k) of
-    the weights they share, into a stage; zeros behind the ends.
+def _fetch(x, weight, xs, ws, full, stage, m, n, k, pred):
+    """One turn into a stage: [2 * HEIGHT, DEPTH] from (m, k) of x, the rows of both halves or of one that is alone and
+    as many below it, and [WIDTH, DEPTH] from (n, k) of the weights; zeros behind the ends, which are counted as bytes.
     """
-    HEIGHT: gl.constexpr = xs.shape[1]
-    ONE: gl.constexpr = (HEIGHT + ws.shape[1]) * ws.shape[2] * 2  # bytes of elements with 16 bits
-    BOTH: gl.constexpr = (2 * HEIGHT + ws.shape[1]) * ws.shape[2] * 2
     bar = full.index(stage)
-    if both:  # a branch: each one costs the group a barrier of its own
-        mbarrier.expect(bar, BOTH, pred=pred)
-    else:
-        mbarrier.expect(bar, ONE, pred=pred)
-    _load(x, [m, k], bar, xs.index(2 * stage), pred=pred)
+    _load(x, [m, k], bar, xs.index(stage), pred=pred)
     _load(weight, [n, k], bar, ws.index(stage), pred=pred)
-    _load(x, [m + HEIGHT, k], bar, xs.index(2 * stage + 1), pred=pred & both)
 
 
 @gluon.jit
@@ -111,59 +104,76 @@ def _hand_over(sums, parts, first, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def _skip(full, empty, stage, phase, turns, STAGES: gl.constexpr):
+    """The turns of a half that is alone, which the second group does not multiply."""
+    for _ in range(turns):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = _after(stage, phase, STAGES)
+
+
+@gluon.jit
 def _multiply(
     x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS,
     HALF: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """Sums [HEIGHT, WIDTH], float32, of one half of each tile's rows. The first half's warps fetch for both, as soon as
-    both have done with a turn, and multiply halves that are alone.
+    their own products of a turn are done and the second half's warps say the same, and multiply halves that are alone.
     """
     STAGES: gl.constexpr = ws.shape[0]
-    HEIGHT: gl.constexpr = xs.shape[1]
+    HEIGHT: gl.constexpr = xs.shape[1] // 2
     WIDTH: gl.constexpr = ws.shape[1]
     DEPTH: gl.constexpr = ws.shape[2]
+    SIZE: gl.constexpr = (2 * HEIGHT + WIDTH) * DEPTH * 2  # bytes of a turn's elements with 16 bits
     PIECES: gl.constexpr = parts.shape[0] // 2
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     ahead = gl.program_id(0)  # the unit that is fetched, its place, term, stage
-    m, n, both = _unit(ahead, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
+    m, n, _ = _unit(ahead, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
     k, stage_ahead, phase_ahead = 0, 0, 1
     if HALF == 0:
         for _ in range(STAGES - 1):
-            _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, both, ahead < UNITS)
+            mbarrier.expect(full.index(stage_ahead), SIZE, pred=ahead < UNITS)
+            _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, ahead < UNITS)
             stage_ahead += 1
-            ahead, m, n, both, k = _onwards(
-                ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS
-            )
+            ahead, m, n, k = _onwards(ahead, m, n, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS)
     stage, phase, last, sent = 0, 0, 0, 1
     total = gl.zeros((HEIGHT, WIDTH), gl.float32, layout)  # once: a unit's first turn does not read it
     for _ in range(gl.program_id(0), UNITS if HALF == 0 else WHOLE, PROGRAMS):
         for turn in range(gl.cdiv(K, DEPTH)):
             mbarrier.wait(full.index(stage), phase)
-            rows, lines = xs.index(2 * stage + HALF), ws.index(stage).permute((1, 0))
+            rows, lines = xs.index(stage).slice(HEIGHT * HALF, HEIGHT), ws.index(stage).permute((1, 0))
             total = warpgroup_mma(rows, lines, total, use_acc=turn > 0, is_async=True)
-            total = warpgroup_mma_wait(1, deps=[total])
-            mbarrier.arrive(empty.index(last), count=1, pred=turn > 0)
-            if HALF == 0:
+            if HALF == 0:  # what costs a barrier of the group goes where it waits anyway
                 more = ahead < UNITS
+                mbarrier.expect(full.index(stage_ahead), SIZE, pred=more)
+                total = warpgroup_mma_wait(1, deps=[total])
                 mbarrier.wait(empty.index(stage_ahead), phase_ahead, pred=more)
-                _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, both, more)
+                _fetch(x, weight, xs, ws, full, stage_ahead, m, n, k, more)
                 stage_ahead, phase_ahead = _after(stage_ahead, phase_ahead, STAGES)
-                ahead, m, n, both, k = _onwards(
-                    ahead, m, n, both, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS
-                )
+                ahead, m, n, k = _onwards(ahead, m, n, k, WHOLE, M, COUNT, K, HEIGHT, WIDTH, DEPTH, GROUP, PROGRAMS)
+            else:
+                total = warpgroup_mma_wait(1, deps=[total])
+                mbarrier.arrive(empty.index(last), count=1, pred=turn > 0)
             last = stage
             stage, phase = _after(stage, phase, STAGES)
         total = warpgroup_mma_wait(0, deps=[total])
-        mbarrier.arrive(empty.index(last), count=1)
+        if HALF == 1:
+            mbarrier.arrive(empty.index(last), count=1)
         mbarrier.wait(free.index(HALF), sent)
         sent ^= 1
         _hand_over(total.to(parts.dtype), parts, PIECES * HALF, PIECES)
         mbarrier.arrive(ready.index(HALF), count=1)
-    if HALF == 1:  # a half that is alone is not this one's
-        for _ in range(gl.where(WHOLE + gl.program_id(0) < UNITS, gl.cdiv(K, DEPTH), 0)):
-            mbarrier.wait(full.index(stage), phase)
-            mbarrier.arrive(empty.index(stage), count=1)
-            stage, phase = _after(stage, phase, STAGES)
+    if HALF == 1:  # a program has at most one half that is alone
+        _skip(full, empty, stage, phase, gl.where(WHOLE + gl.program_id(0) < UNITS, gl.cdiv(K, DEPTH), 0), STAGES)
+
+
+@gluon.jit
+def _sums(part, layout: gl.constexpr, ACTIVATION: gl.constexpr):
+    """A piece of sums, float32. An activation is 0 of a sum below all float16, but no number of -inf."""
+    value = part.load(layout)
+    if ACTIVATION >= 0 and part.dtype == gl.float16:
+        value = gl.maximum(value, gl.full(part.shape, -65504.0, part.dtype, layout), propagate_nan=_NAN)
+    return value.to(gl.float32)
 
 
 @gluon.jit
@@ -172,9 +182,12 @@ def _finish(
     GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr,
     GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """Bias [COUNT], activation, residual [M, COUNT] and stores of both halves' sums, one piece [HEIGHT, PIECE] after
-    another.
+    """Bias [N], activation, residual [M, N] and stores of both halves' sums, one piece [HEIGHT, PIECE] after another;
+    N outputs of COUNT lines.
+
+    Registers go straight to memory: through shared memory, which the products keep busy, they would slow these down.
     """
+    N = COUNT // 2 if GATED else COUNT
     HEIGHT: gl.constexpr = parts.shape[1]
     PIECE: gl.constexpr = parts.shape[2]
     WIDTH: gl.constexpr = parts.shape[0] * PIECE // 2
@@ -185,31 +198,35 @@ def _finish(
         m, n, both = _unit(unit, WHOLE, M, COUNT, HEIGHT, WIDTH, GROUP)
         left = n // 2 if GATED else n
         for half in range(gl.where(both, 2, 1)):
+            row = m + half * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, layout))
+            column = left + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+            there = row.to(gl.int64)[:, None] * N + column[None, :]
+            inside = (row < M)[:, None] & (column < N)[None, :]
+            # What is added is asked for ahead of the sums, then one piece ahead: memory takes longer than a piece does.
+            if HAS_BIAS:
+                next_line = gl.load(bias + column, mask=column < N, other=0.0)
+            if HAS_RESIDUAL:
+                next_added = gl.load(residual + there, mask=inside, other=0.0)
             mbarrier.wait(ready.index(half), phase)
-            for piece in range(STORED):
-                part = parts.index(half * (WIDTH // PIECE) + piece)
-                value = part.load(layout)
-                if ACTIVATION >= 0 and parts.dtype == gl.float16:  # 0 of a sum below all float16, but no number of -inf
-                    lowest = gl.full((HEIGHT, PIECE), -65504.0, parts.dtype, layout)
-                    value = gl.maximum(value, lowest, propagate_nan=_NAN)
-                value = value.to(gl.float32)
-                column = left + piece * PIECE + gl.arange(0, PIECE, layout=gl.SliceLayout(0, layout))
+            for piece in gl.static_range(STORED):
+                place, stored = out + there, inside
+                column += PIECE
+                there += PIECE
+                inside = (row < M)[:, None] & (column < N)[None, :]
+                value = _sums(parts.index(half * (WIDTH // PIECE) + piece), layout, ACTIVATION)
                 if HAS_BIAS:
-                    line = gl.load(bias + column, mask=column < COUNT, other=0.0)
-                    value += line.to(gl.float32)[None, :]
+                    value += next_line.to(gl.float32)[None, :]
+                    if piece + 1 < STORED:
+                        next_line = gl.load(bias + column, mask=column < N, other=0.0)
                 if ACTIVATION >= 0:
                     value = activate(value, ACTIVATION, True)
                 if GATED:
                     value *= parts.index(half * (WIDTH // PIECE) + STORED + piece).load(layout).to(gl.float32)
                 if HAS_RESIDUAL:
-                    row = m + half * HEIGHT + gl.arange(0, HEIGHT, layout=gl.SliceLayout(1, layout))
-                    inside = (row < M)[:, None] & (column < COUNT)[None, :]
-                    there = row.to(gl.int64)[:, None] * COUNT + column[None, :]
-                    value += gl.load(residual + there, mask=inside, other=0.0).to(gl.float32)
-                part.store(value.to(parts.dtype))
-                fence_async_shared()
-                _save(out, [m + half * HEIGHT, left + piece * PIECE], part)
-            tma.store_wait(0)
+                    value += next_added.to(gl.float32)
+                    if piece + 1 < STORED:
+                        next_added = gl.load(residual + there, mask=inside, other=0.0)
+                gl.store(place, value.to(parts.dtype), mask=stored)
             mbarrier.arrive(free.index(half), count=1)
         phase ^= 1
 
@@ -217,38 +234,47 @@ def _finish(
 @gluon.jit(do_not_specialize=["WHOLE", "UNITS"])
 def specialized_gemm_kernel(
     x, weight, out, bias, residual, M, COUNT, K, WHOLE, UNITS,
-    STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    PIECE: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr, HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = act(x[m] . weight[n] + bias[n]) (* its partner, gated) + residual[m, n]; x, weight and out are
+    """out[m, n] = act(x[m] . weight[n] + bias[n]) (* its partner, gated) + residual[m, n]; x and weight are
     descriptors. UNITS of work: WHOLE tiles, a multiple of PROGRAMS unless they are all, and halves.
     """
-    HEIGHT: gl.constexpr = x.block_shape[0]
+    HEIGHT: gl.constexpr = x.block_shape[0] // 2
     DEPTH: gl.constexpr = x.block_shape[1]
     WIDTH: gl.constexpr = weight.block_shape[0]
-    PIECE: gl.constexpr = out.block_shape[1]
-    xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, HEIGHT, DEPTH], x.layout)
+    xs = gl.allocate_shared_memory(x.dtype, [STAGES, 2 * HEIGHT, DEPTH], x.layout)
     ws = gl.allocate_shared_memory(weight.dtype, [STAGES, WIDTH, DEPTH], weight.layout)
-    parts = gl.allocate_shared_memory(out.dtype, [2 * WIDTH // PIECE, HEIGHT, PIECE], out.layout)
+    parts = gl.allocate_shared_memory(x.dtype, [2 * WIDTH // PIECE, HEIGHT, PIECE], x.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # a turn is there
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # both halves have done with it
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())  # the second half is done
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # a half's sums are there
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())  # they are stored
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=1)
     for half in gl.static_range(2):
         mbarrier.init(ready.index(half), count=1)
         mbarrier.init(free.index(half), count=1)
     fence_async_shared()
-    first = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS, 0, GROUP, PROGRAMS)
-    second = (x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS, 1, GROUP, PROGRAMS)
-    finish = (
-        out, bias, residual, parts, ready, free, M, COUNT, WHOLE, UNITS, GROUP, PROGRAMS, HAS_BIAS, HAS_RESIDUAL,
-        GATED, ACTIVATION,
+    # Registers of each thread: 128 sums and their addresses, and what an activation takes. The tuples have no names:
+    # what is assigned to one is no constexpr any more.
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS, 0, GROUP, PROGRAMS,
+            )),
+            (_multiply, (
+                x, weight, xs, ws, parts, full, empty, ready, free, M, COUNT, K, WHOLE, UNITS, 1, GROUP, PROGRAMS,
+            )),
+            (_finish, (
+                out, bias, residual, parts, ready, free, M, COUNT, WHOLE, UNITS, GROUP, PROGRAMS, HAS_BIAS,
+                HAS_RESIDUAL, GATED, ACTIVATION,
+            )),
+        ],
+        [4, 4],
+        [200, 96],
     )  # fmt: skip
-    # Registers of each thread: 128 sums and their addresses, and what an activation takes.
-    gl.warp_specialize([(_multiply, first), (_multiply, second), (_finish, finish)], [4, 4], [200, 96])
 
 
 def specialized_gemm(
@@ -289,12 +315,12 @@ def specialized_gemm(
     programs = multiprocessors(x.device) if programs is None else programs
     whole, units = shares(tiles, programs) if halves else (tiles, tiles)
     programs = min(programs, units)
-    blocks = (x, [HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH]), (out, [HEIGHT, PIECE])
+    blocks = (x, [2 * HEIGHT, DEPTH]), (weight, [WIDTH, DEPTH])
     specialized_gemm_kernel[(programs,)](
-        *(_described(tensor, block) for tensor, block in blocks),
+        *(_described(tensor, block) for tensor, block in blocks), out,
         *(out if tensor is None else tensor for tensor in (bias, residual)), rows, lines, size, whole, units,
-        STAGES=STAGES, GROUP=group, PROGRAMS=programs, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        GATED=gated, ACTIVATION=activation, num_warps=4, enable_fp_fusion=True,
+        PIECE=PIECE, STAGES=STAGES, GROUP=group, PROGRAMS=programs, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, GATED=gated, ACTIVATION=activation, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
