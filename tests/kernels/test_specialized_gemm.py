@@ -38,14 +38,14 @@ def described(*block):
     return f"tensordesc<{short}[{{block[0]}}, {{block[1]}}],{{layout!r}}>"
 
 kernel = made.specialized_gemm_kernel
-types = {{"x": described(made.HEIGHT, made.DEPTH), "weight": described(made.WIDTH, made.DEPTH)}}
-types |= {{"out": described(made.HEIGHT, made.PIECE), "bias": "*fp32", "residual": "*{short}"}}
+types = {{"x": described(2 * made.HEIGHT, made.DEPTH), "weight": described(made.WIDTH, made.DEPTH)}}
+types |= {{"out": "*{short}", "bias": "*fp32", "residual": "*{short}"}}
 types |= {{name: "i32" for name in ("M", "COUNT", "K", "WHOLE", "UNITS")}}
 sizes = {{"STAGES": made.STAGES, "GROUP": 8, "PROGRAMS": 132, "HAS_BIAS": not {gated}, "HAS_RESIDUAL": not {gated}}}
-sizes |= {{"GATED": {gated}, "ACTIVATION": {activation}}}
+sizes |= {{"GATED": {gated}, "ACTIVATION": {activation}, "PIECE": made.PIECE}}
 signature = {{name: types.get(name, "constexpr") for name in kernel.arg_names}}
 constants = {{(kernel.arg_names.index(name),): size for name, size in sizes.items()}}
-multiples = ("bias", "residual", "M", "COUNT", "K") if {aligned} else ()  # of 16, which a launch sees by itself
+multiples = ("out", "bias", "residual", "M", "COUNT", "K") if {aligned} else ()  # of 16, which a launch sees by itself
 attributes = {{(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in multiples}}
 source = GluonASTSource(kernel, signature, constants, attributes)
 compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={{"num_warps": 4}})

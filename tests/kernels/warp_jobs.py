@@ -3,10 +3,11 @@
 Each job is a thread; one of them, or one copy or product that is under way, moves at a time, drawn at random with odds
 of many orders of magnitude. What is under way reads and writes as late as the kernel's waits allow, and the place of a
 copy holds NaN from its start: who reads too early, or writes over what is still read, gets wrong numbers. Jobs that
-wait for one another for good, and arrivals that no barrier expects, are errors.
+wait for one another for good, arrivals that no barrier expects, copies that a barrier's start is not fenced for, and
+elements that are not stored exactly once are errors.
 
-A job's warps move together here: layouts, registers, the width of integers, and what a barrier's start needs to be seen
-by all have no part in it.
+A job's warps move together here: layouts, registers, the width of integers, and what Triton places between the warps of
+a group, so that one of them speaks for all, have no part in it.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def _expect(barrier: Barrier, size: int, pred: bool = True) -> None:
 
 
 def _fetch(source: Any, place: list[int], barrier: Barrier, into: Shared, pred: bool = True) -> None:
-    current().move()
+    machine = current()
+    machine.move()
     if not pred:
         return
+    assert barrier not in machine.unfenced, "copies do not know of the barrier's start"
     into.data.fill_(math.nan)
     assert list(source.block_shape) == into.shape and min(place) >= 0
 
@@ -66,34 +69,11 @@ def _fetch(source: Any, place: list[int], barrier: Barrier, into: Shared, pred: 
         barrier.bytes -= into.data.numel() * into.data.element_size()
         barrier.settle()
 
-    current().start("fetches", arrive, ordered=False)
-
-
-def _save(target: Any, place: list[int], source: Shared) -> None:
-    machine = current()
-    machine.move()
-    assert list(target.block_shape) == source.shape and min(place) >= 0
-    assert source.data.data_ptr() not in machine.unfenced, "what was written there is not fenced"
-
-    def leave() -> None:
-        rows, columns = (slice(first, first + size) for first, size in zip(place, source.shape))
-        there = target.base[rows, columns]
-        there.copy_(source.data[: there.shape[0], : there.shape[1]])
-        target.stores[rows, columns] += 1
-
-    machine.start("saves", leave, ordered=False)
-
-
-def _store_wait(pendings: int) -> None:
-    machine = current()
-    machine.move()
-    machine.drain("saves", pendings)
+    machine.start("fetches", arrive, ordered=False)
 
 
 def _fence() -> None:
-    machine = current()
-    machine.move()
-    machine.unfenced = {place: job for place, job in machine.unfenced.items() if job != machine.job}
+    current().unfenced.clear()
 
 
 def _multiply(a: Shared, b: Shared, sums: Any, *, use_acc: bool, is_async: bool) -> Any:
@@ -117,10 +97,17 @@ def _multiply_wait(left: int, deps: list[Any]) -> Any:
 
 def _gather(pointer: Pointer, mask: Any, other: float) -> Value:
     current().move()
-    inside, places = torch.broadcast_tensors(mask, pointer.offsets)
-    assert (places[inside] >= 0).all() and (places[inside] < pointer.tensor.numel()).all(), "reads outside a tensor"
-    found = pointer.tensor[torch.where(inside, places, 0).as_subclass(torch.Tensor)]
-    return torch.where(inside, found, torch.tensor(other, dtype=found.dtype)).as_subclass(Value)
+    found = torch.full(mask.shape, other, dtype=pointer.dtype)
+    found[mask] = pointer.tensor[pointer.places(mask)]
+    return found.as_subclass(Value)
+
+
+def _scatter(pointer: Pointer, value: Any, mask: Any) -> None:
+    current().move()
+    assert value.dtype == pointer.dtype
+    places = pointer.places(mask)
+    pointer.tensor[places] = value[mask].as_subclass(torch.Tensor)
+    pointer.stores += torch.bincount(places, minlength=len(pointer.stores))
 
 
 def _where(condition: Any, yes: Any, no: Any) -> Any:
@@ -144,7 +131,8 @@ def _language(program: int) -> SimpleNamespace:
     return SimpleNamespace(
         float16=torch.float16, bfloat16=torch.bfloat16, float32=torch.float32, int64=torch.int64, constexpr=None,
         program_id=lambda axis: program, cdiv=lambda a, b: -(-a // b), where=_where, maximum=_larger, minimum=_smaller,
-        exp=torch.exp, abs=torch.abs, load=_gather, static_range=range, allocate_shared_memory=allocated,
+        exp=torch.exp, abs=torch.abs, load=_gather, store=_scatter, static_range=range,
+        allocate_shared_memory=allocated,
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype).as_subclass(Accumulator),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype).as_subclass(Value),
         arange=lambda start, stop, layout=None: torch.arange(start, stop).as_subclass(Value),
@@ -170,9 +158,8 @@ class Simulated:
             for program in range(grid[0]):
                 with running(Machine(self._seed * 1000 + program)):
                     _Copies(program).of(self._kernel)(*operands, **options)
-            for operand in operands:
-                written = getattr(operand, "stores", None)
-                assert written is None or written.sum() == 0 or (written == 1).all(), "not one store for each element"
+            for stores in (operand.stores for operand in operands if isinstance(operand, Pointer)):
+                assert stores.sum() == 0 or (stores == 1).all(), "not one store for each element"
 
         return launch
 
@@ -182,8 +169,7 @@ def _operand(argument: Any) -> Any:
         return Pointer(argument)
     if hasattr(argument, "block_shape"):
         base, block = argument.base, argument.block_shape
-        stores = torch.zeros(base.shape, dtype=torch.int32)
-        return SimpleNamespace(base=base, block_shape=block, layout=None, dtype=base.dtype, stores=stores)
+        return SimpleNamespace(base=base, block_shape=block, layout=None, dtype=base.dtype)
     return argument
 
 
@@ -194,8 +180,7 @@ class _Copies:
         language = _language(program)
         self._names: dict[str, Any] = {
             "gl": language, "tl": language, "fence_async_shared": _fence, "warpgroup_mma": _multiply,
-            "warpgroup_mma_wait": _multiply_wait, "_load": _fetch, "_save": _save, "_INTERPRETED": True,
-            "tma": SimpleNamespace(store_wait=_store_wait),
+            "warpgroup_mma_wait": _multiply_wait, "_load": _fetch, "_INTERPRETED": True,
             "mbarrier": SimpleNamespace(
                 init=Barrier.init, wait=_wait, arrive=_arrive, expect=_expect, MBarrierLayout=lambda: None
             ),

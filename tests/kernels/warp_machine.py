@@ -16,7 +16,13 @@ _SCHEDULES = (-3.0, 3.0)  # powers of ten between which the odds of a job or of 
 
 
 class Value(torch.Tensor):  # type: ignore[misc]
-    """A tensor in registers; ``split`` takes the last axis apart, as Triton's does."""
+    """A tensor in registers; ``split`` takes the last axis apart, as Triton's does, and ``+=`` makes another one."""
+
+    def __iadd__(self, other: Any) -> Value:  # type: ignore[override, misc]
+        return self + other  # type: ignore[return-value]
+
+    def __imul__(self, other: Any) -> Value:  # type: ignore[override, misc]
+        return self * other  # type: ignore[return-value]
 
     def split(self) -> tuple[Value, ...]:  # type: ignore[override]
         return self.unbind(-1)  # type: ignore[return-value]
@@ -26,14 +32,25 @@ class Value(torch.Tensor):  # type: ignore[misc]
 
 
 class Pointer:
-    """The first element of a global tensor, or many elements of it."""
+    """The first element of a global tensor, or many elements of it.
 
-    def __init__(self, tensor: Any, offsets: Any = 0) -> None:
-        self.tensor, self.offsets = tensor.reshape(-1), offsets
+    Attributes:
+        stores: How often each element was written.
+    """
+
+    def __init__(self, tensor: Any, offsets: Any = 0, stores: Any = None) -> None:
+        self.tensor, self.offsets = tensor.view(-1), offsets
         self.dtype = tensor.dtype
+        self.stores = torch.zeros(tensor.numel(), dtype=torch.int64) if stores is None else stores
 
     def __add__(self, offsets: Any) -> Pointer:
-        return Pointer(self.tensor, self.offsets + offsets)
+        return Pointer(self.tensor, self.offsets + offsets, self.stores)
+
+    def places(self, inside: Any) -> Any:
+        """Those of its elements that are inside."""
+        found = self.offsets[inside].as_subclass(torch.Tensor)
+        assert ((found >= 0) & (found < self.tensor.numel())).all(), "outside a tensor"
+        return found
 
 
 class Barrier:
@@ -44,6 +61,7 @@ class Barrier:
 
     def init(self, count: int) -> None:
         self.count = self.awaited = count
+        current().unfenced.append(self)
 
     def arrive(self, count: int) -> None:
         self.awaited -= count
@@ -77,11 +95,9 @@ class Shared:
         return self.data.clone().as_subclass(Value)
 
     def store(self, value: Any) -> None:
-        machine = current()
-        machine.move()
+        current().move()
         assert value.dtype == self.dtype and list(value.shape) == self.shape
         self.data.copy_(value)
-        machine.unfenced[self.data.data_ptr()] = machine.job
 
 
 class Accumulator(Value):
@@ -99,7 +115,7 @@ class Machine:
         self.random = random.Random(seed)
         self.odds: dict[Any, float] = {}
         self.under_way: dict[Any, list[Callable[[], None]]] = {}
-        self.unfenced: dict[int, int] = {}  # place -> the job that wrote there
+        self.unfenced: list[Barrier] = []  # which copies do not know yet
         self.job = -1
         self._turns: list[threading.Semaphore] = []
         self._back = threading.Semaphore(0)
