@@ -57,7 +57,7 @@ class Expect:
             raise ValueError(f"{self._op}: {name} is not contiguous")
 
     def described(self, **tensors: torch.Tensor) -> None:
-        """Tensors that come or go by descriptor: not empty, and start and rows at multiples of 16 bytes.
+        """Tensors that descriptors or copies of 16 bytes can take: not empty, start and rows at multiples of 16 bytes.
 
         Raises:
             ValueError: They are not.

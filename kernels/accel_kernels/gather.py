@@ -107,8 +107,8 @@ def gather(
         added: [T, K]; T may be a multiple of the ids then, which are used over and over.
         second, third: More tables [*, K] with their ids, whose number divides T: these rows are added too.
         norm: NO_NORM, RMS_NORM or LAYER_NORM, of the sums.
-        norm_weight, norm_bias: [K]; the weight with a norm, and only then.
-        eps: Added to the norm's mean square.
+        norm_weight, norm_bias: [K], of the norm; it needs the weight.
+        eps: Added to the mean square that the norm divides by; of a layer norm, to the variance.
         dependent: Start before the predecessor ends; None: where the device can.
 
     Raises:
@@ -130,6 +130,7 @@ def gather(
     expect.tensor("norm_weight", norm_weight, size)
     expect.tensor("norm_bias", norm_bias, size)
     expect.that(norm in NORMS and (norm != NO_NORM) == (norm_weight is not None), f"norm {norm} and its weight differ")
+    expect.that(norm != NO_NORM or norm_bias is None, "there is no norm for norm_bias")
     operands = [tensor for pair in lookups[1:] for tensor in pair]
     periods = [1 if places is None else places.numel() for _, places in lookups]
     gather_kernel[(len(out),)](

@@ -209,7 +209,7 @@ def _finish(
                 next_added = gl.load(residual + there, mask=inside, other=0.0)
             mbarrier.wait(ready.index(half), phase)
             for piece in gl.static_range(STORED):
-                place, stored = out + there, inside
+                target, stored = out + there, inside
                 column += PIECE
                 there += PIECE
                 inside = (row < M)[:, None] & (column < N)[None, :]
@@ -226,7 +226,7 @@ def _finish(
                     value += next_added.to(gl.float32)
                     if piece + 1 < STORED:
                         next_added = gl.load(residual + there, mask=inside, other=0.0)
-                gl.store(place, value.to(parts.dtype), mask=stored)
+                gl.store(target, value.to(parts.dtype), mask=stored)
             mbarrier.arrive(free.index(half), count=1)
         phase ^= 1
 

@@ -134,5 +134,5 @@ def attend(
             at, peak, weight, acc, q, keys, values, key_stride, bias_rows, m, own, length, total, d, scale,
             softcap, window, DIM, WIDTH, BLOCK_N, CAUSAL, HAS_SOFTCAP, HAS_WINDOW, HAS_BIAS, True,
         )  # fmt: skip
-    total = tl.sum(weight, 1)
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    sums = tl.sum(weight, 1)
+    return acc / tl.where(sums == 0.0, 1.0, sums)[:, None]

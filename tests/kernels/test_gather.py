@@ -47,20 +47,22 @@ def test_rows_of_several_tables(make: Maker, with_added: bool) -> None:
 
 @pytest.mark.parametrize("kind", [RMS_NORM, LAYER_NORM])
 def test_normalizes_what_it_adds_up(make: Maker, kind: int) -> None:
-    """Before anything is rounded: the tables' rows alone would differ from the reference by more."""
-    word, position = make.normal(50, 24), make.normal(9, 24)
-    ids, second = make.ints(3, 49, 0, 3, 7, 1), (position, make.ints(4, 5, 8))
+    """Nothing is rounded before: that would show in float32."""
+    word, position, segment = make.normal(50, 24), make.normal(9, 24), make.normal(2, 24)
+    ids, second, third = make.ints(3, 49, 0, 3, 7, 1), (position, make.ints(4, 5, 8)), (segment, make.ints(0, 1))
     by = {"norm": kind, "norm_weight": make.normal(24), "norm_bias": make.normal(24), "eps": 0.1}
-    for options in (by, by | {"norm_bias": None}):
-        out = make.poison(6, 24)
-        gather(word, ids, out, second=second, **options)
-        expected = reference(word, ids, second=second, **options)
-        assert_close(out, expected, TOLERANCES[make.dtype])
-        assert not torch.allclose(expected, reference(word, ids, second=second))
+    added = make.normal(6, 24, dtype=torch.float32)
+    for sums in ({}, {"second": second}, {"second": second, "third": third}, {"added": added, "second": second}):
+        for options in (sums | by, sums | by | {"norm_bias": None}):
+            for dtype, limit in ((torch.float32, 1e-5), (make.dtype, TOLERANCES[make.dtype])):
+                out = make.poison(6, 24, dtype=dtype)
+                gather(word, ids, out, **options)
+                assert_close(out, reference(word, ids, **options), limit)
 
 
 def test_a_norm_and_its_weight_come_together(make: Maker) -> None:
-    table, ids, out = make.normal(5, 8), make.ints(1), make.poison(1, 8)
-    for options in ({"norm": LAYER_NORM}, {"norm_weight": make.normal(8)}, {"norm": 7, "norm_weight": make.normal(8)}):
+    table, ids, out, row = make.normal(5, 8), make.ints(1), make.poison(1, 8), make.normal(8)
+    by = {"norm_weight": row}
+    for options in ({"norm": LAYER_NORM}, by, by | {"norm": 7}, {"norm_bias": row}):
         with pytest.raises(ValueError, match="norm"):
             gather(table, ids, out, **options)

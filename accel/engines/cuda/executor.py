@@ -170,7 +170,8 @@ class _Run:
         readers, output = self._program.readers.get(node.outputs[0], []), node.outputs[0].is_graph_output()
         linears = [reader.domain == DOMAIN and reader.op_type in _LINEARS for reader in readers]
         low = any(linears) and not output
-        if low and isinstance(source, Rows) and self._program.only_reader(node.inputs[0]) is node:  # type: ignore[arg-type]
+        alone = self._program.only_reader(node.inputs[0]) is node  # type: ignore[arg-type]
+        if low and alone and isinstance(source, Rows) and source.result is None:
             return source.normalized(by, self._products.dtype)
         if isinstance(source, Sum):
             shape = source.shape

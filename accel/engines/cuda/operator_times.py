@@ -151,7 +151,8 @@ def _bytes(value: object) -> int:
     if isinstance(value, Sum) and value.result is not None:
         return value.result.nbytes
     if isinstance(value, Rows):
-        return value.ids.numel() * value.table.shape[1] * value.table.element_size() + _bytes(value.also)
+        read = min(value.ids.numel(), len(value.table))  # a row that is read twice is in the L2
+        return read * value.table.shape[1] * value.table.element_size() + _bytes(value.also)
     if is_dataclass(value) and not isinstance(value, Matrix | type):
         return sum(_bytes(getattr(value, each.name)) for each in fields(value))
     return sum(_bytes(part) for part in value) if isinstance(value, list | tuple) else 0

@@ -7,8 +7,10 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from accel_kernels.tiles import LAYER_NORM
 
 from accel.bundle import Bundle
+from accel.engines.cuda import values
 from accel.engines.cuda.decoder import CudaDecoderSession
 from accel.engines.cuda.device import INTERPRETED, open_device
 from accel.engines.cuda.encoder import CudaEncoderSession
@@ -55,12 +57,18 @@ def test_decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> None:
     session.close()
 
 
-def test_encoder(minilm_bundle: Path, tmp_path: Path) -> None:
+def test_encoder(minilm_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, arch = lowered(minilm_bundle, tmp_path)
+    gathers: list[object] = []
+    launch = values.gather
+    seen = lambda *given, **named: gathers.append(named.get("norm")) or launch(*given, **named)  # noqa: E731
+    monkeypatch.setattr(values, "gather", seen)
     session = CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32)
     phase = session.operator_times(rows=2, width=4)
     found = {operator.name: operator for operator in phase.operators}
     assert found["Attention"].count == len(arch.layers)
+    assert found["LayerNormalization"].count == 2 * len(arch.layers) + 1
+    assert set(gathers) == {LAYER_NORM}, "one kernel reads, adds and normalizes the embeddings"
     products = [operator for name, operator in found.items() if name.startswith("Linear")]
     assert sum(operator.count for operator in products) == 4 * len(arch.layers), "packed, out, up and down"
     sizes = [operator.name.removeprefix("Linear ").split(" to ") for operator in products]

@@ -186,8 +186,9 @@ def test_an_encoder(tmp_path: Path, preferred: list[str], monkeypatch: Any) -> N
     write_external(lowered, tmp_path / "weights")
     save_graph(lowered, tmp_path / "graph.onnx", (), (), "0")
     rows, width = (2, 12) if INTERPRETED else (5, LONGEST)  # on a GPU WIDE_ROWS and more
-    ids = np.random.default_rng(0).integers(3, arch.vocab_size, (rows, width))
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    drawn = np.random.default_rng(0)
+    ids, kinds = drawn.integers(3, arch.vocab_size, (rows, width)), drawn.integers(0, 2, (rows, width))
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": kinds}
     feeds["attention_mask"][1, width * 5 // 8 :] = 0
     results = []
     for jobs in (False, True):
