@@ -3,8 +3,8 @@
 Two groups multiply, each one half of a tile's rows, and the first one fetches for both: one copy brings the rows of
 both halves, one the weights they share. It knows from its own program which terms it has done with, so only the second
 group says so. A third one adds the bias, applies the activation, adds a residual and stores, from its registers, while
-the others are at the next tile: an epilogue costs the tensor cores nothing but the way of the sums through shared
-memory, once, in the engine's type. Two halves of 64 x 256 read less from shared memory and from the L2 than any tile
+the others are at the next tile: an epilogue costs the tensor cores no more than the way of the sums through shared
+memory, once, in the engine's type, and what its instructions and stores take from the others. Two halves of 64 x 256 read less from shared memory and from the L2 than any tile
 that one group can hold.
 
 Written in Gluon: Triton's compiler gives warps no jobs on SM 90. Its interpreter does not know Gluon: where there is no
@@ -185,7 +185,7 @@ def _finish(
     """Bias [N], activation, residual [M, N] and stores of both halves' sums, one piece [HEIGHT, PIECE] after another;
     N outputs of COUNT lines.
 
-    Registers go straight to memory: through shared memory, which the products keep busy, they would slow these down.
+    Registers go straight to memory: the way through shared memory took as long, and needed fences and waits.
     """
     N = COUNT // (16 if GATED else 8) * 8  # rows are multiples of 16 bytes: so the compiler knows, and takes 16 at once
     HEIGHT: gl.constexpr = parts.shape[1]
