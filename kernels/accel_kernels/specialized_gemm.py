@@ -4,8 +4,8 @@ Two groups multiply, each one half of a tile's rows, and the first one fetches f
 both halves, one the weights they share. It knows from its own program which terms it has done with, so only the second
 group says so. A third one adds the bias, applies the activation, adds a residual and stores, from its registers, while
 the others are at the next tile: an epilogue costs the tensor cores no more than the way of the sums through shared
-memory, once, in the engine's type, and what its instructions and stores take from the others. Two halves of 64 x 256 read less from shared memory and from the L2 than any tile
-that one group can hold.
+memory, once, in the engine's type, and what its instructions and stores take from the others. Two halves of 64 x 256
+read less from shared memory and from the L2 than any tile that one group can hold.
 
 Written in Gluon: Triton's compiler gives warps no jobs on SM 90. Its interpreter does not know Gluon: where there is no
 GPU, the tests simulate the jobs.
