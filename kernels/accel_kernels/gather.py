@@ -8,9 +8,17 @@ import triton.language as tl
 
 from accel_kernels.bodies import HEADER
 from accel_kernels.checks import INDICES, Expect
-from accel_kernels.device import launch_options, next_power_of_2
+from accel_kernels.device import launch_options
 from accel_kernels.plain import normed
-from accel_kernels.tiles import NO_NORM, NORMS, let_successor_start, normalize_row, wait_for_predecessor
+from accel_kernels.row_pieces import (
+    add_pieces,
+    load_pieces,
+    multiply_pieces,
+    normalize_pieces,
+    row_options,
+    store_pieces,
+)
+from accel_kernels.tiles import NO_NORM, NORMS, let_successor_start, wait_for_predecessor
 
 Lookup = tuple[torch.Tensor, torch.Tensor]  # a table and its ids
 
@@ -55,33 +63,40 @@ def reference(
 
 
 @triton.jit
+def _looked_up(table, ids, row, there, PERIOD, K: tl.constexpr, PIECE: tl.constexpr):
+    """Rows ids[row % PERIOD] of a table, in pieces."""
+    token = tl.load(ids + row % PERIOD, mask=there, other=0).to(tl.int64)
+    return load_pieces(table, token * K, there, K, PIECE)
+
+
+@triton.jit
 def gather_kernel(
-    table, ids, added, second, second_ids, third, third_ids, norm_weight, norm_bias, out, K, eps, PERIOD,
-    SECOND_PERIOD, THIRD_PERIOD, BLOCK: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_SECOND: tl.constexpr,
-    HAS_THIRD: tl.constexpr, NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
+    table, ids, added, second, second_ids, third, third_ids, norm_weight, norm_bias, out, T, eps, PERIOD,
+    SECOND_PERIOD, THIRD_PERIOD, K: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, HAS_ADDED: tl.constexpr,
+    HAS_SECOND: tl.constexpr, HAS_THIRD: tl.constexpr, NORM: tl.constexpr, HAS_NORM_BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """out[t] = norm(table[ids[t % PERIOD]] + added[t] + ...); one program per row."""
-    row = tl.program_id(0)
-    k = tl.arange(0, BLOCK)
-    inside = k < K
+    """out[t] = norm(table[ids[t % PERIOD]] + added[t] + ...); ROWS of T rows of K per program."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    there, line, same = row < T, row.to(tl.int64) * K, tl.zeros((ROWS, 1), tl.int32)
+    if NORM != 0:
+        factors = load_pieces(norm_weight, same, there, K, PIECE)
+        if HAS_NORM_BIAS:
+            shifts = load_pieces(norm_bias, same, there, K, PIECE)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    token = tl.load(ids + row % PERIOD).to(tl.int64)
-    value = tl.load(table + token * K + k, mask=inside, other=0.0)
+    rows = _looked_up(table, ids, row, there, PERIOD, K, PIECE)
     if HAS_ADDED:
-        value = value.to(tl.float32) + tl.load(added + row.to(tl.int64) * K + k, mask=inside, other=0.0).to(tl.float32)
+        rows = add_pieces(rows, load_pieces(added, line, there, K, PIECE))
     if HAS_SECOND:
-        token = tl.load(second_ids + row % SECOND_PERIOD).to(tl.int64)
-        value = value.to(tl.float32) + tl.load(second + token * K + k, mask=inside, other=0.0).to(tl.float32)
+        rows = add_pieces(rows, _looked_up(second, second_ids, row, there, SECOND_PERIOD, K, PIECE))
     if HAS_THIRD:
-        token = tl.load(third_ids + row % THIRD_PERIOD).to(tl.int64)
-        value = value.to(tl.float32) + tl.load(third + token * K + k, mask=inside, other=0.0).to(tl.float32)
+        rows = add_pieces(rows, _looked_up(third, third_ids, row, there, THIRD_PERIOD, K, PIECE))
     if NORM != 0:
-        value = normalize_row(value.to(tl.float32), inside, K, eps, NORM)
-        value *= tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
+        rows = multiply_pieces(normalize_pieces(rows, K, PIECE, eps, NORM), factors)
         if HAS_NORM_BIAS:
-            value += tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row.to(tl.int64) * K + k, value.to(out.dtype.element_ty), mask=inside)
+            rows = add_pieces(rows, shifts)
+    store_pieces(out, line, there, rows, K, PIECE)
 
 
 def gather(
@@ -96,6 +111,7 @@ def gather(
     norm_weight: torch.Tensor | None = None,
     norm_bias: torch.Tensor | None = None,
     eps: float = 0.0,
+    together: bool | None = None,
     dependent: bool | None = None,
 ) -> torch.Tensor:
     """Rows of an embedding table, perhaps added to others and normalized. Every tensor on one device, contiguous.
@@ -109,6 +125,7 @@ def gather(
         norm: NO_NORM, RMS_NORM or LAYER_NORM, of the sums.
         norm_weight, norm_bias: [K], of the norm; it needs the weight.
         eps: Added to the mean square that the norm divides by; of a layer norm, to the variance.
+        together: Whether several rows share a program, see ``row_pieces``; None: where that is faster.
         dependent: Start before the predecessor ends; None: where the device can.
 
     Raises:
@@ -133,10 +150,11 @@ def gather(
     expect.that(norm != NO_NORM or norm_bias is None, "there is no norm for norm_bias")
     operands = [tensor for pair in lookups[1:] for tensor in pair]
     periods = [1 if places is None else places.numel() for _, places in lookups]
-    gather_kernel[(len(out),)](
-        table, ids, added, *operands, norm_weight, norm_bias, out, size, eps, *periods, BLOCK=next_power_of_2(size),
-        HAS_ADDED=added is not None, HAS_SECOND=second is not None, HAS_THIRD=third is not None, NORM=norm,
-        HAS_NORM_BIAS=norm_bias is not None, **launch_options(table.device, dependent, 4),
+    options = row_options(len(out), size, together)
+    gather_kernel[(triton.cdiv(len(out), options["ROWS"]),)](
+        table, ids, added, *operands, norm_weight, norm_bias, out, len(out), eps, *periods,
+        K=size, HAS_ADDED=added is not None, HAS_SECOND=second is not None, HAS_THIRD=third is not None, NORM=norm,
+        HAS_NORM_BIAS=norm_bias is not None, **options, **launch_options(table.device, dependent, 4),
     )  # fmt: skip
     return out
 

@@ -8,9 +8,17 @@ import triton.language as tl
 
 from accel_kernels.bodies import HEADER
 from accel_kernels.checks import Expect
-from accel_kernels.device import launch_options, next_power_of_2
+from accel_kernels.device import launch_options
 from accel_kernels.plain import normed
-from accel_kernels.tiles import LAYER_NORM, RMS_NORM, let_successor_start, normalize_row, wait_for_predecessor
+from accel_kernels.row_pieces import (
+    add_pieces,
+    load_pieces,
+    multiply_pieces,
+    normalize_pieces,
+    row_options,
+    store_pieces,
+)
+from accel_kernels.tiles import LAYER_NORM, RMS_NORM, let_successor_start, wait_for_predecessor
 
 BODY = (
     HEADER
@@ -47,30 +55,29 @@ def reference(
 
 @triton.jit
 def norm_kernel(
-    x, residual, stream, out, weight, bias, K, eps,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr, HAS_STREAM: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    x, residual, stream, out, weight, bias, T, eps,
+    K: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, NORM: tl.constexpr, PARTS: tl.constexpr,
+    HAS_STREAM: tl.constexpr, HAS_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """stream = x + residual, which may come in parts; out = norm(stream); one program per row."""
-    line = tl.program_id(0).to(tl.int64) * K
-    k = tl.arange(0, BLOCK)
-    inside = k < K
-    factor = tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
+    """stream = x + residual, which may come in parts; out = norm(stream); ROWS of T rows of K per program."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    there, line, same = row < T, row.to(tl.int64) * K, tl.zeros((ROWS, 1), tl.int32)
+    factors = load_pieces(weight, same, there, K, PIECE)
     if HAS_BIAS:
-        shift = tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)
+        shifts = load_pieces(bias, same, there, K, PIECE)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    row = tl.load(x + line + k, mask=inside, other=0.0).to(tl.float32)
+    rows = load_pieces(x, line, there, K, PIECE)
     if PARTS > 0:
         for part in tl.static_range(PARTS):
-            place = residual + part * tl.num_programs(0).to(tl.int64) * K + line + k
-            row += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            added = load_pieces(residual + part * T.to(tl.int64) * K, line, there, K, PIECE)
+            rows = add_pieces(rows, added)
         if HAS_STREAM:
-            tl.store(stream + line + k, row.to(stream.dtype.element_ty), mask=inside)
-    row = normalize_row(row, inside, K, eps, NORM) * factor
+            store_pieces(stream, line, there, rows, K, PIECE)
+    rows = multiply_pieces(normalize_pieces(rows, K, PIECE, eps, NORM), factors)
     if HAS_BIAS:
-        row += shift
-    tl.store(out + line + k, row.to(out.dtype.element_ty), mask=inside)
+        rows = add_pieces(rows, shifts)
+    store_pieces(out, line, there, rows, K, PIECE)
 
 
 def norm(
@@ -84,6 +91,7 @@ def norm(
     residual: torch.Tensor | None = None,
     stream: torch.Tensor | None = None,
     warps: int = 4,
+    together: bool | None = None,
     dependent: bool | None = None,
 ) -> torch.Tensor:
     """out = norm(x + residual), the sum also into ``stream``. Every tensor on one device, contiguous.
@@ -95,6 +103,7 @@ def norm(
         kind: RMS_NORM or LAYER_NORM.
         residual: [T, K], or [P, T, K]: parts to be added up.
         stream: [T, K], written; may be ``x``; only with a residual.
+        together: Whether several rows share a program, see ``row_pieces``; None: where that is faster.
         dependent: Start before the predecessor ends; None: where the device can.
 
     Raises:
@@ -102,10 +111,12 @@ def norm(
     """
     _check(x, weight, out, kind, bias, residual, stream)
     rows, size = x.shape
-    norm_kernel[(rows,)](
-        x, residual, stream, out, weight, bias, size, eps,
-        BLOCK=next_power_of_2(size), NORM=kind, PARTS=0 if residual is None else residual.numel() // x.numel(),
-        HAS_STREAM=stream is not None, HAS_BIAS=bias is not None, **launch_options(x.device, dependent, warps),
+    options = row_options(rows, size, together)
+    norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
+        x, residual, stream, out, weight, bias, rows, eps,
+        K=size, NORM=kind, PARTS=0 if residual is None else residual.numel() // x.numel(),
+        HAS_STREAM=stream is not None, HAS_BIAS=bias is not None, **options,
+        **launch_options(x.device, dependent, warps),
     )  # fmt: skip
     return out
 

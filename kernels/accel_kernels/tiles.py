@@ -178,14 +178,6 @@ def store_line(
 
 
 @triton.jit
-def normalize_row(row, inside, K, eps, NORM: tl.constexpr):
-    """A whole row, float32, its norm without weights; zeros where it is not inside."""
-    if NORM == 2:
-        row = tl.where(inside, row - tl.sum(row, 0) / K, 0.0)
-    return row * tl.rsqrt(tl.sum(row * row, 0) / K + eps)
-
-
-@triton.jit
 def row_statistics(x, K, eps, NORM: tl.constexpr, BLOCK: tl.constexpr):
     """Mean (0 for RMS norm) and reciprocal deviation of one row of K values, float32; BLOCK >= K."""
     k = tl.arange(0, BLOCK)

@@ -9,13 +9,18 @@ from accel_kernels.gather import TOLERANCES, gather, reference  # noqa: E402
 from accel_kernels.tiles import LAYER_NORM, RMS_NORM  # noqa: E402
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("size", [24, 300])
 @pytest.mark.parametrize("ids_type", ["int32", "int64"])
-def test_agrees_with_the_reference(make: Maker, ids_type: str) -> None:
-    table, ids = make.normal(50, 24), make.ints(3, 49, 0, 3, dtype=getattr(torch, ids_type))
+def test_agrees_with_the_reference(make: Maker, ids_type: str, size: int, together: bool) -> None:
+    """Five rows: the last program that takes several has places for more."""
+    table, ids = make.normal(50, size), make.ints(3, 49, 0, 3, 7, dtype=getattr(torch, ids_type))
     for dtype in (make.dtype, torch.float32):
-        out = make.poison(4, 24, dtype=dtype)
-        assert gather(table, ids, out) is out
+        room = make.poison(8, size, dtype=dtype)
+        out = room[:5]
+        assert gather(table, ids, out, together=together) is out
         assert_close(out, reference(table, ids), 0.0)
+        assert room[5:].isnan().all(), "rows behind the end were written"
 
 
 @pytest.mark.parametrize("turns", [1, 3])
@@ -33,20 +38,22 @@ def test_no_ids_are_no_rows(device: object) -> None:
     assert gather(make.normal(5, 8), make.ints(), make.poison(0, 8)).shape == (0, 8)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("with_added", [False, True])
-def test_rows_of_several_tables(make: Maker, with_added: bool) -> None:
+def test_rows_of_several_tables(make: Maker, with_added: bool, together: bool) -> None:
     """Each table's ids are used over and over."""
     word, position, segment = make.normal(50, 24), make.normal(9, 24), make.normal(2, 24)
     ids, slots, kinds = make.ints(3, 49, 0, 3, 7, 1), make.ints(4, 5, 8), make.ints(0, 1, dtype=torch.int64)
     added = make.normal(6, 24, dtype=torch.float32) if with_added else None
     out = make.poison(6, 24, dtype=torch.float32)
     for also in ({"second": (position, slots)}, {"second": (position, slots), "third": (segment, kinds)}):
-        gather(word, ids, out, added=added, **also)
+        gather(word, ids, out, added=added, together=together, **also)
         assert_close(out, reference(word, ids, added, **also), 1e-6)
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", [RMS_NORM, LAYER_NORM])
-def test_normalizes_what_it_adds_up(make: Maker, kind: int) -> None:
+def test_normalizes_what_it_adds_up(make: Maker, kind: int, together: bool) -> None:
     """Nothing is rounded before: that would show in float32."""
     word, position, segment = make.normal(50, 24), make.normal(9, 24), make.normal(2, 24)
     ids, second, third = make.ints(3, 49, 0, 3, 7, 1), (position, make.ints(4, 5, 8)), (segment, make.ints(0, 1))
@@ -56,7 +63,7 @@ def test_normalizes_what_it_adds_up(make: Maker, kind: int) -> None:
         for options in (sums | by, sums | by | {"norm_bias": None}):
             for dtype, limit in ((torch.float32, 1e-5), (make.dtype, TOLERANCES[make.dtype])):
                 out = make.poison(6, 24, dtype=dtype)
-                gather(word, ids, out, **options)
+                gather(word, ids, out, together=together, **options)
                 assert_close(out, reference(word, ids, **options), limit)
 
 
