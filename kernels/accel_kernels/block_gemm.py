@@ -23,6 +23,7 @@ from accel_kernels.tiles import (
     NO_ACTIVATION,
     finish,
     let_successor_start,
+    line_ahead,
     operand,
     wait_for_predecessor,
 )
@@ -104,14 +105,13 @@ def _rows(x, m, M, K, k):
 
 @triton.jit
 def _store(
-    total, out, bias, residual, m, n, split, M, N,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr,
+    total, out, line, residual, m, n, split, M, N, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    if HAS_BIAS:
-        line = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-        if SPLITS > 1:  # the first part has it
-            line *= (split == 0).to(tl.float32)
-        total += line
+    line = line.to(tl.float32)
+    if SPLITS > 1:  # the first part has it
+        line *= (split == 0).to(tl.float32)
+    total += line[None]
     total = finish(total, total, ACTIVATION, False, out.dtype.element_ty != tl.float32)
     cells = (split * M + m).to(tl.int64)[:, None] * N + n[None]
     mask = (m < M)[:, None] & (n < N)[None]
@@ -132,12 +132,14 @@ def block_gemm_kernel(
     left = tl.program_id(1) * (BLOCK_N + TAIL)
     m, n = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    line = line_ahead(bias, n, N, HAS_BIAS)
     if not DESCRIBED:
         lines = _rows(x, m, M, K, k)
         columns = _columns(weight, n, N, K, k)
     if TAIL:
         far = left + BLOCK_N + tl.arange(0, TAIL)
         far_total = tl.zeros((BLOCK_M, TAIL), tl.float32)
+        far_line = line_ahead(bias, far, N, HAS_BIAS)
         if not DESCRIBED:
             far_columns = _columns(far_weight, far, N, K, k)
     let_successor_start(DEPENDENT)
@@ -158,9 +160,9 @@ def block_gemm_kernel(
             if TAIL:
                 far_tile = operand(tl.load(far_columns + at, mask=inside[:, None], other=0.0))
                 far_total = tl.dot(tile, far_tile, far_total)
-    _store(total, out, bias, residual, m, n, split, M, N, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, SPLITS)
+    _store(total, out, line, residual, m, n, split, M, N, HAS_RESIDUAL, ACTIVATION, SPLITS)
     if TAIL:
-        _store(far_total, out, bias, residual, m, far, split, M, N, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, SPLITS)
+        _store(far_total, out, far_line, residual, m, far, split, M, N, HAS_RESIDUAL, ACTIVATION, SPLITS)
 
 
 def block_gemm(
@@ -181,7 +183,7 @@ def block_gemm(
         weight: [N, K].
         out: [M, N], written; with ``tile.splits`` > 1 float32 [splits, M, N], parts that the reader adds up: there is
             no place for a residual or an activation then.
-        bias: [N].
+        bias: [N]; it is read before the predecessor ends: no kernel may just have written it.
         residual: [M, N], added last; may be ``out``.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION.
         tile: Shrinks where shared memory is short.

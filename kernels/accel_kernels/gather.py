@@ -63,10 +63,9 @@ def reference(
 
 
 @triton.jit
-def _looked_up(table, ids, row, there, PERIOD, K: tl.constexpr, PIECE: tl.constexpr):
-    """Rows ids[row % PERIOD] of a table, in pieces."""
-    token = tl.load(ids + row % PERIOD, mask=there, other=0).to(tl.int64)
-    return load_pieces(table, token * K, there, K, PIECE)
+def _lines(ids, row, T, PERIOD, K: tl.constexpr):
+    """Where rows ids[row % PERIOD] of a table start, [ROWS, 1]."""
+    return tl.load(ids + row % PERIOD, mask=row < T, other=0).to(tl.int64)[:, None] * K
 
 
 @triton.jit
@@ -77,21 +76,26 @@ def gather_kernel(
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[t] = norm(table[ids[t % PERIOD]] + added[t] + ...); ROWS of T rows of K per program."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
-    there, line, same = row < T, row.to(tl.int64) * K, tl.zeros((ROWS, 1), tl.int32)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there, line, same = (row < T)[:, None], row.to(tl.int64)[:, None] * K, tl.zeros((ROWS, 1), tl.int32)
     if NORM != 0:
         factors = load_pieces(norm_weight, same, there, K, PIECE)
         if HAS_NORM_BIAS:
             shifts = load_pieces(norm_bias, same, there, K, PIECE)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    rows = _looked_up(table, ids, row, there, PERIOD, K, PIECE)
+    lines = _lines(ids, row, T, PERIOD, K)  # all ids are asked for before the first row
+    if HAS_SECOND:
+        second_lines = _lines(second_ids, row, T, SECOND_PERIOD, K)
+    if HAS_THIRD:
+        third_lines = _lines(third_ids, row, T, THIRD_PERIOD, K)
+    rows = load_pieces(table, lines, there, K, PIECE)
     if HAS_ADDED:
         rows = add_pieces(rows, load_pieces(added, line, there, K, PIECE))
     if HAS_SECOND:
-        rows = add_pieces(rows, _looked_up(second, second_ids, row, there, SECOND_PERIOD, K, PIECE))
+        rows = add_pieces(rows, load_pieces(second, second_lines, there, K, PIECE))
     if HAS_THIRD:
-        rows = add_pieces(rows, _looked_up(third, third_ids, row, there, THIRD_PERIOD, K, PIECE))
+        rows = add_pieces(rows, load_pieces(third, third_lines, there, K, PIECE))
     if NORM != 0:
         rows = multiply_pieces(normalize_pieces(rows, K, PIECE, eps, NORM), factors)
         if HAS_NORM_BIAS:

@@ -22,6 +22,7 @@ from accel_kernels.tiles import (
     NO_NORM,
     NORMS,
     let_successor_start,
+    line_ahead,
     matrix_line,
     normalized,
     row_statistics,
@@ -89,8 +90,11 @@ def gemv_kernel(
     now = tl.load(rows + k[None], mask=inside & (k < K)[None], other=0.0)
     if GATED:
         up = tl.load(rows + STRIPE * K + k[None], mask=inside & (k < K)[None], other=0.0)
+    line = line_ahead(bias, n, N, HAS_BIAS)
+    up_line = line_ahead(bias, N + n, 2 * N, HAS_BIAS and GATED)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
+    added = line_ahead(residual, n, N, HAS_RESIDUAL)
     mean = 0.0
     scale = 1.0
     if NORM != 0:
@@ -108,7 +112,7 @@ def gemv_kernel(
         if GATED:
             up = tl.load(rows + STRIPE * K + at[None], mask=inside & (at < K)[None], other=0.0)
             total_up += tl.sum(up.to(tl.float32) * piece[None], 1)
-    store_line(total, total_up, bias, residual, out, n, N, HAS_BIAS, HAS_RESIDUAL, GATED, ACTIVATION)
+    store_line(total, total_up, line, up_line, added, out, n, N, GATED, ACTIVATION)
 
 
 def gemv(
@@ -136,7 +140,8 @@ def gemv(
         out: [N], written; may be ``residual``.
         norm: NO_NORM, RMS_NORM or LAYER_NORM of x before the product.
         norm_weight, norm_bias: [K].
-        bias: [N]; gated: [2N], the gate's first.
+        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no kernel
+            may just have written it.
         residual: [N], added last.
         stripe: Divides N; None: N.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION; gated: of the gate.

@@ -69,9 +69,11 @@ def norm_kernel(
     wait_for_predecessor(DEPENDENT)
     rows = load_pieces(x, line, there, K, PIECE)
     if PARTS > 0:
+        added = ()
+        for part in tl.static_range(PARTS):  # all are asked for before the first is there
+            added = added + (load_pieces(residual + part * T.to(tl.int64) * K, line, there, K, PIECE),)  # noqa: RUF005
         for part in tl.static_range(PARTS):
-            added = load_pieces(residual + part * T.to(tl.int64) * K, line, there, K, PIECE)
-            rows = add_pieces(rows, added)
+            rows = add_pieces(rows, added[part])
         if HAS_STREAM:
             store_pieces(stream, line, there, rows, K, PIECE)
     rows = multiply_pieces(normalize_pieces(rows, K, PIECE, eps, NORM), factors)
@@ -90,7 +92,6 @@ def norm(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     stream: torch.Tensor | None = None,
-    warps: int = 4,
     together: bool | None = None,
     dependent: bool | None = None,
 ) -> torch.Tensor:
@@ -116,7 +117,7 @@ def norm(
         x, residual, stream, out, weight, bias, rows, eps,
         K=size, NORM=kind, PARTS=0 if residual is None else residual.numel() // x.numel(),
         HAS_STREAM=stream is not None, HAS_BIAS=bias is not None, **options,
-        **launch_options(x.device, dependent, warps),
+        **launch_options(x.device, dependent, 4),
     )  # fmt: skip
     return out
 

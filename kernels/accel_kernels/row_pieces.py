@@ -15,18 +15,22 @@ from accel_kernels.device import next_power_of_2
 
 MANY = 2048  # rows from which several share a program
 _SHORT = 1024  # elements up to which a warp's registers hold a row, and what is added to it, and others besides
+_REGISTERS = 64  # of a thread where a program has one such row
 _TOGETHER, _PIECE = 4, 128  # rows of a program of four warps; elements that one warp reads at once
 
 
 def row_options(rows: int, size: int, together: bool | None = None) -> dict[str, int]:
-    """ROWS and PIECE of a kernel's launch for so many rows of ``size`` elements.
+    """ROWS and PIECE, perhaps maxnreg, of a kernel's launch of four warps, for so many rows of ``size`` elements.
 
     Args:
         together: Whether several rows share a program; None: where that is faster.
     """
     together = rows >= MANY and size <= _SHORT if together is None else together
     longest = next_power_of_2(size)
-    return {"ROWS": _TOGETHER, "PIECE": min(_PIECE, longest)} if together else {"ROWS": 1, "PIECE": longest}
+    if together:
+        return {"ROWS": _TOGETHER, "PIECE": min(_PIECE, longest)}
+    # Of itself the assembler saves registers where it should ask for all that is added before the first is there.
+    return {"ROWS": 1, "PIECE": longest} | ({"maxnreg": _REGISTERS} if size <= _SHORT else {})
 
 
 @triton.jit

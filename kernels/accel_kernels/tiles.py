@@ -161,20 +161,24 @@ def finish(total, up, KIND: tl.constexpr, GATED: tl.constexpr, ROUNDED: tl.const
 
 
 @triton.jit
+def line_ahead(line, n, end, WANTED: tl.constexpr):
+    """Elements n of a bias or the like, which a kernel asks for long before it needs them: memory takes as long as
+    many products do. Zeros from ``end`` on, or if there is none.
+    """
+    if WANTED:
+        return tl.load(line + n, mask=n < end, other=0.0)
+    else:
+        return tl.zeros(n.shape, tl.float32)
+
+
+@triton.jit
 def store_line(
-    total, up, bias, residual, out, n, N,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    total, up, line, up_line, added, out, n, N, GATED: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Writes one row's outputs n: act(total + bias) (* (up + the other bias), gated) + residual."""
-    inside = n < N
-    if HAS_BIAS:
-        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            up += tl.load(bias + N + n, mask=inside, other=0.0).to(tl.float32)
-    total = finish(total, up, ACTIVATION, GATED)
-    if HAS_RESIDUAL:
-        total += tl.load(residual + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + n, total.to(out.dtype.element_ty), mask=inside)
+    """Writes one row's outputs n: act(total + line) (* (up + up_line), gated) + added."""
+    total = finish(total + line.to(tl.float32), up + up_line.to(tl.float32), ACTIVATION, GATED)
+    total += added.to(tl.float32)
+    tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 
 
 @triton.jit

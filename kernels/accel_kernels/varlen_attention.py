@@ -136,6 +136,21 @@ def reference(
 
 
 @triton.jit
+def _span(starts, stops, row, CACHED: tl.constexpr, DEPENDENT: tl.constexpr):
+    """A row's first token, and how many it has, asked for while the predecessor runs unless that may have moved them:
+    an encoder's come with its inputs.
+    """
+    let_successor_start(DEPENDENT)
+    if CACHED:
+        wait_for_predecessor(DEPENDENT)
+    first = tl.load(starts + row)
+    length = tl.load(stops + row) - first
+    if not CACHED:
+        wait_for_predecessor(DEPENDENT)
+    return first, length
+
+
+@triton.jit
 def varlen_attention_kernel(
     query, keys, values, out, starts, stops, past_lengths, bias, key_scales, value_scales,
     query_stride, key_stride, key_head, key_row, out_stride, scale, softcap, window, room, bias_stride,
@@ -150,10 +165,7 @@ def varlen_attention_kernel(
     block = tl.program_id(0)
     head = tl.program_id(1)
     row = tl.program_id(2)
-    let_successor_start(DEPENDENT)
-    wait_for_predecessor(DEPENDENT)
-    first = tl.load(starts + row)
-    length = tl.load(stops + row) - first
+    first, length = _span(starts, stops, row, CACHED, DEPENDENT)
     if block * BLOCK_M >= tl.maximum(length, room):
         return
     past = 0
@@ -225,7 +237,8 @@ def varlen_attention(
         keys, values: [B, KV, C, D] caches with ``past_lengths``; else packed [T, >= KV * D] views of one row stride.
             In the queries' type; caches also in int8 or float8_e4m3fn, with scales.
         out: [T, H * D], written where a row has tokens.
-        starts, stops: int32 [B], each row's first token and the one behind its last.
+        starts, stops: int32 [B], each row's first token and the one behind its last. Without a cache they are read
+            before the predecessor ends: no kernel may just have written them.
         longest: At least the most tokens of a row.
         past_lengths: int32 [B], positions before the row's first query; its keys are in the cache already.
         causal: A query sees no later position than its own.

@@ -21,7 +21,7 @@ _RUNS, _REPLAYS = 8, 3  # of a way in one recording; of that
 _TURNS = 3  # of each way: clocks drift by more than ways differ
 _NEVER = 1e9  # microseconds of what cannot run
 _NOT_NOW = math.inf  # of what had no memory left, or could not be recorded: the process remembers it, the file does not
-_SCHEMA = 6  # of the file; raised when times are taken in another way, or a way of the same name changes
+_SCHEMA = 7  # of the file; raised when times are taken in another way, or a way of the same name changes
 Way = Callable[[], object]
 
 
