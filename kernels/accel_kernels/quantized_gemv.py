@@ -170,7 +170,6 @@ def quantized_gemv_kernel(
     up_line = line_ahead(bias, N + n, 2 * N, HAS_BIAS and GATED)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    added = line_ahead(residual, n, N, HAS_RESIDUAL)
     p0, p1, p2, p3 = _pairs(x, w, width, BITS)
     total = _product(words, factor, x, w, width, p0, p1, p2, p3, BITS)
     total_up = total
@@ -185,6 +184,7 @@ def quantized_gemv_kernel(
         if GATED:
             words, factor = _load(rows + STRIPE * width, factors + STRIPE * (width // SHARE), at, mask, SHARE)
             total_up += _product(words, factor, x, at, width, p0, p1, p2, p3, BITS)
+    added = line_ahead(residual, n, N, HAS_RESIDUAL)  # not before: it would delay what the products wait for
     store_line(total, total_up, bias_line, up_line, added, out, n, N, GATED, ACTIVATION)
 
 
