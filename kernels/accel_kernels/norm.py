@@ -18,7 +18,7 @@ from accel_kernels.row_pieces import (
     row_options,
     store_pieces,
 )
-from accel_kernels.tiles import LAYER_NORM, RMS_NORM, let_successor_start, wait_for_predecessor
+from accel_kernels.tiles import LAYER_NORM, RMS_NORM, from_the_end, let_successor_start, wait_for_predecessor
 
 BODY = (
     HEADER
@@ -60,7 +60,7 @@ def norm_kernel(
     HAS_STREAM: tl.constexpr, HAS_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """stream = x + residual, which may come in parts; out = norm(stream); ROWS of T rows of K per program."""
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    row = (from_the_end(0) * ROWS + tl.arange(0, ROWS))[:, None]
     there, line, same = row < T, row.to(tl.int64) * K, tl.zeros((ROWS, 1), tl.int32)
     factors = load_pieces(weight, same, there, K, PIECE)
     if HAS_BIAS:
@@ -69,11 +69,9 @@ def norm_kernel(
     wait_for_predecessor(DEPENDENT)
     rows = load_pieces(x, line, there, K, PIECE)
     if PARTS > 0:
-        added = ()
-        for part in tl.static_range(PARTS):  # all are asked for before the first is there
-            added = added + (load_pieces(residual + part * T.to(tl.int64) * K, line, there, K, PIECE),)  # noqa: RUF005
         for part in tl.static_range(PARTS):
-            rows = add_pieces(rows, added[part])
+            added = load_pieces(residual + part * T.to(tl.int64) * K, line, there, K, PIECE)
+            rows = add_pieces(rows, added)
         if HAS_STREAM:
             store_pieces(stream, line, there, rows, K, PIECE)
     rows = multiply_pieces(normalize_pieces(rows, K, PIECE, eps, NORM), factors)

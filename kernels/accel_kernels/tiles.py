@@ -31,6 +31,14 @@ def let_successor_start(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def from_the_end(AXIS: tl.constexpr):
+    """The program's place along an axis of the grid, counted from its end: what the kernel before wrote last is read
+    first, while the L2 has it, and what this one writes last the next one reads first.
+    """
+    return tl.num_programs(AXIS) - 1 - tl.program_id(AXIS)
+
+
+@triton.jit
 def operand(tile):
     """A tile as ``tl.dot`` takes it. The interpreter multiplies the bits of bfloat16 as if they were integers."""
     if _INTERPRETED:

@@ -15,7 +15,7 @@ from accel_kernels.checks import Expect
 from accel_kernels.device import fitting_stages, launch_options, next_power_of_2
 from accel_kernels.narrow_cache import EIGHT_BITS, meaning
 from accel_kernels.plain import attended
-from accel_kernels.tiles import let_successor_start, wait_for_predecessor
+from accel_kernels.tiles import from_the_end, let_successor_start, wait_for_predecessor
 from accel_kernels.varlen_tiles import attend, visible
 
 # query [T, H * D]; keys and values [B, KV, C, D], or, packed, [1, KV, T, D]. Tokens of no row get zeros.
@@ -164,7 +164,7 @@ def varlen_attention_kernel(
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
-    row = tl.program_id(2)
+    row = from_the_end(2)
     first, length = _span(starts, stops, row, CACHED, DEPENDENT)
     if block * BLOCK_M >= tl.maximum(length, room):
         return

@@ -17,7 +17,7 @@ from accel_kernels.ops import OPS, Op  # noqa: E402
 FOLDER = Path(accel_kernels.__file__).parent
 SHARED = {
     *("__init__", "advance", "bodies", "checks", "decode_tiles", "device", "launches", "narrow_cache", "ops"),
-    *("packing", "plain", "sample_body", "sample_search", "tiles", "varlen_tiles"),
+    *("packing", "plain", "row_pieces", "sample_body", "sample_search", "tiles", "varlen_tiles"),
 }
 SCRATCH = {
     "out",
@@ -34,7 +34,7 @@ SCRATCH = {
     "longest",
     "room",
 }
-TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "group", "flatten", "halves"}
+TUNING = {*SCRATCH, "block_m", "block_n", "stages", "programs", "group", "flatten", "halves", "together"}
 
 
 def test_every_file_of_an_op_is_listed() -> None:
