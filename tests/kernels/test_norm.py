@@ -25,7 +25,7 @@ def test_agrees_with_the_reference(make: Maker, kind: int, size: int, together: 
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("parts", [0, 1, 3])
-@pytest.mark.parametrize("rows", [3, 4])
+@pytest.mark.parametrize("rows", [1, 3, 4])
 def test_a_residual_in_parts_joins_the_stream(make: Maker, parts: int, together: bool, rows: int) -> None:
     x, weight = make.normal(rows, 300, dtype=torch.float32), make.normal(300)
     residual = make.normal(*((parts,) if parts else ()), rows, 300, dtype=torch.float32)
