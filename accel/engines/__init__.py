@@ -322,7 +322,8 @@ def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineU
     lacking = missing_gpu() if request.named else None
     if lacking is not None and passed_over[-1].reason.startswith(lacking):
         able = "Run it where this process sees an NVIDIA GPU"
-        remedy = f"{able}, or leave the engine out (--engine, engine=): then what runs here is taken"
+        both = ", and the device" if request.device == "cuda" else ""  # which alone is refused as well
+        remedy = f"{able}, or leave the engine out (--engine, engine=){both}: then what runs here is taken"
     return EngineUnavailableError(f"{what} ({reasons})", where=str(request.bundle.path), remedy=remedy)
 
 

@@ -96,6 +96,9 @@ def test_an_engine_by_name_without_a_gpu_says_what_helps(
         open_session(bundle, engine=name, options=OPTIONS)
     told = caught.value.remedy or ""
     assert told.startswith("Run it where this process sees an NVIDIA GPU, or leave the engine out (--engine")
+    assert "the device" not in told
+    with pytest.raises(EngineUnavailableError, match="and the device: then"):
+        open_session(bundle, device="cuda", engine=name, options=OPTIONS)
 
 
 def flavours(monkeypatch: pytest.MonkeyPatch, *installed: str, runs: tuple[str, ...] = ()) -> None:
