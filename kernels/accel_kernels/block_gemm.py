@@ -23,7 +23,7 @@ from accel_kernels.tiles import (
     NO_ACTIVATION,
     finish,
     let_successor_start,
-    line_ahead,
+    load_or_zeros,
     operand,
     wait_for_predecessor,
 )
@@ -105,13 +105,13 @@ def _rows(x, m, M, K, k):
 
 @triton.jit
 def _store(
-    total, out, line, residual, m, n, split, M, N, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    total, out, bias_line, residual, m, n, split, M, N, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
-    line = line.to(tl.float32)
+    bias_line = bias_line.to(tl.float32)
     if SPLITS > 1:  # the first part has it
-        line *= (split == 0).to(tl.float32)
-    total += line[None]
+        bias_line *= (split == 0).to(tl.float32)
+    total += bias_line[None]
     total = finish(total, total, ACTIVATION, False, out.dtype.element_ty != tl.float32)
     cells = (split * M + m).to(tl.int64)[:, None] * N + n[None]
     mask = (m < M)[:, None] & (n < N)[None]
@@ -132,14 +132,14 @@ def block_gemm_kernel(
     left = tl.program_id(1) * (BLOCK_N + TAIL)
     m, n = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
-    line = line_ahead(bias, n, N, HAS_BIAS)
+    bias_line = load_or_zeros(bias, n, N, HAS_BIAS)  # ahead: memory takes as long as many products do
     if not DESCRIBED:
         lines = _rows(x, m, M, K, k)
         columns = _columns(weight, n, N, K, k)
     if TAIL:
         far = left + BLOCK_N + tl.arange(0, TAIL)
         far_total = tl.zeros((BLOCK_M, TAIL), tl.float32)
-        far_line = line_ahead(bias, far, N, HAS_BIAS)
+        far_bias_line = load_or_zeros(bias, far, N, HAS_BIAS)
         if not DESCRIBED:
             far_columns = _columns(far_weight, far, N, K, k)
     let_successor_start(DEPENDENT)
@@ -160,9 +160,9 @@ def block_gemm_kernel(
             if TAIL:
                 far_tile = operand(tl.load(far_columns + at, mask=inside[:, None], other=0.0))
                 far_total = tl.dot(tile, far_tile, far_total)
-    _store(total, out, line, residual, m, n, split, M, N, HAS_RESIDUAL, ACTIVATION, SPLITS)
+    _store(total, out, bias_line, residual, m, n, split, M, N, HAS_RESIDUAL, ACTIVATION, SPLITS)
     if TAIL:
-        _store(far_total, out, far_line, residual, m, far, split, M, N, HAS_RESIDUAL, ACTIVATION, SPLITS)
+        _store(far_total, out, far_bias_line, residual, m, far, split, M, N, HAS_RESIDUAL, ACTIVATION, SPLITS)
 
 
 def block_gemm(
@@ -183,7 +183,7 @@ def block_gemm(
         weight: [N, K].
         out: [M, N], written; with ``tile.splits`` > 1 float32 [splits, M, N], parts that the reader adds up: there is
             no place for a residual or an activation then.
-        bias: [N]; it is read before the predecessor ends: no kernel may just have written it.
+        bias: [N]; it is read before the predecessor ends: no kernel of ours in the same run may write it.
         residual: [M, N], added last; may be ``out``.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION.
         tile: Shrinks where shared memory is short.

@@ -68,7 +68,7 @@ def _lines(ids, row, T, PERIOD, K: tl.constexpr):
     return tl.load(ids + row % PERIOD, mask=row < T, other=0).to(tl.int64)[:, None] * K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def gather_kernel(
     table, ids, added, second, second_ids, third, third_ids, norm_weight, norm_bias, out, T, eps, PERIOD,
     SECOND_PERIOD, THIRD_PERIOD, K: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, HAS_ADDED: tl.constexpr,
@@ -127,7 +127,8 @@ def gather(
         added: [T, K]; T may be a multiple of the ids then, which are used over and over.
         second, third: More tables [*, K] with their ids, whose number divides T: these rows are added too.
         norm: NO_NORM, RMS_NORM or LAYER_NORM, of the sums.
-        norm_weight, norm_bias: [K], of the norm; it needs the weight.
+        norm_weight, norm_bias: [K], of the norm; it needs the weight. Read before the predecessor ends: no kernel of
+            ours in the same run may write them.
         eps: Added to the mean square that the norm divides by; of a layer norm, to the variance.
         together: Whether several rows share a program, see ``row_pieces``; None: where that is faster.
         dependent: Start before the predecessor ends; None: where the device can.

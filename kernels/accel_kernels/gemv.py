@@ -22,7 +22,7 @@ from accel_kernels.tiles import (
     NO_NORM,
     NORMS,
     let_successor_start,
-    line_ahead,
+    load_or_zeros,
     matrix_line,
     normalized,
     row_statistics,
@@ -90,11 +90,11 @@ def gemv_kernel(
     now = tl.load(rows + k[None], mask=inside & (k < K)[None], other=0.0)
     if GATED:
         up = tl.load(rows + STRIPE * K + k[None], mask=inside & (k < K)[None], other=0.0)
-    line = line_ahead(bias, n, N, HAS_BIAS)
-    up_line = line_ahead(bias, N + n, 2 * N, HAS_BIAS and GATED)
+    bias_line = load_or_zeros(bias, n, N, HAS_BIAS)  # ahead: memory takes as long as many products do
+    up_bias_line = load_or_zeros(bias, N + n, 2 * N, HAS_BIAS and GATED)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
-    added = line_ahead(residual, n, N, HAS_RESIDUAL)
+    added = load_or_zeros(residual, n, N, HAS_RESIDUAL)
     mean = 0.0
     scale = 1.0
     if NORM != 0:
@@ -112,7 +112,7 @@ def gemv_kernel(
         if GATED:
             up = tl.load(rows + STRIPE * K + at[None], mask=inside & (at < K)[None], other=0.0)
             total_up += tl.sum(up.to(tl.float32) * piece[None], 1)
-    store_line(total, total_up, line, up_line, added, out, n, N, GATED, ACTIVATION)
+    store_line(total, total_up, bias_line, up_bias_line, added, out, n, N, GATED, ACTIVATION)
 
 
 def gemv(
@@ -140,8 +140,8 @@ def gemv(
         out: [N], written; may be ``residual``.
         norm: NO_NORM, RMS_NORM or LAYER_NORM of x before the product.
         norm_weight, norm_bias: [K].
-        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no kernel
-            may just have written it.
+        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no
+            kernel of ours in the same run may write it.
         residual: [N], added last.
         stripe: Divides N; None: N.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION; gated: of the gate.

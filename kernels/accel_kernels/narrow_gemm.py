@@ -22,7 +22,7 @@ from accel_kernels.tiles import (
     NO_ACTIVATION,
     finish,
     let_successor_start,
-    line_ahead,
+    load_or_zeros,
     matrix_line,
     operand,
     wait_for_predecessor,
@@ -83,11 +83,11 @@ class NarrowTile:
 
 @triton.jit
 def _store(
-    total, up, line, up_line, residual, out, n, m, M, N,
+    total, up, bias_line, up_bias_line, residual, out, n, m, M, N,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    total += line.to(tl.float32)[:, None]
-    up += up_line.to(tl.float32)[:, None]
+    total += bias_line.to(tl.float32)[:, None]
+    up += up_bias_line.to(tl.float32)[:, None]
     total = finish(total, up, ACTIVATION, GATED)
     cells = m.to(tl.int64)[None] * N + n[:, None]
     inside = (n < N)[:, None] & (m < M)[None]
@@ -119,8 +119,8 @@ def narrow_gemm_kernel(
     first = tl.load(rows + now[None], mask=real & (now < stop)[None], other=0.0)
     if GATED:
         first_up = tl.load(rows + STRIPE * K + now[None], mask=real & (now < stop)[None], other=0.0)
-    line = line_ahead(bias, n, N, HAS_BIAS)
-    up_line = line_ahead(bias, N + n, 2 * N, HAS_BIAS and GATED)
+    bias_line = load_or_zeros(bias, n, N, HAS_BIAS)  # ahead: memory takes as long as many products do
+    up_bias_line = load_or_zeros(bias, N + n, 2 * N, HAS_BIAS and GATED)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     tile = tl.load(lines + now[:, None], mask=(now < stop)[:, None] & (m < M)[None], other=0.0)
@@ -137,7 +137,7 @@ def narrow_gemm_kernel(
             other = tl.load(rows + STRIPE * K + now[None], mask=real & (now < stop)[None], other=0.0)
             up = tl.dot(operand(other), tile, up)
     if SPLITS == 1:
-        _store(total, up, line, up_line, residual, out, n, m, M, N, GATED, ACTIVATION, HAS_RESIDUAL)
+        _store(total, up, bias_line, up_bias_line, residual, out, n, m, M, N, GATED, ACTIVATION, HAS_RESIDUAL)
     else:  # whoever reads the parts adds them up
         cells = (split * M + m).to(tl.int64)[None] * N + n[:, None]
         tl.store(out + cells, total, mask=real & (m < M)[None])
@@ -163,8 +163,8 @@ def narrow_gemm(
         weight: [N, K]; gated: [2N, K], ``stripe`` rows of the gate, as many of the other matrix, and so on.
         out: [M, N], written; with ``tile.splits`` > 1 float32 [splits, M, N], parts that the reader adds up: there
             is no place for a bias, a residual or an activation then.
-        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no kernel
-            may just have written it.
+        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no
+            kernel of ours in the same run may write it.
         residual: [M, N], added last; may be ``out``.
         stripe: Divides N; None: N.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION; gated: of the gate.

@@ -97,7 +97,7 @@ def norm(
 
     Args:
         x: [T, K].
-        weight, bias: [K].
+        weight, bias: [K]; read before the predecessor ends: no kernel of ours in the same run may write them.
         out: [T, K], written.
         kind: RMS_NORM or LAYER_NORM.
         residual: [T, K], or [P, T, K]: parts to be added up.
@@ -113,7 +113,7 @@ def norm(
     options = row_options(rows, size, together)
     norm_kernel[(triton.cdiv(rows, options["ROWS"]),)](
         x, residual, stream, out, weight, bias, rows, eps,
-        K=size, NORM=kind, PARTS=0 if residual is None else residual.numel() // x.numel(),
+        K=size, NORM=kind, PARTS=0 if residual is None else len(residual) if residual.ndim == 3 else 1,
         HAS_STREAM=stream is not None, HAS_BIAS=bias is not None, **options,
         **launch_options(x.device, dependent, 4),
     )  # fmt: skip

@@ -22,7 +22,7 @@ from accel_kernels.tiles import (
     NO_ACTIVATION,
     finish,
     let_successor_start,
-    line_ahead,
+    load_or_zeros,
     matrix_line,
     operand,
     unpacked,
@@ -110,14 +110,14 @@ def _load(rows, factors, w, g, inside, width, groups):
 
 @triton.jit
 def _store(
-    total, other, out, column, other_column, residual, n, m, split, M, N,
+    total, other, out, bias_line, up_bias_line, residual, n, m, split, M, N,
     SPLITS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    column = column.to(tl.float32)
+    bias_line = bias_line.to(tl.float32)
     if SPLITS > 1:  # the first part has it
-        column *= (split == 0).to(tl.float32)
-    total += column[:, None]
-    other += other_column.to(tl.float32)[:, None]
+        bias_line *= (split == 0).to(tl.float32)
+    total += bias_line[:, None]
+    other += up_bias_line.to(tl.float32)[:, None]
     total = finish(total, other, ACTIVATION, GATED)
     cells = (split * M + m).to(tl.int64)[None] * N + n[:, None]
     inside = (n < N)[:, None] & (m < M)[None]
@@ -155,8 +155,8 @@ def quantized_gemm_kernel(
     words, factor = _load(rows, factors, at, share, real, width, groups)
     if GATED:
         up_words, up_factor = _load(rows + STRIPE * width, factors + STRIPE * groups, at, share, real, width, groups)
-    column = line_ahead(bias, n, N, HAS_BIAS)
-    other_column = line_ahead(bias, N + n, 2 * N, HAS_BIAS and GATED)
+    bias_line = load_or_zeros(bias, n, N, HAS_BIAS)  # ahead: memory takes as long as many products do
+    up_bias_line = load_or_zeros(bias, N + n, 2 * N, HAS_BIAS and GATED)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     tile = operand(tl.load(lines + now[:, None], mask=(now < K)[:, None] & (m < M)[None], other=0.0))
@@ -175,7 +175,7 @@ def quantized_gemm_kernel(
             words, factor = _load(rows + STRIPE * width, factors + STRIPE * groups, at, share, real, width, groups)
             other = tl.dot(_dequantized(words, factor, BITS, SHARES, TYPE), tile, other)
     _store(
-        total, other, out, column, other_column, residual, n, m, split, M, N, SPLITS, HAS_RESIDUAL, GATED, ACTIVATION
+        total, other, out, bias_line, up_bias_line, residual, n, m, split, M, N, SPLITS, HAS_RESIDUAL, GATED, ACTIVATION
     )  # fmt: skip
 
 
@@ -202,8 +202,8 @@ def quantized_gemm(
         out: [M, N], written; may be ``residual``. With ``tile.splits`` > 1 float32 [splits, M, N], parts that the
             reader adds up: there is no gate, residual or activation then.
         bits: 4 or 8.
-        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no kernel
-            may just have written it.
+        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no
+            kernel of ours in the same run may write it.
         residual: [M, N], added last.
         stripe: Divides N; None: N.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION; gated: of the gate.

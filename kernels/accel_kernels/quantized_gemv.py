@@ -21,7 +21,7 @@ from accel_kernels.tiles import (
     ACTIVATIONS,
     NO_ACTIVATION,
     let_successor_start,
-    line_ahead,
+    load_or_zeros,
     matrix_line,
     store_line,
     wait_for_predecessor,
@@ -166,8 +166,8 @@ def quantized_gemv_kernel(
     words, factor = _load(rows, factors, w, mask, SHARE)
     if GATED:
         up_words, up_factor = _load(rows + STRIPE * width, factors + STRIPE * (width // SHARE), w, mask, SHARE)
-    bias_line = line_ahead(bias, n, N, HAS_BIAS)
-    up_line = line_ahead(bias, N + n, 2 * N, HAS_BIAS and GATED)
+    bias_line = load_or_zeros(bias, n, N, HAS_BIAS)  # ahead: memory takes as long as many products do
+    up_bias_line = load_or_zeros(bias, N + n, 2 * N, HAS_BIAS and GATED)
     let_successor_start(DEPENDENT)
     wait_for_predecessor(DEPENDENT)
     p0, p1, p2, p3 = _pairs(x, w, width, BITS)
@@ -184,8 +184,8 @@ def quantized_gemv_kernel(
         if GATED:
             words, factor = _load(rows + STRIPE * width, factors + STRIPE * (width // SHARE), at, mask, SHARE)
             total_up += _product(words, factor, x, at, width, p0, p1, p2, p3, BITS)
-    added = line_ahead(residual, n, N, HAS_RESIDUAL)  # not before: it would delay what the products wait for
-    store_line(total, total_up, bias_line, up_line, added, out, n, N, GATED, ACTIVATION)
+    added = load_or_zeros(residual, n, N, HAS_RESIDUAL)  # not before: it would delay what the products wait for
+    store_line(total, total_up, bias_line, up_bias_line, added, out, n, N, GATED, ACTIVATION)
 
 
 def quantized_gemv(
@@ -210,8 +210,8 @@ def quantized_gemv(
         weight, scales: As ``pack`` returns them for [N, K]; gated: [2N, K] in stripes.
         out: [N], written; may be ``residual``.
         bits: 4 or 8.
-        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no kernel
-            may just have written it.
+        bias: [N]; gated: [2N], the gate's first. Like the weights it is read before the predecessor ends: no
+            kernel of ours in the same run may write it.
         residual: [N], added last.
         stripe: Divides N; None: N.
         activation: SILU, GELU_ERF, GELU_TANH or NO_ACTIVATION; gated: of the gate.

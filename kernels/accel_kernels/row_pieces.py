@@ -1,7 +1,8 @@
 """Rows in pieces: tuples of [ROWS, PIECE], where PIECE is a power of two and a row's size need not be one.
 
-Where rows are many and short a program takes several, each warp one: sums over a row need no barrier then, nothing of
-a row is padding, and memory is always asked for the next one. A few rows, or long ones, get a program each.
+Where rows are many and short a program takes several, each warp one: sums over a row of a multiple of four elements
+need no barrier then, at most PIECE - 1 elements are padding, and memory is always asked for the next rows. A few rows,
+or long ones, get a program each.
 """
 
 # Triton's tuples can be added, not unpacked, and grow.
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from accel_kernels.device import next_power_of_2
 
-MANY = 2048  # rows from which several share a program
+_MANY = 2048  # rows from which several share a program
 _SHORT = 1024  # elements up to which a warp's registers hold a row, and what is added to it, and others besides
 _REGISTERS = 64  # of a thread where a program has one such row
 _TOGETHER, _PIECE = 4, 128  # rows of a program of four warps; elements that one warp reads at once
@@ -27,7 +28,7 @@ def row_options(rows: int, size: int, together: bool | None = None) -> dict[str,
     Args:
         together: Whether several rows share a program; None: where that is faster.
     """
-    together = rows >= MANY and size <= _SHORT if together is None else together
+    together = rows >= _MANY and size <= _SHORT if together is None else together
     longest = next_power_of_2(size)
     if together:
         return {"ROWS": _TOGETHER, "PIECE": min(_PIECE, longest)}
@@ -121,4 +122,4 @@ def normalize_pieces(pieces, K: tl.constexpr, PIECE: tl.constexpr, eps, NORM: tl
     return normal
 
 
-__all__ = ["MANY", "add_pieces", "load_pieces", "multiply_pieces", "normalize_pieces", "row_options", "store_pieces"]
+__all__ = ["add_pieces", "load_pieces", "multiply_pieces", "normalize_pieces", "row_options", "store_pieces"]

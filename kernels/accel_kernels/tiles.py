@@ -18,7 +18,9 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def wait_for_predecessor(DEPENDENT: tl.constexpr):
-    """What stands before this reads nothing that the kernel before may write."""
+    """What stands before this reads nothing that a kernel of the same run writes: each lets its successor start before
+    it waits itself, so that several may still be under way.
+    """
     if DEPENDENT:
         cuda.gdc_wait()
 
@@ -169,22 +171,20 @@ def finish(total, up, KIND: tl.constexpr, GATED: tl.constexpr, ROUNDED: tl.const
 
 
 @triton.jit
-def line_ahead(line, n, end, WANTED: tl.constexpr):
-    """Elements n of a bias or the like, which a kernel asks for long before it needs them: memory takes as long as
-    many products do. Zeros from ``end`` on, or if there is none.
-    """
+def load_or_zeros(vector, n, end, WANTED: tl.constexpr):
+    """Elements n of a bias or residual, as they are; zeros from ``end`` on, and everywhere if there is no vector."""
     if WANTED:
-        return tl.load(line + n, mask=n < end, other=0.0)
+        return tl.load(vector + n, mask=n < end, other=0.0)
     else:
         return tl.zeros(n.shape, tl.float32)
 
 
 @triton.jit
 def store_line(
-    total, up, line, up_line, added, out, n, N, GATED: tl.constexpr, ACTIVATION: tl.constexpr
+    total, up, bias_line, up_bias_line, added, out, n, N, GATED: tl.constexpr, ACTIVATION: tl.constexpr
 ):  # fmt: skip
-    """Writes one row's outputs n: act(total + line) (* (up + up_line), gated) + added."""
-    total = finish(total + line.to(tl.float32), up + up_line.to(tl.float32), ACTIVATION, GATED)
+    """Writes one row's outputs n: act(total + bias_line) (* (up + up_bias_line), gated) + added."""
+    total = finish(total + bias_line.to(tl.float32), up + up_bias_line.to(tl.float32), ACTIVATION, GATED)
     total += added.to(tl.float32)
     tl.store(out + n, total.to(out.dtype.element_ty), mask=n < N)
 

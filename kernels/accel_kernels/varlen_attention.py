@@ -136,11 +136,10 @@ def reference(
 
 
 @triton.jit
-def _span(starts, stops, row, CACHED: tl.constexpr, DEPENDENT: tl.constexpr):
-    """A row's first token, and how many it has, asked for while the predecessor runs unless that may have moved them:
-    an encoder's come with its inputs.
+def _wait_and_span(starts, stops, row, CACHED: tl.constexpr, DEPENDENT: tl.constexpr):
+    """Waits for the predecessor; a row's first token, and how many it has. An encoder's come with its inputs, so they
+    are asked for before.
     """
-    let_successor_start(DEPENDENT)
     if CACHED:
         wait_for_predecessor(DEPENDENT)
     first = tl.load(starts + row)
@@ -165,7 +164,8 @@ def varlen_attention_kernel(
     block = tl.program_id(0)
     head = tl.program_id(1)
     row = from_the_end(2)
-    first, length = _span(starts, stops, row, CACHED, DEPENDENT)
+    let_successor_start(DEPENDENT)
+    first, length = _wait_and_span(starts, stops, row, CACHED, DEPENDENT)
     if block * BLOCK_M >= tl.maximum(length, room):
         return
     past = 0
@@ -238,7 +238,7 @@ def varlen_attention(
             In the queries' type; caches also in int8 or float8_e4m3fn, with scales.
         out: [T, H * D], written where a row has tokens.
         starts, stops: int32 [B], each row's first token and the one behind its last. Without a cache they are read
-            before the predecessor ends: no kernel may just have written them.
+            before the predecessor ends: no kernel of ours in the same run may write them.
         longest: At least the most tokens of a row.
         past_lengths: int32 [B], positions before the row's first query; its keys are in the cache already.
         causal: A query sees no later position than its own.

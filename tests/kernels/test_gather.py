@@ -23,13 +23,14 @@ def test_agrees_with_the_reference(make: Maker, ids_type: str, size: int, togeth
         assert room[5:].isnan().all(), "rows behind the end were written"
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("turns", [1, 3])
-def test_rows_on_top_of_others(make: Maker, turns: int) -> None:
+def test_rows_on_top_of_others(make: Maker, turns: int, together: bool) -> None:
     """The ids are used over and over."""
     table, ids = make.normal(50, 24), make.ints(3, 49, 0, 3)
     added = make.normal(4 * turns, 24, dtype=torch.float32)
     expected = reference(table, ids, added.clone())
-    assert gather(table, ids, added, added=added) is added
+    assert gather(table, ids, added, added=added, together=together) is added
     assert_close(added, expected, 1e-7)
 
 
@@ -51,18 +52,19 @@ def test_rows_of_several_tables(make: Maker, with_added: bool, together: bool) -
         assert_close(out, reference(word, ids, added, **also), 1e-6)
 
 
+@pytest.mark.parametrize("size", [24, 300])
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", [RMS_NORM, LAYER_NORM])
-def test_normalizes_what_it_adds_up(make: Maker, kind: int, together: bool) -> None:
+def test_normalizes_what_it_adds_up(make: Maker, kind: int, together: bool, size: int) -> None:
     """Nothing is rounded before: that would show in float32."""
-    word, position, segment = make.normal(50, 24), make.normal(9, 24), make.normal(2, 24)
+    word, position, segment = make.normal(50, size), make.normal(9, size), make.normal(2, size)
     ids, second, third = make.ints(3, 49, 0, 3, 7, 1), (position, make.ints(4, 5, 8)), (segment, make.ints(0, 1))
-    by = {"norm": kind, "norm_weight": make.normal(24), "norm_bias": make.normal(24), "eps": 0.1}
-    added = make.normal(6, 24, dtype=torch.float32)
+    by = {"norm": kind, "norm_weight": make.normal(size), "norm_bias": make.normal(size), "eps": 0.1}
+    added = make.normal(6, size, dtype=torch.float32)
     for sums in ({}, {"second": second}, {"second": second, "third": third}, {"added": added, "second": second}):
         for options in (sums | by, sums | by | {"norm_bias": None}):
             for dtype, limit in ((torch.float32, 1e-5), (make.dtype, TOLERANCES[make.dtype])):
-                out = make.poison(6, 24, dtype=dtype)
+                out = make.poison(6, size, dtype=dtype)
                 gather(word, ids, out, together=together, **options)
                 assert_close(out, reference(word, ids, **options), limit)
 

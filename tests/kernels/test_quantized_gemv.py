@@ -35,6 +35,7 @@ def test_gate_and_other_alternate_in_stripes(device: Any, bits: int, stripe: int
     x, out = make.normal(192), make.poison(36)
     words, scales = pack(make.normal(72, 192), bits, 32)
     options: dict[str, Any] = {"bits": bits, "gated": True, "stripe": stripe, "activation": SILU}
+    options |= {"bias": make.normal(72), "residual": make.normal(36)}
     quantized_gemv(x, words, scales, out, tile=TILE, **options)
     assert_close(out, reference(x, words, scales, **options), TOLERANCES[torch.float16])
 
