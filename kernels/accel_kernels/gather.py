@@ -68,7 +68,7 @@ def _lines(ids, row, T, PERIOD, K: tl.constexpr):
     return tl.load(ids + row % PERIOD, mask=row < T, other=0).to(tl.int64)[:, None] * K
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T"])  # which asks only where rows end: one kernel for all
 def gather_kernel(
     table, ids, added, second, second_ids, third, third_ids, norm_weight, norm_bias, out, T, eps, PERIOD,
     SECOND_PERIOD, THIRD_PERIOD, K: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr, HAS_ADDED: tl.constexpr,

@@ -63,7 +63,7 @@ def test_many_short_rows_share_programs(rows: int, size: int, together: bool) ->
 
 @pytest.mark.parametrize("kernel", ["norm", "gather"])
 def test_one_row_is_a_number_with_a_type(kernel: str) -> None:
-    """Triton would make a constant of 1, which has no ``to``; the interpreter never does."""
+    """Triton would make a constant of 1, which has no ``to``, and a kernel of its own; the interpreter never does."""
     find = "next(each for each in made.params if each.name == 'T')"
     code = f"from accel_kernels.{kernel} import {kernel}_kernel as made; assert {find}.do_not_specialize"
     root = Path(__file__).resolve().parents[2] / "kernels"
