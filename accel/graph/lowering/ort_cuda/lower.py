@@ -17,6 +17,7 @@ from accel.graph.lowering.ort_cuda.quantized import lower_quantized
 from accel.graph.lowering.tensorrt.precision import ISLANDS, PRODUCTS, set_precision
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
+from accel.graph.lowering.wanted_rows import choose_tokens_early
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
 from accel.spec import ArchSpec
@@ -62,6 +63,7 @@ def lower(
     reports += run_passes(
         lowered,
         (
+            ("tokens", choose_tokens_early),
             ("quantized", lower_quantized),
             ("linear", lower_linear),
             ("bias_gelu", fuse_bias_gelu),

@@ -17,6 +17,7 @@ from accel.graph.lowering.tensorrt.precision import set_precision
 from accel.graph.lowering.tensorrt.quantized import lower_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
+from accel.graph.lowering.wanted_rows import choose_tokens_early
 from accel.graph.pipeline import Pass, run_passes
 from accel.manifest import PassReport
 from accel.scheme import Scheme
@@ -63,6 +64,7 @@ def lower(
     reports += run_passes(
         lowered,
         (
+            ("tokens", choose_tokens_early),
             ("unit_batch", drop_unit_batch if decoder else _nothing),
             *_quantized(lowered, scheme, static_scales),
             ("linear", lower_linear),
