@@ -82,7 +82,8 @@ def test_fp32_has_no_casts_and_keeps_the_weights() -> None:
     model, reports = lower(source, ARCH, 32)
     assert not any(node.op_type == "Cast" for node in model.graph)
     assert {"g", "w"} <= set(model.graph.initializers)
-    assert [report.name for report in reports] == ["attention", "tokens", "unit_batch", "linear", "columns", "clean", "precision"]
+    names = ["attention", "tokens", "unit_batch", "linear", "columns", "clean", "precision"]
+    assert [report.name for report in reports] == names
     assert {node.domain for node in source.graph} == {"", "accel"}, "the canonical graph stays as it is"
 
 
