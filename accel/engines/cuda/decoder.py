@@ -14,7 +14,7 @@ from accel.engines.cuda.attention import CachedAttention, StepTensors
 from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
-from accel.engines.cuda.operator_times import PhaseTimes, time_operators
+from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
 from accel.engines.cuda.program import load_program
 from accel.engines.cuda.staging import DecodePlace, PackedPlace
@@ -154,12 +154,13 @@ class CudaDecoderSession:
             index = torch.arange(rows * prompt, dtype=torch.int32, device=place)
             slots, starts = index % prompt, torch.arange(rows, dtype=torch.int32, device=place) * prompt
             step = StepTensors(zeros, starts, starts + prompt, index // prompt, slots, prompt)
-            feeds = {"input_ids": torch.ones_like(slots, dtype=torch.int64), "position_ids": slots.long()}
+            ids = drawn_tokens((rows * prompt,), self.vocab_size, self._device)
+            feeds = {"input_ids": ids, "position_ids": slots.long()}
             last = (starts + prompt - 1).long()
             mean, name = (prompt + 1) / 2, f"prompt {rows}x{prompt}"
             first = time_operators(name, self._executor, self._device, feeds, step, mean, last)
             lengths = zeros + past
-            feeds = {"input_ids": torch.ones_like(lengths, dtype=torch.int64), "position_ids": lengths.long()}
+            feeds = {"input_ids": ids[:rows], "position_ids": lengths.long()}
             step = StepTensors(lengths, long_past=past >= SHORT_PAST)
             name = f"token, batch {rows}"
             return first, time_operators(name, self._executor, self._device, feeds, step, past + 1)

@@ -14,7 +14,7 @@ from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
-from accel.engines.cuda.operator_times import PhaseTimes, time_operators
+from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
 from accel.engines.cuda.program import load_program
 from accel.engines.cuda.replay import Replay
@@ -52,7 +52,7 @@ class CudaEncoderSession:
         self, path: Path, arch: ArchSpec, variant: str, device: Device, dtype: torch.dtype, kept: Path | None = None
     ) -> None:
         self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
-        self._device, self._longest = device, arch.max_positions
+        self._device, self._longest, self._vocab_size = device, arch.max_positions, arch.vocab_size
         with translated_errors("loading"):
             program = load_program(path, device.torch, dtype)
             self._inputs = [value.name or "" for value in program.inputs]
@@ -92,6 +92,7 @@ class CudaEncoderSession:
         self._lifetime.check()
         place = self._device.torch
         feeds = {name: torch.ones(rows, width, dtype=torch.int64, device=place) for name in self._inputs}
+        feeds["input_ids"] = drawn_tokens((rows, width), self._vocab_size, self._device)
         if "token_type_ids" in feeds:
             feeds["token_type_ids"].zero_()
         starts = torch.arange(rows, dtype=torch.int32, device=place) * width

@@ -94,6 +94,14 @@ def time_operators(
     return PhaseTimes(name, _seconds(lambda: executor.run(feeds, step, wanted), device), tuple(operators))
 
 
+def drawn_tokens(shape: tuple[int, ...], vocab_size: int, device: Device) -> torch.Tensor:
+    """Ids, int64, the same in every call. Where all are alike, so are rows that are multiplied, and a GPU at its power
+    limit multiplies such rows faster.
+    """
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab_size, shape, generator=generator).to(device.torch)
+
+
 def _computes(values: Values, result: object, device: Device) -> bool:
     """Whether anything runs on the device: shapes are the host's, and other views of a tensor cost nothing."""
     if not isinstance(result, torch.Tensor):
@@ -180,4 +188,4 @@ def _seconds(run: Callable[[], object], device: Device) -> float:
         return float(start_event.elapsed_time(stop)) / 1e3 / _REPLAYS
 
 
-__all__ = ["OperatorTime", "PhaseTimes", "time_operators"]
+__all__ = ["OperatorTime", "PhaseTimes", "drawn_tokens", "time_operators"]

@@ -99,14 +99,12 @@ def _choose(graph: ir.Graph, value: ir.Value, choice: ir.Node, readers: set[ir.N
     """Lets the readers have the chosen tokens of a value."""
     made = ir.node("Gather", [value, choice.inputs[1]], {"axis": 1})
     made.outputs[0].type, made.outputs[0].shape = value.type, _chosen_shape(value, choice)
-    maker = value.producer()
-    if maker is None:
-        graph.insert_before(next(iter(graph)), made)
-    else:
-        graph.insert_after(maker, made)
-    for use in list(value.uses()):
-        if use.node in readers:
-            use.node.replace_input_with(use.idx, made.outputs[0])
+    reading = [use for use in value.uses() if use.node in readers]
+    # Late: on our own engine the norm that reads the value too adds it up on the way.
+    first = next(node for node in graph if any(use.node is node for use in reading))
+    graph.insert_before(first, made)
+    for use in reading:
+        use.node.replace_input_with(use.idx, made.outputs[0])
 
 
 def _chosen_shape(value: ir.Value, choice: ir.Node) -> ir.Shape:

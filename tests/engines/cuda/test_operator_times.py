@@ -14,6 +14,7 @@ from accel.engines.cuda import values
 from accel.engines.cuda.decoder import CudaDecoderSession
 from accel.engines.cuda.device import INTERPRETED, open_device
 from accel.engines.cuda.encoder import CudaEncoderSession
+from accel.engines.cuda.executor import Executor
 from accel.engines.kv_cache import CacheShape
 from accel.graph.external import write_external
 from accel.graph.lowering.cuda import lower
@@ -55,6 +56,28 @@ def test_decoder(tiny_decoder_bundle: Path, tmp_path: Path) -> None:
     cache = 2 * arch.layers[0].kv_heads * arch.layers[0].head_dim * 4 * 21
     assert next(o for o in token.operators if o.name == "CachedAttention").bytes >= layers * cache
     session.close()
+
+
+def test_tokens_differ_as_in_requests(
+    tiny_decoder_bundle: Path, minilm_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU at its power limit multiplies rows faster that are alike."""
+    fed: list[dict[str, torch.Tensor]] = []
+    run = Executor.trace
+    seen = lambda owner, feeds, *more: fed.append(dict(feeds)) or run(owner, feeds, *more)  # noqa: E731
+    monkeypatch.setattr(Executor, "trace", seen)
+    for folder in (tiny_decoder_bundle, minilm_bundle):
+        (tmp_path / folder.name).mkdir()
+        path, arch = lowered(folder, tmp_path / folder.name)
+        if arch.kind == "decoder":
+            decoder = CudaDecoderSession(path, arch, "fp32", CacheShape(2, 48), open_device(), torch.float32)
+            decoder.operator_times(rows=2, prompt=4, past=6)
+        else:
+            CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32).operator_times(rows=2, width=4)
+        assert all(feeds["input_ids"].min() >= 0 and feeds["input_ids"].max() < arch.vocab_size for feeds in fed)
+    prompt, token, forward = (feeds["input_ids"] for feeds in fed)
+    assert [list(ids.shape) for ids in (prompt, token, forward)] == [[8], [2], [2, 4]]
+    assert all(len(ids.unique()) == ids.numel() for ids in (prompt, token, forward)), "drawn with one seed"
 
 
 def test_encoder(minilm_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
