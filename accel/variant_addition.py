@@ -185,8 +185,8 @@ class Addition:
         if same_choice(known, new):
             return known if self.files.others else new, old.quality
         if not self.files.others:
-            if (self.variant, self.target.name) in self.bundle.lost:
-                _log.warning("%s is made otherwise than what was lost: %s", self.variant, difference(known, new))
+            before = "what was lost" if (self.variant, self.target.name) in self.bundle.lost else "it was"
+            _log.warning("%s is made otherwise than %s: %s", self.variant, before, difference(known, new))
             return new, None
         what = "%s for %s has other integers than its graphs for other targets, whose record and figures stay: %s"
         _log.warning(what, self.variant, self.target.title, difference(known, new))

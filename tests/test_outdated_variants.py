@@ -93,7 +93,8 @@ def test_an_outdated_variant_that_cannot_be_made_new(decoder: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr("accel.bundle_extension.TemporarySibling.create", refuse)
-        with pytest.raises(BundleError, match=rf"version 0 of the lowering.*again here: read-only.*{command}"):
+        told = rf"version {VERSION - 1} of the lowering.*again here: read-only.*{command}"
+        with pytest.raises(BundleError, match=told):
             add_variant(decoder, "fp16")
         with pytest.raises(StorageError, match="read-only"):  # one that is not there yet
             add_variant(decoder, "bf16")
@@ -108,3 +109,15 @@ def test_an_outdated_variant_that_cannot_be_made_new(decoder: Path, monkeypatch:
     with pytest.raises(BundleError, match=rf"an older accel.*no graph for target 'canonical'.*{command}"):
         add_variant(decoder, "fp16")
     assert {**content(decoder), "manifest.json": b""} == {**before, "manifest.json": b""}
+
+
+def test_one_that_is_made_anew_with_other_integers_says_so(decoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = {"algorithm": "rtn", "check": False, "measure": False}
+    add_variant(decoder, "w8g32", keep={"*.o_proj.weight": 32}, **plain)
+    target = next(iter(Bundle.open(decoder).variant("w8g32").graphs))
+    say_lowering(decoder, "w8g32", 0, target)
+    add_variant(decoder, "w8g32", keep={"*.o_proj.weight": 32}, **plain)
+    assert "otherwise" not in caplog.text
+    say_lowering(decoder, "w8g32", 0, target)
+    add_variant(decoder, "w8g32", **plain)
+    assert "w8g32 is made otherwise than it was: " in caplog.text

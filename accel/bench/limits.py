@@ -55,7 +55,10 @@ def measure_limits(threads: int) -> Limits:
 
 
 def work_of(manifest: Manifest, batch: int, tokens: int, past: int = 0) -> Work:
-    """Work of a forward over ``tokens`` new tokens per row after ``past`` cached ones; a decoder's head sees one."""
+    """Work of a forward over ``tokens`` new tokens per row after ``past`` cached ones; a decoder's head sees one.
+
+    So does what follows its last attention, which is counted for all: of a prompt, up to 1 / layers too much.
+    """
     head, body = _weights(manifest)
     rows = batch * tokens
     head_rows = batch if manifest.arch.kind == "decoder" else rows

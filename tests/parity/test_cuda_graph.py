@@ -15,7 +15,6 @@ from accel.bundle import Bundle
 from accel.graph.evaluation.sessions import PackedDecoder
 from accel.graph.evaluation.torch_graph import TorchGraph
 from accel.graph.lowering.cuda import lower
-from accel.graph.lowering.wanted_rows import choose_tokens_early
 from accel.graph.save import load_canonical
 from accel.spec import OUTPUT_NAMES, ArchSpec
 from tests.parity.comparison import (
@@ -44,18 +43,6 @@ def lowered(folder: Path, dtype: ir.DataType) -> tuple[ir.Model, ArchSpec]:
     arch = bundle.manifest.arch
     model = load_canonical(bundle.file(bundle.graph("fp32", "canonical").file))
     return lower(model, arch, arch.max_positions, dtype)[0], arch
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_a_last_layer_is_for_the_wanted_tokens(name: str, bundle_of: BundleOf) -> None:
-    bundle = Bundle.open(bundle_of(name))
-    model = load_canonical(bundle.file(bundle.graph("fp32", "canonical").file))
-    nodes = list(model.graph)
-    last = max(place for place, node in enumerate(nodes) if node.op_type == "CachedAttention")
-    products = [node for node in nodes[last:] if node.op_type == "Linear"]
-    assert len(products) >= 4, "behind attention, two of a feed-forward, and the head"
-    assert choose_tokens_early(model) >= len(products)
-    assert all(node.outputs[0].shape[1] == "R" for node in products)  # type: ignore[index]
 
 
 def decode(model: ir.Model, arch: ArchSpec, dtype: ir.DataType, course: str) -> list[NDArray[np.float32]]:

@@ -20,6 +20,7 @@ _LINEARS = ("Linear", "GatedLinear")
 # Operators whose operands but the first say a shape, axes or ranges: these stay on the host.
 _SHAPED = {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Split", "ReduceMean", "ReduceSum", "CumSum"}
 _HOST = {"Shape", "Range"}
+CHOICE = "logits_positions"  # the graph's input by which a Gather chooses tokens
 Values = dict[ir.Value, object]
 
 
@@ -252,9 +253,9 @@ class _Run:
         """Rows of an embedding, or the tokens whose logits are wanted."""
         source, index = node.inputs
         assert source is not None and index is not None
-        if index.name == "logits_positions" and self._wanted is None:
+        if index.name == CHOICE and self._wanted is None:
             return self._values[source]  # type: ignore[return-value]
-        if index.name == "logits_positions":
+        if index.name == CHOICE:
             assert self._wanted is not None
             return self._tensor(source).index_select(node.attributes.get_int("axis", 0) or 0, self._wanted)
         table = self._values[source]
@@ -386,4 +387,4 @@ def _shape(node: ir.Node, x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(list(x.shape)[start:end], dtype=torch.int64)
 
 
-__all__ = ["Executor", "TracedRun", "Values"]
+__all__ = ["CHOICE", "Executor", "TracedRun", "Values"]

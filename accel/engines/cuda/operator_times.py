@@ -15,7 +15,7 @@ import torch
 
 from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.device import Device
-from accel.engines.cuda.executor import Executor, TracedRun, Values
+from accel.engines.cuda.executor import CHOICE, Executor, TracedRun, Values
 from accel.engines.cuda.products import rows_of
 from accel.engines.cuda.program import Matrix, Program
 from accel.engines.cuda.values import Normed, Product, Rows, Sum
@@ -79,7 +79,8 @@ def time_operators(
     by_matrix = {id(matrix): node for node, matrix in executor.program.matrices.items()}
     kinds: dict[str, _Kind] = {}
     for node, values, result in traced.nodes:
-        if isinstance(result, Product | Normed | Rows) or not _computes(values, result, device):
+        waits = isinstance(result, Product | Normed | Rows)
+        if waits or _hands_on(node, wanted) or not _computes(values, result, device):
             continue  # whoever reads it computes it, or nobody does
         kind = kinds.setdefault(_title(node, values, executor.program, by_matrix), _Kind())
         kind.runs.append(_again(traced, node, values))
@@ -95,11 +96,17 @@ def time_operators(
 
 
 def drawn_tokens(shape: tuple[int, ...], vocab_size: int, device: Device) -> torch.Tensor:
-    """Ids, int64, the same in every call. Where all are alike, so are rows that are multiplied, and a GPU at its power
-    limit multiplies such rows faster.
+    """Ids in [0, vocab_size), int64, on the device; the same in every call.
+
+    Where all are alike, so are rows that are multiplied, and a GPU at its power limit may multiply such rows faster.
     """
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, shape, generator=generator).to(device.torch)
+
+
+def _hands_on(node: ir.Node, wanted: torch.Tensor | None) -> bool:
+    """Whether it chooses tokens where each one's logits are wanted: nothing runs."""
+    return wanted is None and any(value is not None and value.name == CHOICE for value in node.inputs)
 
 
 def _computes(values: Values, result: object, device: Device) -> bool:

@@ -61,7 +61,7 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderS
 
     Raises:
         CapacityError: Weights and cache do not fit; says what does.
-        EngineUnavailableError: The graph was lowered by another version of accel, or its files are damaged.
+        EngineUnavailableError: Its files are damaged.
     """
     import torch
 

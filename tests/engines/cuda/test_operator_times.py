@@ -71,7 +71,9 @@ def test_tokens_differ_as_in_requests(
         path, arch = lowered(folder, tmp_path / folder.name)
         if arch.kind == "decoder":
             decoder = CudaDecoderSession(path, arch, "fp32", CacheShape(2, 48), open_device(), torch.float32)
-            decoder.operator_times(rows=2, prompt=4, past=6)
+            phases = decoder.operator_times(rows=2, prompt=4, past=6)
+            gathers = [[o.count for o in phase.operators if o.name == "Gather"] for phase in phases]
+            assert gathers == [[2], []], "of a prompt, the last layer's two; a decode step hands them on"
         else:
             CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32).operator_times(rows=2, width=4)
         assert all(feeds["input_ids"].min() >= 0 and feeds["input_ids"].max() < arch.vocab_size for feeds in fed)

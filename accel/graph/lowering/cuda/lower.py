@@ -12,7 +12,7 @@ from accel.graph.lowering.cuda.weights import lower_weights
 from accel.graph.lowering.fused_linear import DOMAIN, drop_row_reshapes, fuse_activations, fuse_gates, lower_linear
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
-from accel.graph.lowering.wanted_rows import choose_tokens_early
+from accel.graph.lowering.wanted_tokens import choose_tokens_early
 from accel.graph.pipeline import run_passes
 from accel.kv_quantization import KvQuantization
 from accel.manifest import PassReport

@@ -24,7 +24,7 @@ from accel.graph.lowering.ort_cpu.quantized import DOMAIN as QUANTIZED
 from accel.graph.lowering.ort_cpu.quantized import fuse_residuals, lower_quantized, mark_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
-from accel.graph.lowering.wanted_rows import choose_tokens_early
+from accel.graph.lowering.wanted_tokens import choose_tokens_early
 from accel.graph.pipeline import run_passes
 from accel.kv_quantization import KvQuantization
 from accel.manifest import PassReport

@@ -17,7 +17,7 @@ from accel.graph.lowering.ort_cuda.quantized import lower_quantized
 from accel.graph.lowering.tensorrt.precision import ISLANDS, PRODUCTS, set_precision
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
-from accel.graph.lowering.wanted_rows import choose_tokens_early
+from accel.graph.lowering.wanted_tokens import choose_tokens_early
 from accel.graph.pipeline import run_passes
 from accel.manifest import PassReport
 from accel.spec import ArchSpec

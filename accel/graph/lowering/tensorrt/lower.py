@@ -17,7 +17,7 @@ from accel.graph.lowering.tensorrt.precision import set_precision
 from accel.graph.lowering.tensorrt.quantized import lower_quantized
 from accel.graph.lowering.unit_batch import drop_unit_batch
 from accel.graph.lowering.versions import VERSIONS
-from accel.graph.lowering.wanted_rows import choose_tokens_early
+from accel.graph.lowering.wanted_tokens import choose_tokens_early
 from accel.graph.pipeline import Pass, run_passes
 from accel.manifest import PassReport
 from accel.scheme import Scheme
