@@ -118,7 +118,8 @@ def inspect(options: Namespace) -> int:
     from accel.inspection import inspect as inspect_bundle
     from accel.inspection import render_page, render_text
 
-    inspection = inspect_bundle(Bundle.open(options.bundle, verify=options.verify))
+    bundle = Bundle.open(options.bundle, verify=options.verify)
+    inspection = inspect_bundle(bundle)
     if options.html is not None:
         _write_page(options.html, render_page(inspection))
     if options.json:
@@ -127,6 +128,10 @@ def inspect(options: Namespace) -> int:
         print(render_text(inspection))
     else:
         print(options.html)
+    if options.verify and not options.json:
+        files = bundle.manifest.files
+        read = sum(entry.size for entry in files.values())
+        print(f"Verified: {len(files)} files of {read / 1e6:.1f} MB are what the manifest says", file=sys.stderr)
     return 0
 
 

@@ -329,9 +329,11 @@ def test_the_wrong_kind_of_bundle(minilm_bundle: Path, tiny_decoder_bundle: Path
 
 def test_inspect(tiny_decoder_bundle: Path, tmp_path: Path, capsys: Output) -> None:
     assert run("inspect", tiny_decoder_bundle, "--verify") == 0
-    assert "LlamaForCausalLM" in capsys.readouterr().out
+    printed, files = capsys.readouterr(), len(list(tiny_decoder_bundle.iterdir())) - 1  # the manifest itself
+    assert "LlamaForCausalLM" in printed.out and f"Verified: {files} files of " in printed.err
     assert run("inspect", tiny_decoder_bundle, "--json") == 0
-    assert json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) and "Verified" not in printed.err
     page = tmp_path / "page.html"
     assert run("inspect", tiny_decoder_bundle, "--html", page) == 0
     assert capsys.readouterr().out.strip() == str(page)

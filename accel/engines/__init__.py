@@ -38,6 +38,7 @@ class Request:
         bundle, device, options, strict: Its arguments.
         candidates: The engines that were not tried yet, in order, each with the variant that it is to run.
         named: Whether the caller chose the engine.
+        left_out: Engines that are not candidates for want of a GPU, where the bundle has graphs for them.
     """
 
     bundle: Bundle
@@ -46,6 +47,7 @@ class Request:
     strict: bool
     candidates: tuple[Candidate, ...]
     named: bool
+    left_out: tuple[Fallback, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def open_session(
         check_count("max_batch", options.max_batch)
     known = () if hidden is None else (Fallback("cuda", hidden),)
     left_out = _left_out(bundle) if device == engine == "auto" and not sees_gpu and hidden is None else ()
-    request = Request(bundle, device, options, strict, candidates, engine != "auto")
+    request = Request(bundle, device, options, strict, candidates, engine != "auto", left_out)
     opened = _open_first(request, known)
     return replace(opened, fallbacks=(*left_out, *opened.fallbacks))
 
@@ -201,7 +203,8 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
             break
     if not request.named and not replacing:  # one that broke had found a GPU
         refuse_without_gpu(request.bundle, request.device)
-    raise _unavailable(request, _latest([*old, *news]))
+    absent = () if request.strict or replacing else request.left_out
+    raise _unavailable(request, _latest([*absent, *old, *news]))
 
 
 def _latest(passed_over: list[Fallback]) -> tuple[Fallback, ...]:

@@ -183,6 +183,12 @@ def test_engines_of_an_absent_gpu_are_said(
     opened = open_session(Bundle(bundle.path, added), device="cpu", options=OPTIONS)
     assert opened.fallbacks == ()
     opened.session.close()
+    missing = "tensorrt: the bundle has graphs for it, and there is no NVIDIA GPU here; "
+    with pytest.raises(EngineUnavailableError, match=rf"no engine can run.*\({missing}.*ort-cpu: "):
+        open_session(Bundle(bundle.path, added), variant="fp16", options=OPTIONS)
+    for asked in ({"strict": True}, {"device": "cpu"}, {"engine": "ort-cpu"}):  # none of them would take those engines
+        with pytest.raises(EngineUnavailableError, match=r"can(not)? run this bundle here \(ort-cpu: "):
+            open_session(Bundle(bundle.path, added), variant="fp16", options=OPTIONS, **asked)
 
 
 def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:
