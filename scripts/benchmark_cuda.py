@@ -85,11 +85,13 @@ def prepare(work: Path) -> None:
     for name, (build, task, variants) in wanted.items():
         folder = work / name
         if not folder.exists():
+            print(f"{folder}: exporting", flush=True)
             accel.export(build(), folder, unchecked, task=task, show_progress=False)
         for target, variant in variants:
             integers: dict[str, Any] = {"algorithm": "rtn", "measure": False} if variant.startswith("w") else {}
             if variant.startswith("w4"):
                 integers["head_bits"] = 4
+            print(f"{folder}: {variant} for {target}", flush=True)
             accel.add_variant(folder, variant, target=target, check=False, show_progress=False, **integers)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from accel.bundle import ITEM_BYTES, Bundle
 from accel.engines.kv_cache import ROUNDED_BYTES, bytes_per_token, cache_kind, rounded_cache
-from accel.errors import BundleError, DependencyError
+from accel.errors import BundleError, DependencyError, InputError
 from accel.inspection.graph_file import AttentionNode, GraphFile, StoredTensor, read_graph
 from accel.inspection.report import (
     AttentionLayer,
@@ -23,6 +23,7 @@ from accel.inspection.weights import count_weights
 from accel.inspection.wording import printable
 from accel.manifest import MANIFEST_NAME, GraphEntry
 from accel.schema import to_dict
+from accel.scheme import parse_scheme
 from accel.spec import AttentionSpec
 
 CAPACITIES = (1024, 4096)  # positions; the model's own maximum is added
@@ -83,7 +84,7 @@ class _Collector:
             accel_version=manifest.accel_version,
             schema_version=manifest.schema_version,
             arch=manifest.arch,
-            variants={name: variant.dtype for name, variant in full.variants.items()},
+            variants={name: _matrices(name, variant.dtype) for name, variant in full.variants.items()},
             graphs=tuple(graphs),
             weights=tuple(weights),
             cache=self._cache(),
@@ -197,6 +198,15 @@ class _Collector:
         sizes = ITEM_BYTES | ROUNDED_BYTES
         kinds = ((kind, bytes_per_token(arch, sizes[kind]), names) for kind, names in found.items() if kind in sizes)
         return tuple((kind, token, tuple(names)) for kind, token, names in kinds)
+
+
+def _matrices(variant: str, dtype: str) -> str:
+    """The type of a variant's matrices; of one that a later accel named, the manifest's."""
+    try:
+        bits = parse_scheme(variant).weight_bits
+    except InputError:
+        return dtype
+    return dtype if bits is None else f"int{bits}"
 
 
 def _differences(op: str, attributes: dict[str, int | float], spec: AttentionSpec) -> Iterator[str]:

@@ -174,7 +174,7 @@ class Inspection:
     accel_version: str
     schema_version: int
     arch: ArchSpec
-    variants: dict[str, str]  # name -> dtype
+    variants: dict[str, str]  # name -> type of its matrices, int8 or int4 where they are rounded
     graphs: tuple[GraphReport, ...]
     weights: tuple[WeightReport, ...]
     cache: CacheReport | None

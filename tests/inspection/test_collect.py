@@ -202,3 +202,11 @@ def test_a_real_encoder(minilm_bundle: Path) -> None:
     assert parts["attention"].elements == 6 * 4 * (384 * 384 + 384)
     assert parts["mlp"].elements == 6 * (2 * 384 * 1536 + 1536 + 384)
     assert parts["norm"].elements == 13 * 2 * 384
+
+
+def test_types_of_matrices(tmp_path: Path) -> None:
+    plain = made.manifest().variants["fp32"]
+    names = ("fp32", "fp32+kv4", "w8a8-dyn", "w4g32", "w4g128+kv8", "of a later accel")
+    found = inspect(made.write(tmp_path / "b", variants=dict.fromkeys(names, plain)))
+    types = ("float32", "float32", "int8", "int4", "int4", "float32")
+    assert found.variants == dict(zip(names, types, strict=True))
