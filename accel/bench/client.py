@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import selectors
 import signal
 import subprocess
 import time
@@ -61,7 +61,9 @@ class WorkerProcess:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise WorkerFailure(self._last_words()) from None
-        ready, _, _ = select.select([self._process.stdout], [], [], limit_s)
+        with selectors.DefaultSelector() as selector:  # select() itself takes no file descriptor above 1023
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            ready = selector.select(limit_s)
         if not ready:
             self.close()
             raise WorkerFailure(f"{op} took longer than {limit_s:.0f} s")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +15,20 @@ from pathlib import Path
 import pytest
 
 from accel.bench.client import PACKAGE_ROOT, WorkerFailure, WorkerProcess
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """So many open files that what is opened next gets a number above 1023."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"a process may open {hard} files here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    with contextlib.ExitStack() as files:
+        while files.enter_context(open(os.devnull)).fileno() < 1024:
+            pass
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture
@@ -35,6 +51,15 @@ def test_worker_is_stopped_between_requests_and_answers_again(worker: WorkerProc
     time.sleep(0.1)
     assert worker.cpu_seconds() == used
     assert worker.ask("memory")["peak_rss"] >= first["peak_rss"]
+
+
+@pytest.mark.usefixtures("many_files")
+def test_a_driver_with_many_open_files(tmp_path: Path) -> None:
+    """As a server has."""
+    arguments = ["torch", "minilm", str(tmp_path), str(tmp_path), "1"]
+    process = WorkerProcess(Path(sys.executable), arguments, {}, tmp_path / "log")
+    assert process.ask("memory")["peak_rss"] > 0
+    process.close()
 
 
 def test_reason_of_an_unsupported_request_arrives(worker: WorkerProcess) -> None:
