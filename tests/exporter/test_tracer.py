@@ -77,7 +77,7 @@ def test_attention_is_one_node_per_layer(decoder: ir.Model) -> None:
     assert decoder.opset_imports[""] == OPSET
 
 
-def test_head_runs_on_the_wanted_tokens_only(decoder: ir.Model) -> None:
+def test_head_runs_on_the_wanted_rows_only(decoder: ir.Model) -> None:
     (head,) = (value for name, value in decoder.graph.initializers.items() if name.endswith("lm_head.weight"))
     reader = next(iter(head.uses())).node
     while reader.op_type != "MatMul":
