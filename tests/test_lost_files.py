@@ -95,8 +95,8 @@ def test_inspect_shows_it(damaged: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found.missing == {"w8g32.weights"} < {file.name for file in found.files}
     line = "w8g32/ort-cpu: its file w8g32.weights is missing: " + AGAIN.format(damaged, damaged)
     text, page = render_text(found), render_page(found)
-    assert line in text and "w8g32 (float32) [damaged], w4g32" in text
-    assert line in page and "w8g32: float32 [damaged]" in page
+    assert line in text and "w8g32 (int8) [damaged], w4g32" in text
+    assert line in page and "w8g32: int8 [damaged]" in page
     assert main(["inspect", str(damaged), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["lost"][0]["files"] == ["w8g32.weights"] and "w8g32" in report["variants"]
