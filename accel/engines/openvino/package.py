@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from accel.capabilities import MINIMUM_OPENVINO, version_of
+from accel.engines.openvino.signal_stack import kept_signal_stack
 from accel.engines.ort.common import parse_version
 from accel.errors import DependencyError, EngineError
 
@@ -70,7 +71,7 @@ def open_core() -> Any:
         EngineError: Its CPU plugin does not load.
     """
     openvino = import_openvino()
-    with translated_errors("opening the CPU plugin"):
+    with translated_errors("opening the CPU plugin"), kept_signal_stack():
         core = openvino.Core()
         core.get_property("CPU", "FULL_DEVICE_NAME")
         return core
