@@ -8,7 +8,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from accel.engines.encoder_rows import Feeds, RowEncoder
-from accel.engines.openvino.package import NAME, engine_error, import_openvino, open_core, translated_errors
+from accel.engines.openvino.package import NAME, compile_graph, engine_error, import_openvino, translated_errors
 from accel.engines.session import EngineInfo
 from accel.errors import BundleError, EngineError
 
@@ -30,8 +30,8 @@ class CompiledGraph:
     """
 
     def __init__(self, graph: Path, variant: str, threads: int, streams: int) -> None:
+        self._model: Any = compile_graph(graph, _settings(variant, threads, streams))
         with translated_errors(f"opening {graph.name}"):
-            self._model: Any = open_core().compile_model(str(graph), "CPU", _settings(variant, threads, streams))
             self.inputs = [port.get_any_name() for port in self._model.inputs]
             self.outputs = {port.get_any_name(): port.get_partial_shape() for port in self._model.outputs}
         self._spare: list[Any] = []  # requests that no thread uses; a list's pop and append are atomic

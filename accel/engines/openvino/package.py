@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -64,16 +65,38 @@ def _without_telemetry() -> Iterator[None]:
 
 
 def open_core() -> Any:
-    """An ``openvino.Core``; each session has one of its own, whose threads end with it.
+    """An ``openvino.Core``, to ask what it can do: ``compile_graph`` compiles.
 
     Raises:
         DependencyError: See ``import_openvino``.
         EngineError: Its CPU plugin does not load.
     """
+    with kept_signal_stack():
+        return _load_core()
+
+
+def compile_graph(graph: Path, settings: dict[str, Any]) -> Any:
+    """An ``openvino.CompiledModel`` for the CPU, on a core of its own, whose threads end with it.
+
+    Args:
+        graph: Its weights lie beside it and are mapped.
+        settings: Properties of the CPU plugin.
+
+    Raises:
+        DependencyError: See ``import_openvino``.
+        EngineError: The CPU plugin does not load, or refuses the graph.
+    """
+    # One block: compiling asks the kernel for AMX, which needs the plugin's signal stack where ours is small.
+    with translated_errors(f"opening {graph.name}"), kept_signal_stack():
+        core = _load_core()  # named, so that it outlives the block even where compiling fails
+        return core.compile_model(str(graph), "CPU", settings)
+
+
+def _load_core() -> Any:
     openvino = import_openvino()
-    with translated_errors("opening the CPU plugin"), kept_signal_stack():
+    with translated_errors("opening the CPU plugin"):
         core = openvino.Core()
-        core.get_property("CPU", "FULL_DEVICE_NAME")
+        core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin
         return core
 
 
@@ -105,6 +128,7 @@ def engine_error(error: Exception, where: str) -> EngineError:
 __all__ = [
     "INSTALL",
     "NAME",
+    "compile_graph",
     "computes_bfloat16",
     "engine_error",
     "import_openvino",

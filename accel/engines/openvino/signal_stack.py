@@ -4,6 +4,11 @@ On Linux its CPU plugin gives the thread that loads it an alternate signal stack
 with the plugin. It puts the stack before it back only where its own is the current one: not where the plugins of two
 cores go in the order in which they came, nor where one goes in another thread. Python's handlers run on that stack: the
 next signal is written over whatever lies there by then (seen with openvino 2026.4.1).
+
+Compiling a model, in float32 too, asks the kernel for AMX. The kernel refuses while any thread has an alternate stack
+below ``AT_MINSIGSTKSZ`` (11,952 bytes with AMX; the classic ``SIGSTKSZ`` is 8,192), and OpenVINO asks once per process:
+a refusal is final (bfloat16, 1024x2048x2048 on two cores: 41 ms in place of 6.3). So the plugin's own, larger stack
+stays until the model is compiled. A small one of another thread still costs AMX: nobody else can change it.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ class Stack(ctypes.Structure):
 def kept_signal_stack() -> Iterator[None]:
     """After the block this thread has the alternate signal stack that it had before; elsewhere than on Linux nothing.
 
-    Where the kernel refuses that stack, as too small for registers that are in use by now (AMX), the thread has none.
+    Where the kernel refuses that stack, as too small for registers that are permitted by now (AMX), the thread has
+    none: its handlers run on its ordinary stack.
     """
     before = signal_stack()
     try:

@@ -1,8 +1,9 @@
-"""A closed session leaves no thread with an alternate signal stack that is gone."""
+"""A closed session leaves no thread with an alternate signal stack that is gone, and keeping its own costs no AMX."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,37 @@ signal.raise_signal(signal.SIGTERM)
 print(came == [signal.SIGTERM])
 """
 
+# In a thread of its own, where no faulthandler sets a stack either. 158: arch_prctl, 0x1022: ARCH_GET_XCOMP_PERM.
+AMX_SCRIPT = """
+import ctypes, sys
+from concurrent.futures import ThreadPoolExecutor
+import accel
+from accel.engines.openvino import signal_stack as module
+
+def opened(folder, size):
+    memory = ctypes.create_string_buffer(size or 1)
+    if size:
+        assert module._set(module.Stack(ctypes.addressof(memory), 0, size)) == 0
+    with accel.load(folder, engine="openvino", variant="bf16", threads=2) as encoder:
+        encoder.embed(["A man is eating.", "Someone has a meal, and then another one."])
+        permitted = ctypes.c_ulong()
+        assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(permitted)) == 0
+    stack = module.signal_stack()
+    print(permitted.value, stack.flags, stack.size)
+    module._set(module.Stack(None, module.SS_DISABLE, 0))
+
+ThreadPoolExecutor(1).submit(opened, sys.argv[1], int(sys.argv[2])).result()
+"""
+TILE_DATA = 1 << 18  # of the kernel's features (XFEATURE_XTILEDATA): what AMX needs a permission for
+
+
+def kernel_has_amx() -> bool:
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    supported = ctypes.c_ulong()
+    failed = ctypes.CDLL(None).syscall(158, 0x1021, ctypes.byref(supported))  # ARCH_GET_XCOMP_SUPP
+    return not failed and bool(supported.value & TILE_DATA)
+
 
 def fields(stack: Stack | None) -> tuple[Any, ...]:
     assert stack is not None
@@ -45,6 +77,21 @@ def test_a_signal_after_a_session(minilm_bundle: Path, tmp_path: Path) -> None:
     add_variant(folder, "fp32", target="openvino", check=False)
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.mark.skipif(not kernel_has_amx(), reason="needs Linux on x86-64, and a CPU and kernel with AMX")
+def test_a_small_stack_of_its_own_costs_no_amx(minilm_bundle: Path, tmp_path: Path) -> None:
+    """The kernel permits AMX to no process with such a stack; then it refuses the stack, and the thread has none."""
+    folder = shutil.copytree(minilm_bundle, tmp_path / "bundle")
+    add_variant(folder, "bf16", target="openvino", check=False)
+    found = {}
+    for size in (0, 8192, 1 << 17):
+        arguments = [sys.executable, "-c", AMX_SCRIPT, str(folder), str(size)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        permitted, flags, left = map(int, done.stdout.split())
+        found[size] = bool(permitted & TILE_DATA), flags, left
+    assert found == {0: (True, SS_DISABLE, 0), 8192: (True, SS_DISABLE, 0), 1 << 17: (True, 0, 1 << 17)}
 
 
 def test_the_stack_of_a_thread_that_opens_a_core() -> None:
