@@ -70,6 +70,9 @@ def test_decoder(name: str, bundle_of: BundleOf, plain_model: ModelOf, tmp_path:
 def test_encoder(name: str, bundle_of: BundleOf, plain_model: ModelOf, tmp_path: Path) -> None:
     path, arch = graph_file(name, bundle_of, tmp_path)
     session = CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32)
+    program, plan = session._executor.program, session._plan
+    per_token = {node for node in program.matrices if len(node.outputs[0].shape or ()) == 3}
+    assert plan is not None and per_token and all(node.outputs[0] in plan.values for node in per_token)
     plain, names = plain_model(name), list(OUTPUT_NAMES[arch.task])
     batches = encoder_batches(plain)
     references = {batch: encoder_references(plain, feeds, names) for batch, feeds in batches.items()}

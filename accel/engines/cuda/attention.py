@@ -27,6 +27,7 @@ class StepTensors:
         rows, slots: int32 [T], each token's cache row (negative: padding) and slot.
         longest: At least the most tokens of a row; 1: a one-token step, token b is row b's.
         long_past: Whether rows may be long enough for several programs to share one head's positions.
+        room: Of an encoder, tokens that each row has room for; what stands behind its last one becomes zero.
     """
 
     past_lengths: torch.Tensor
@@ -36,6 +37,7 @@ class StepTensors:
     slots: torch.Tensor | None = None
     longest: int = 1
     long_past: bool = True
+    room: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,11 @@ class CachedAttention:
 
 
 def encoder_attention(
-    node: ir.Node, operands: list[object], bias: torch.Tensor | None, starts: torch.Tensor, stops: torch.Tensor,
-    longest: int, products: Products,
-) -> torch.Tensor:  # fmt: skip
-    """[B * S, H * D] in the engine's type; rows behind a sequence's end are zero."""
+    node: ir.Node, operands: list[object], bias: torch.Tensor | None, step: StepTensors, products: Products
+) -> torch.Tensor:
+    """[T, H * D] in the engine's type."""
+    starts, stops, longest = step.starts, step.stops, step.longest
+    assert starts is not None and stops is not None
     heads, kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
     if operands[1] is None:
         packed = products.low(operands[0])
@@ -143,7 +146,7 @@ def encoder_attention(
     attend = partial(
         varlen_attention, query, key, value, out, starts, stops, heads=heads, kv_heads=kv_heads, dim=dim,
         longest=longest, scale=node.attributes["scale"].as_float(), softcap=softcap, window=window,
-        bias=None if bias is None else bias[0].contiguous(), room=longest,
+        bias=None if bias is None else bias[0].contiguous(), room=step.room,
     )  # fmt: skip
     ways = {label(tile): partial(attend, **tile) for tile in ENCODER_ATTENTION_TILES}
     options = f"softcap {softcap}, window {window}, bias {bias is not None}"

@@ -1,4 +1,4 @@
-"""Encoder session: one recorded graph per shape."""
+"""Encoder session: one recorded graph per shape, which computes no padding where that pays."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from accel.engines.cuda.attention import StepTensors
+from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
@@ -18,6 +19,7 @@ from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_ope
 from accel.engines.cuda.products import Products
 from accel.engines.cuda.program import load_program
 from accel.engines.cuda.replay import Replay
+from accel.engines.cuda.unpadded import Layout, TokenPlan, plan_tokens, run_unpadded
 from accel.engines.lifetime import Lifetime
 from accel.engines.session import EngineInfo
 from accel.errors import BundleError, UncoveredError
@@ -26,8 +28,8 @@ from accel.spec import ArchSpec
 NAME = "cuda"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _LENGTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # a row is padded up to one of these, or a multiple of 256
-_ROWS = (1, 2, 4, 8, 16, 32, 64)
-_SHAPES = 64  # recorded at most; the least recently used goes
+_MOST_ROWS = 64  # up to which a power of two is taken; behind them a multiple of 256
+_SHAPES = 128  # recorded at most; the least recently used goes
 
 Feeds = dict[str, NDArray]
 
@@ -60,8 +62,8 @@ class CudaEncoderSession:
                 what = f"The graph takes {', '.join(self._inputs)}"
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
             products = Products(dtype, device.tensor_memory, Contest(device, kept), warp_jobs=device.warp_jobs)
-            self._executor = Executor(program, products)
-        self._places: OrderedDict[tuple[int, int], _Place] = OrderedDict()
+            self._executor, self._plan = Executor(program, products), plan_tokens(program)
+        self._places: OrderedDict[tuple[int, int, int | None], _Place] = OrderedDict()
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
 
     def run(self, feeds: Feeds) -> Feeds:
@@ -77,9 +79,8 @@ class CudaEncoderSession:
         rows, width = ids.shape
         mask = feeds.get("attention_mask")
         lengths = np.full(rows, width) if mask is None else _lengths(mask)
-        shape = (_at_least(rows, _ROWS), min(_at_least(width, _LENGTHS), max(width, self._longest)))
         with self._lock, translated_errors("encoder run"):
-            place = self._place(shape)
+            place = self._place(*self._shape(rows, width, int(lengths.sum())))
             results = place.run(feeds, rows, width, lengths)
         return results
 
@@ -96,7 +97,7 @@ class CudaEncoderSession:
         if "token_type_ids" in feeds:
             feeds["token_type_ids"].zero_()
         starts = torch.arange(rows, dtype=torch.int32, device=place) * width
-        step = StepTensors(starts, starts, starts + width, longest=width)
+        step = StepTensors(starts, starts, starts + width, longest=width, room=width)
         with self._lock, translated_errors("encoder run"):
             return time_operators(f"forward {rows}x{width}", self._executor, self._device, feeds, step, width)
 
@@ -108,26 +109,47 @@ class CudaEncoderSession:
                 del self._executor
                 self._device.release()
 
-    def _place(self, shape: tuple[int, int]) -> _Place:
+    def _shape(self, rows: int, width: int, real: int) -> tuple[int, int, int | None]:
+        """Rows, their width, and how many tokens are computed; None: the padding too, since that costs as little."""
+        rows = power_of_two(rows) if rows <= _MOST_ROWS else _multiple(rows)
+        longest = next((length for length in _LENGTHS if length >= width), _multiple(width))
+        width = min(longest, max(width, self._longest))
+        tokens = token_bucket(max(1, real))
+        return rows, width, tokens if self._plan is not None and tokens < token_bucket(rows * width) else None
+
+    def _place(self, rows: int, width: int, tokens: int | None) -> _Place:
+        shape = rows, width, tokens
         if shape not in self._places:
             if len(self._places) >= _SHAPES:
                 self._places.popitem(last=False)
-            self._places[shape] = _Place(*shape, self._inputs, self._device, self._executor)
+            plan = self._plan if tokens is not None else None
+            self._places[shape] = _Place(rows, width, tokens or 0, plan, self._inputs, self._device, self._executor)
         self._places.move_to_end(shape)
         return self._places[shape]
 
 
 class _Place:
-    """A shape's inputs on the device, its recorded run, and what that leaves."""
+    """A shape's inputs on the device, its recorded run, and what that leaves.
 
-    def __init__(self, rows: int, width: int, inputs: list[str], device: Device, executor: Executor) -> None:
-        self._rows, self._width, self._names, self._executor = rows, width, inputs, executor
-        count = rows * width
-        self._sizes = [count] * len(inputs) + [rows]  # the last: each row's start, then each one's stop, as int32
+    Args:
+        rows, width: B and W, of what is padded.
+        tokens: T, which stand side by side; 0: padding stands between them.
+        plan: Which values these are; None: none.
+        inputs: Names.
+        device: Where they are.
+        executor: Runs the program.
+    """
+
+    def __init__(
+        self, rows: int, width: int, tokens: int, plan: TokenPlan | None, inputs: list[str], device: Device,
+        executor: Executor,
+    ) -> None:  # fmt: skip
+        self._rows, self._width, self._names, self._executor, self._plan = rows, width, inputs, executor, plan
+        # The last three: each token's place, twice, see Layout; each row's start, then each one's stop, as int32.
+        self._sizes = [rows * width] * len(inputs) + [tokens, tokens, rows]
         self._host = device.pinned(sum(self._sizes))
         self._parts = [part.numpy() for part in self._host.split(self._sizes)]
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
-        self._ends = self._inputs[-rows:].view(torch.int32)
         self._replay = Replay(device, self._run)
         self._results: dict[str, torch.Tensor] = {}
 
@@ -139,16 +161,28 @@ class _Place:
                 padded[:rows, :width] = feeds[name]
             elif name == "attention_mask":
                 padded[:rows, :width] = 1
-        starts, stops = self._parts[-1].view(np.int32).reshape(2, self._rows)
-        starts[:] = np.arange(self._rows) * self._width
-        stops[:] = starts
-        stops[:rows] += lengths
+        self._fill_ends(rows, lengths)
         self._inputs.copy_(self._host)
         self._replay.run()
         fetched = {name: self._fetch(result, rows, width) for name, result in self._results.items()}
         if self._inputs.is_cuda:
             torch.cuda.current_stream(self._inputs.device).synchronize()
         return fetched
+
+    def _fill_ends(self, rows: int, lengths: NDArray[np.int64]) -> None:
+        tokens, places, ends = self._parts[-3:]
+        starts, stops = ends.view(np.int32).reshape(2, self._rows)
+        if self._plan is None:
+            starts[:] = np.arange(self._rows) * self._width
+            stops[:] = starts
+            stops[:rows] += lengths
+            return
+        stops[:] = lengths.sum()
+        stops[:rows] = lengths.cumsum()
+        starts[0], starts[1:] = 0, stops[:-1]
+        real = np.flatnonzero(np.arange(self._width) < lengths[:, None])
+        tokens[: len(real)], tokens[len(real) :] = real, 0
+        places[: len(real)], places[len(real) :] = real, self._rows * self._width
 
     def _fetch(self, result: torch.Tensor, rows: int, width: int) -> NDArray:
         """An output cut to the caller's shape, on its way to page-locked memory that the caller keeps.
@@ -163,12 +197,16 @@ class _Place:
         return place.copy_(part, non_blocking=True).numpy()
 
     def _run(self) -> None:
-        *tensors, _ = self._inputs.split(self._sizes)
+        *tensors, tokens, places, ends = self._inputs.split(self._sizes)
         feeds = {name: tensor.view(self._rows, self._width) for name, tensor in zip(self._names, tensors, strict=True)}
-        step = StepTensors(
-            self._ends[: self._rows], self._ends[: self._rows], self._ends[self._rows :], longest=self._width
-        )
-        self._results = self._executor.run(feeds, step)
+        starts, stops = ends.view(torch.int32).split(self._rows)
+        step = StepTensors(starts, starts, stops, longest=self._width)
+        if self._plan is None:
+            step.room = self._width
+            self._results = self._executor.run(feeds, step)
+        else:
+            layout = Layout(self._rows, self._width, tokens, places)
+            self._results = run_unpadded(self._executor, self._plan, feeds, step, layout)
 
 
 def _lengths(mask: NDArray) -> NDArray[np.int64]:
@@ -180,8 +218,8 @@ def _lengths(mask: NDArray) -> NDArray[np.int64]:
     return lengths
 
 
-def _at_least(size: int, sizes: tuple[int, ...]) -> int:
-    return next((bucket for bucket in sizes if bucket >= size), -(-size // 256) * 256)
+def _multiple(size: int) -> int:
+    return -(-size // 256) * 256
 
 
 __all__ = ["CudaEncoderSession"]

@@ -48,7 +48,7 @@ class Executor:
             step: Where tokens stand.
             wanted: int64 [R], the tokens whose logits are wanted; None: each token's.
         """
-        return _Run(self, feeds, step, wanted).run()
+        return Run(self, feeds, step, wanted).run()
 
     @property
     def program(self) -> Program:
@@ -70,7 +70,9 @@ class Executor:
         return traced
 
 
-class _Run:
+class Run:
+    """A run of a program: what its nodes left, node after node."""
+
     def __init__(
         self, owner: Executor, feeds: Mapping[str, torch.Tensor], step: StepTensors, wanted: torch.Tensor | None
     ) -> None:
@@ -100,11 +102,11 @@ class _Run:
                 remaining[value] -= 1
                 if not remaining[value] and not value.is_graph_output():
                     self._values.pop(value, None)
-        return {
-            value.name or "": self._tensor(value).float()
-            for value in self._program.outputs
-            if not (value.name or "").startswith("present.")
-        }
+        outputs = [value for value in self._program.outputs if not (value.name or "").startswith("present.")]
+        return {value.name or "": self._output(value) for value in outputs}
+
+    def _output(self, value: ir.Value) -> torch.Tensor:
+        return self._tensor(value).float()
 
     def _compute(self, node: ir.Node) -> None:
         values = self._values
@@ -155,10 +157,7 @@ class _Run:
     def _encoder_attention(self, node: ir.Node) -> torch.Tensor:
         operands = [None if value is None else self._flat(value) for value in node.inputs[:3]]
         bias = self._tensor(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else None
-        assert self._step.starts is not None and self._step.stops is not None
-        result = encoder_attention(
-            node, operands, bias, self._step.starts, self._step.stops, self._step.longest, self._products
-        )
+        result = encoder_attention(node, operands, bias, self._step, self._products)
         return self._shaped(result, node.inputs[0])
 
     def _norm(self, node: ir.Node) -> object:
@@ -347,7 +346,7 @@ class _Run:
         return result if shape is None else result.reshape(*shape[:-1], result.shape[-1])
 
 
-class TracedRun(_Run):
+class TracedRun(Run):
     """A run that remembers.
 
     Attributes:
@@ -387,4 +386,4 @@ def _shape(node: ir.Node, x: torch.Tensor) -> torch.Tensor:
     return torch.tensor(list(x.shape)[start:end], dtype=torch.int64)
 
 
-__all__ = ["CHOICE", "Executor", "TracedRun", "Values"]
+__all__ = ["CHOICE", "NORMS", "Executor", "Run", "TracedRun", "Values"]
