@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,7 @@ from accel_kernels.sample import MAX_VOCAB
 from numpy.typing import NDArray
 
 from accel.engines.cuda.attention import CachedAttention, StepTensors
+from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
 from accel.engines.cuda.device import Device, translated_errors
 from accel.engines.cuda.executor import Executor
@@ -18,6 +22,7 @@ from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_ope
 from accel.engines.cuda.products import Products
 from accel.engines.cuda.program import load_program
 from accel.engines.cuda.staging import DecodePlace, PackedPlace
+from accel.engines.cuda.step_halves import Left, halved_draws, halves, joined
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.session import ChosenTokens, Draws, EngineInfo, StepInputs
@@ -25,8 +30,10 @@ from accel.errors import BundleError
 from accel.spec import ArchSpec
 
 NAME = "cuda"
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CHUNK = 8192  # prompt tokens of a step: enough to fill the GPU
+_LEAST_TOKENS = 64  # a step that does not fit in memory is halved down to this
+_PLACES = 64  # of steps of several tokens, recorded at most; the least recently used goes
+_log = logging.getLogger("accel")
 
 
 class CudaDecoderSession:
@@ -77,7 +84,8 @@ class CudaDecoderSession:
             self._executor = Executor(program, products, attention)
         self._decodes: dict[tuple[int, bool], DecodePlace] = {}
         self._current: DecodePlace | None = None  # whose steps may be under way
-        self._packed: dict[tuple[int, int, int], PackedPlace] = {}
+        self._packed: OrderedDict[tuple[int, int, int], PackedPlace] = OrderedDict()
+        self._most_tokens: int | None = None  # of a step, once more did not fit in memory
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs one packed step; see ``DecoderSession.step``.
@@ -89,7 +97,7 @@ class CudaDecoderSession:
         self._lifetime.check()
         with translated_errors("decoder step"):
             if not is_decode(inputs):
-                return self._packed_place(inputs).logits(inputs)
+                return self._several(inputs, PackedPlace.logits)
             place = self._decode_place(inputs)
             place.start(inputs, self.capacity, ahead=False)
             return place.logits(inputs)
@@ -103,7 +111,7 @@ class CudaDecoderSession:
         self._lifetime.check()
         with translated_errors("decoder step"):
             if not is_decode(inputs):
-                return self._packed_place(inputs).greedy(inputs)
+                return self._several(inputs, PackedPlace.greedy)
             place = self._decode_place(inputs)
             place.start(inputs, self.capacity, ahead=True)
             return place.tokens(inputs)
@@ -117,7 +125,7 @@ class CudaDecoderSession:
         self._lifetime.check()
         with translated_errors("decoder step"):
             if not is_decode(inputs):
-                return self._packed_place(inputs).sampled(inputs, draws)
+                return self._several(inputs, PackedPlace.sampled, draws)
             place = self._decode_place(inputs)
             place.start(inputs, self.capacity, ahead=True, draws=draws)
             return place.tokens(inputs)
@@ -177,7 +185,7 @@ class CudaDecoderSession:
 
     def _decode_place(self, inputs: StepInputs) -> DecodePlace:
         rows = inputs.rows or int(np.flatnonzero(inputs.query_lengths)[-1]) + 1
-        size = min(_at_least(rows), self.max_batch)
+        size = min(power_of_two(rows), self.max_batch)
         long_past = self.capacity > SHORT_PAST and int(inputs.past_lengths[:rows].max()) >= SHORT_PAST
         key = size, long_past
         if key not in self._decodes:
@@ -192,13 +200,43 @@ class CudaDecoderSession:
         if self._current is not None:
             self._current.forget()
 
+    def _several(self, inputs: StepInputs, read: Callable[..., Left], draws: Draws | None = None) -> Left:
+        """Runs a step of several tokens per row; one that does not fit in memory in halves, one after the other.
+
+        Args:
+            inputs: The step.
+            read: What of a place runs it, and what of its results is wanted.
+            draws: How tokens are drawn, where they are.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: Not even a few tokens fit.
+        """
+        count = len(inputs.input_ids)
+        if self._most_tokens is None or count <= self._most_tokens:
+            try:
+                return read(self._packed_place(inputs), inputs, *([] if draws is None else [draws]))
+            except torch.cuda.OutOfMemoryError:
+                if count < 2 * _LEAST_TOKENS:
+                    self._packed.clear()  # what was recorded holds memory, and the place that failed is half made
+                    raise
+            self._packed.clear()  # only here does nothing hold on to what the failed run had made
+            self._device.release()
+            self._most_tokens = (count + 1) // 2
+            _log.warning("the GPU's memory is full: steps have %d tokens at most from now on", self._most_tokens)
+        first, second = halves(inputs)
+        drawn = (None, None) if draws is None else halved_draws(draws, len(first.logits_positions))
+        return joined(self._several(first, read, drawn[0]), self._several(second, read, drawn[1]))
+
     def _packed_place(self, inputs: StepInputs) -> PackedPlace:
         self._forget()
-        sizes = len(inputs.input_ids), int(inputs.query_lengths.max()), max(1, len(inputs.logits_positions))
-        tokens, longest, wanted = (_at_least(size) for size in sizes)
-        key = tokens, longest, wanted
+        sizes = int(inputs.query_lengths.max()), len(inputs.logits_positions)
+        longest, wanted = (power_of_two(max(1, size)) for size in sizes)
+        key = token_bucket(len(inputs.input_ids)), longest, wanted
         if key not in self._packed:
+            if len(self._packed) >= _PLACES:
+                self._packed.popitem(last=False)
             self._packed[key] = PackedPlace(*key, self.max_batch, self._device, self._executor)
+        self._packed.move_to_end(key)
         return self._packed[key]
 
 
@@ -206,10 +244,6 @@ def is_decode(inputs: StepInputs) -> bool:
     """Whether every row that takes part brings one token, whose logits are wanted."""
     width = inputs.width or int(inputs.query_lengths.max())
     return width == 1 and len(inputs.logits_positions) == len(inputs.input_ids)
-
-
-def _at_least(size: int) -> int:
-    return next((bucket for bucket in _SIZES if bucket >= size), size)
 
 
 __all__ = ["CHUNK", "NAME", "CudaDecoderSession"]

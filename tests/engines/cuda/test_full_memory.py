@@ -1,0 +1,137 @@
+"""A GPU whose memory is full during a step: it becomes smaller, and at last one request alone fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accel.engines.cuda import decoder as module
+from accel.engines.cuda.decoder import CudaDecoderSession
+from accel.engines.cuda.step_halves import halves
+from accel.engines.session import ChosenTokens, Draws, StepInputs
+from accel.errors import EngineBrokenError, EngineError
+from accel.runtime.sampling import Sampler
+from accel.runtime.sequence import Sequence
+from accel.runtime.slots import SlotLoop
+from tests.engines.cuda.steps import GREEDY, inputs
+
+Full = Callable[[Any], bool]
+TOKENS = {0: [5, 6, 7, 8, 9, 10, 11], 1: [12], 2: [13, 14, 15, 16, 17]}  # 13, which run as 16
+WANTED = [0, 6, 7, 12]
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_LEAST_TOKENS", 2)
+
+
+def fill(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch, full: Full) -> list[int]:
+    """Memory that lacks for some steps' ids; how many tokens were tried, in order."""
+    tried, run = [], session._executor.run
+
+    def limited(feeds: Any, *rest: Any) -> Any:
+        tried.append(len(feeds["input_ids"]))
+        if full(feeds["input_ids"]):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(feeds, *rest)
+
+    monkeypatch.setattr(session._executor, "run", limited)
+    return tried
+
+
+def test_halves_leave_what_the_step_leaves(
+    session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = inputs(TOKENS, {0: 0, 1: 0, 2: 0}, WANTED)
+    whole, best = session.step(step), session.greedy(step)
+    behind = session.step(inputs({0: [1, 2], 1: [3], 2: [4]}, {0: 7, 1: 1, 2: 5}))
+    tried = fill(session, monkeypatch, lambda ids: len(ids) > 4)
+    with caplog.at_level(logging.WARNING, "accel"):
+        np.testing.assert_allclose(session.step(step), whole, rtol=1e-4, atol=1e-5)
+    assert tried == [16, 8, 4, 4, 4, 2, 2], "13 tokens, 6 of them, 3 and 3; of the other 7 three, and four in halves"
+    assert "at most from now on" in caplog.text
+    found = session.greedy(step)
+    assert tried[7:] == [4, 4, 4, 2, 2], "the size that did not fit is not tried again"
+    np.testing.assert_array_equal(found.tokens, best.tokens)
+    np.testing.assert_allclose(found.logits, best.logits, rtol=1e-4, atol=1e-5)
+    again = session.step(inputs({0: [1, 2], 1: [3], 2: [4]}, {0: 7, 1: 1, 2: 5}))
+    np.testing.assert_allclose(again, behind, rtol=1e-4, atol=1e-5)
+
+
+def test_draws_are_halved_with_their_positions(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = inputs(TOKENS, {}, WANTED)
+    filters = np.array([[1.5, 0, 1.0, 0.0], [0.0, 0, 1.0, 0.0], [0.7, 5, 0.9, 0.0], [2.0, 0, 1.0, 0.0]])
+    draws = Draws(filters, np.array([[0.9, 0.1], [0.5, 0.5], [0.2, 0.3], [0.6, 0.8]]))
+    expected = session.sample(step, draws)
+    assert len({*expected.tokens.tolist()}) > 1
+    fill(session, monkeypatch, lambda ids: len(ids) > 4)
+    found = session.sample(step, draws)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert isinstance(found, ChosenTokens) and found.logits.dtype == np.float32
+
+
+def test_what_was_recorded_makes_room(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    session.step(inputs({0: [5, 6]}, {}))
+    session.step(inputs({0: [5, 6, 7]}, {}))
+    kept, released = {*session._packed}, []
+    monkeypatch.setattr(session._device, "release", lambda: released.append(len(session._packed)))
+    fill(session, monkeypatch, lambda ids: len(ids) > 8)
+    session.step(inputs(TOKENS, {}, WANTED))
+    assert kept and released == [0]
+    assert not kept & {*session._packed}
+
+
+def test_the_last_few_tokens_do_not_fit(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = fill(session, monkeypatch, lambda ids: True)
+    with pytest.raises(EngineError, match="memory is full") as info:
+        session.step(inputs(TOKENS, {}, WANTED))
+    assert not isinstance(info.value, EngineBrokenError)
+    assert tried == [16, 8, 4], "3 tokens are no longer halved"
+    assert not session._packed
+
+
+def test_that_request_alone_fails(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(session, monkeypatch, lambda ids: bool((ids == 77).any()))
+    prompts = [[5, 6, 7, 8, 9], [5, 6, 77, 8, 9, 10, 11], [12, 13, 14]]
+    loop = SlotLoop(session)
+    made = [Sequence(np.array(ids), Sampler(GREEDY, session.vocab_size), 3) for ids in prompts]
+    for sequence in made:
+        loop.submit(sequence)
+    while loop.has_work:
+        loop.step()
+    assert [sequence.error is None for sequence in made] == [True, False, True]
+    assert isinstance(made[1].error, EngineError) and "memory is full" in str(made[1].error)
+    assert [len(sequence.new_ids) for sequence in made] == [3, 0, 3]
+
+
+def test_places_are_limited(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PLACES", 2)
+    for count in (2, 3, 5, 3):
+        session.step(inputs({0: [*range(5, 5 + count)]}, {}))
+    session.step(inputs({0: [*range(5, 14)]}, {}))
+    assert [key[0] for key in session._packed] == [4, 16], "the least recently used one goes"
+
+
+@pytest.mark.parametrize("lengths", [[7, 1, 5], [0, 13, 0], [1, 1, 1], [0, 1, 1], [6, 7, 0]])
+def test_halves(lengths: list[int]) -> None:
+    """Each token once, in order, at its place in its row."""
+    counts, past = np.array(lengths, np.int32), np.array([3, 0, 9], np.int32)
+    total = int(counts.sum())
+    positions = np.concatenate([np.arange(n) + p for n, p in zip(lengths, past, strict=True)])
+    step = StepInputs(np.arange(total), positions, counts, past, np.arange(total))
+    first, second = halves(step)
+    assert len(first.input_ids) == total // 2
+    np.testing.assert_array_equal(np.concatenate([first.input_ids, second.input_ids]), step.input_ids)
+    np.testing.assert_array_equal(first.query_lengths + second.query_lengths, counts)
+    np.testing.assert_array_equal(second.past_lengths, past + first.query_lengths)
+    for part in (first, second):
+        assert part.query_lengths.sum() == len(part.input_ids)
+        assert part.query_lengths.dtype == part.past_lengths.dtype == np.int32
+        own = [np.arange(n) + p for n, p in zip(part.query_lengths, part.past_lengths, strict=True)]
+        np.testing.assert_array_equal(part.position_ids, np.concatenate(own))
+        np.testing.assert_array_equal(part.logits_positions, np.arange(len(part.input_ids)))
