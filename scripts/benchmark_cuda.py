@@ -51,10 +51,11 @@ CALLS, PAUSE = 32, 0.02  # prompts in quick succession, as the peers get theirs;
 DECODER = (("cuda", "fp16"), ("cuda", "w4g128"), ("cuda", "w8g128"), ("ort-cuda", "fp16"))
 BATCHES = (1, 32)
 SHAPES = ((1, 128), (8, 128), (32, 128), (64, 384))
+RAGGED = ((8, 128), (32, 128), (33, 128), (64, 384))  # rows of an eighth of the width, and more, to all of it
 DRAWN = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 0}
 # Temperature, top_k, top_p and min_p of draws that are timed alone: few left, many left, and every filter at once.
 FILTERS = ((0.8, 50, 0.95, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 0, 0.95, 0.0), (1.0, 20000, 0.9, 0.01), (5.0, 0, 0.5, 0.0))
-PARTS = ("decoder", "encoder", "sampling", "roofline", "transformers", "genai")
+PARTS = ("decoder", "encoder", "ragged", "sampling", "roofline", "transformers", "genai")
 DISTRIBUTIONS = ("torch", "triton", "transformers", "onnxruntime-gpu", "onnxruntime-genai-cuda")
 Row = dict[str, Any]
 
@@ -180,6 +181,22 @@ def encoder(work: Path) -> list[Row]:
             phase = session.operator_times(batch, width)
             rows.append(say({"batch": batch, "tokens": width, "call_ms": calls, "graph_ms": 1e3 * phase.seconds}))
     session.close()
+    return rows
+
+
+def ragged(work: Path) -> list[Row]:
+    """A forward of rows of different lengths from NumPy to NumPy, and of full rows beside it, in ms."""
+    rows = []
+    with accel.load(work / "encoder", device="cuda", engine="cuda", variant="fp16") as model:
+        for batch, width in RAGGED:
+            ids = np.random.default_rng(0).integers(5, 30000, (batch, width))
+            lengths = np.linspace(width // 8, width, batch).astype(int)
+            masks = {"full": np.ones_like(ids), "ragged": (np.arange(width) < lengths[:, None]).astype(np.int64)}
+            for name, mask in masks.items():
+                feeds = {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+                calls = times(lambda feeds=feeds: model(**feeds), 30)  # type: ignore[misc]
+                row: Row = {"rows": name, "batch": batch, "tokens": width, "real": int(mask.sum())}
+                rows.append(say(row | {"call_ms": calls}))
     return rows
 
 
@@ -344,7 +361,7 @@ def main(arguments: list[str] | None = None) -> int:
     kept |= {"gpu": names[0] if names else "", "driver": driver, "versions": versions, "date": today()}
     kept["model"] = f"Llama-3.2-1B and BERT-base shapes, random weights; prompt {PROMPT}, {NEW} new tokens"
     prepare(options.work)
-    measured = (decoder, encoder, sampling, roofline, transformers, genai)
+    measured = (decoder, encoder, ragged, sampling, roofline, transformers, genai)
     parts: dict[str, Callable[[Path], Any]] = dict(zip(PARTS, measured, strict=True))
     for name in options.only:
         try:

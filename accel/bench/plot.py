@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accel.bench.report import Result, format_figure, medians, metrics_of, subject_of
-from accel.errors import DependencyError
+from accel.errors import DependencyError, InputError
 
 OURS, THEIRS = "#c2410c", "#94a3b8"
 COLUMNS = 4
@@ -30,6 +30,7 @@ def plot_results(results: Sequence[Result], path: Path) -> None:
     """Draws all metrics of all results, fastest peer first.
 
     Raises:
+        InputError: See ``draw_panels``.
         DependencyError: matplotlib is not installed.
     """
     panels = [_panel(result, metric) for result in results for metric in metrics_of(result)]
@@ -42,6 +43,7 @@ def draw_panels(panels: Sequence[Panel], title: str, path: Path) -> None:
     """Draws panels beside one another, in each the shortest bar first.
 
     Raises:
+        InputError: The path's name says no kind of picture.
         DependencyError: matplotlib is not installed.
     """
     try:
@@ -51,6 +53,9 @@ def draw_panels(panels: Sequence[Panel], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    kinds = pyplot.Figure().canvas.get_supported_filetypes()
+    if path.is_dir() or path.suffix[1:].lower() not in kinds:
+        raise InputError("this is no name of a picture", where=str(path), remedy=f"End it in .{', .'.join(kinds)}")
     rows = -(-len(panels) // COLUMNS)
     figure, axes = pyplot.subplots(rows, COLUMNS, figsize=(4.6 * COLUMNS, 2.6 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
