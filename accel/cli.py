@@ -300,8 +300,10 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoders (default 32)")
     without = "leave eager PyTorch out, which takes most of the time on a CPU"
     parser.add_argument("--no-compare", dest="compare", action="store_false", help=without)
-    limits = "also measure how near the machine's limits it comes, which takes seconds"
-    parser.add_argument("--limits", action="store_true", help=limits)
+    limits = "measure how near the machine's limits it comes, which takes seconds; default: where the cuda engine runs"
+    parser.add_argument("--limits", action=argparse.BooleanOptionalAction, default=None, help=limits)
+    batch = "decoders: sequences at a time that these limits are for, beside one alone (default 8)"
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help=batch)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="whose engines; default auto")
     _add_store(parser)
     _finish(parser, commands.bench)
@@ -309,7 +311,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", type=Path, metavar="JOBS.yaml", help="bundles, targets, SMs and capacities")
-    parser.add_argument("--dry-run", action="store_true", help="print what is there and what would be built")
+    parser.add_argument("--dry-run", action="store_true", help="print what is there, what would be built and measured")
     parser.add_argument("--store", metavar="URL", help="a directory or URL; default: as the file says")
     parser.add_argument("--workers", type=int, metavar="N", help="most builds at a time; default: one per core")
     parser.add_argument("--memory", metavar="SIZE", help="that all builds may take, e.g. 16GB; default: what is free")
@@ -328,7 +330,7 @@ def _shape(text: str) -> tuple[int, int]:
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading")
     engines = "tensorrt, rtx, cuda, ort-cuda, ort-cpu, openvino, torch"
-    default = "the fastest that accel bench measured, else the first that runs"
+    default = "the fastest that accel bench or warmup measured, else the first that runs"
     group.add_argument("--engine", default="auto", help=f"{engines}; default: {default}")
     group.add_argument("--device", default="auto")
     group.add_argument("--variant", default="auto", help="e.g. fp32; fastest: the fastest that accel bench measured")

@@ -178,7 +178,7 @@ def bench(options: Namespace) -> int:
     from accel.bench import SHAPES
     from accel.bench import bench as measure
 
-    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits", "device", "store")
+    names = ("rounds", "threads", "prompt_tokens", "new_tokens", "compare", "limits", "batch", "device", "store")
     choices = {name: getattr(options, name) for name in names}
     choices["show_progress"] = None if options.json else True  # it takes minutes, also where stderr is a file
     report = measure(options.bundle, shapes=options.shapes or SHAPES, **choices)

@@ -1,4 +1,4 @@
-"""What ``accel bench`` measured of a bundle on this machine, kept so that loading can take the fastest engine.
+"""What ``accel bench`` or a warm-up measured of a bundle on this machine, for loading to take the fastest engine.
 
 One small JSON file per bundle and machine, replaced as a whole by an atomic rename: processes that measure at once
 leave the figures of one of them, and nobody reads half a file. A file is named by what its figures hold for (the

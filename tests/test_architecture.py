@@ -43,9 +43,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
         "accel.engine_request",
         "accel.loading",
         "accel.quality",
-        "accel.warmup_jobs",
     ),
-    ("accel.bench", "accel.serving"),
+    ("accel.bench", "accel.serving", "accel.warmup_jobs"),
     (
         *("accel.commands", "accel.build_commands", "accel.engine_commands", "accel.variant_commands"),
         *("accel.cli", "accel.__main__"),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from accel.bench.bundle import BenchReport
 
 SHAPES = ((1, 8), (1, 128), (8, 128), (1, 512))
+BATCH = 8  # sequences at a time, as accel.load has rows for
 
 
 def bench(
@@ -22,7 +23,8 @@ def bench(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     compare: bool = True,
-    limits: bool = False,
+    limits: bool | None = None,
+    batch: int = BATCH,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     store: str | Path | None = None,
     show_progress: bool | None = None,
@@ -43,6 +45,8 @@ def bench(
         store: Where built engines, and what is measured, are kept; None: as in ``accel.load``.
         limits: Also measure what this machine allows, and say how near the bundle comes: on the CPU streaming read and
             fp32 matrix product, on a GPU copy bandwidth and matrix rate, for each phase and fused operator of ``cuda``.
+            None: on a GPU alone, where ``cuda`` runs.
+        batch: Decoders: sequences of a step that those phases are timed with too, beside one alone.
         show_progress: Print a line to stderr for each engine that is ready and each round, with the medians so far;
             None: when it is a terminal.
 
@@ -59,7 +63,7 @@ def bench(
     place = None if store is None else str(store)
     say = _print if show_progress or (show_progress is None and sys.stderr.isatty()) else _ignore
     return bench_bundle(
-        Path(bundle), rounds, threads, shapes, prompt_tokens, new_tokens, compare, limits, device, place, say
+        Path(bundle), rounds, threads, shapes, prompt_tokens, new_tokens, compare, limits, device, place, say, batch
     )
 
 
@@ -71,4 +75,4 @@ def _ignore(line: str) -> None:
     """Nobody looks."""
 
 
-__all__ = ["SHAPES", "bench"]
+__all__ = ["BATCH", "SHAPES", "bench"]

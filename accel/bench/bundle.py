@@ -17,7 +17,7 @@ from accel.bench.roofline import ENGINE, Roofline, measure_roofline
 from accel.bench.stats import Ratio, median, paired_ratio
 from accel.bundle import Bundle
 from accel.engines import check_device, refuse_without_gpu
-from accel.errors import EngineError, EngineUnavailableError, InputError, StorageError
+from accel.errors import AccelError, EngineError, EngineUnavailableError, InputError, StorageError
 from accel.machine import available_cores
 from accel.manifest import Manifest
 from accel.measurements import Device, Measured, remember
@@ -51,7 +51,8 @@ class BenchReport:
         engines: Every engine on every variant that runs here; the rows are those of the chosen one.
         chosen: What ``accel.load`` takes unasked: ``engine variant``.
         passed_over: Engine, ``engine variant``, or ``variant for target`` -> why it was not measured.
-        roofline: Where the ``cuda`` engine's time goes and how near the GPU's limits it is, if those were asked for.
+        roofline: Where the ``cuda`` engine's time goes and how near the GPU's limits it is, if it ran here.
+        no_roofline: Why that could not be measured, though the engine ran; the rest stands all the same.
         elsewhere: Variant that no engine runs here -> the targets of its graphs.
         remembered: Whether ``accel.load`` knows this from now on; if not, ``unremembered`` says why.
     """
@@ -70,6 +71,7 @@ class BenchReport:
     unremembered: str = ""
     roofline: Roofline | None = None
     elsewhere: dict[str, str] = field(default_factory=dict)
+    no_roofline: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -89,6 +91,8 @@ class BenchReport:
             lines.append(f"Limits of this machine: reading {read:.1f} GB/s, fp32 matrix product {gemm:.0f} GFLOP/s")
         if self.roofline:
             lines += ["", str(self.roofline)]
+        if self.no_roofline:
+            lines.append(f"No roofline of {ENGINE}: {self.no_roofline}")
         return "\n".join([*lines, *self._engine_lines()])
 
     def _engine_lines(self) -> list[str]:
@@ -115,17 +119,18 @@ def bench_bundle(
     prompt_tokens: int,
     new_tokens: int,
     compare: bool,
-    with_limits: bool,
+    with_limits: bool | None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     store: str | None = None,
     say: Callable[[str], None] = lambda line: None,
+    batch: int = 1,
 ) -> BenchReport:
     """See ``accel.bench.bench``; ``say`` takes lines while it is at work."""
     bundle = Bundle.open(path)
     manifest = bundle.manifest
     check_device(device)
     threads = threads or available_cores()
-    cases = cases_of(manifest.arch, shapes, prompt_tokens, new_tokens)
+    cases = cases_of(manifest.arch, shapes, prompt_tokens, new_tokens, batch)
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, not {rounds}", where="rounds", remedy="Leave it out for 7")
     place, contestants, passed_over = find_contestants(bundle, device)
@@ -150,12 +155,12 @@ def bench_bundle(
     best = choose(bundle, engines)
     chosen = f"{best.engine} {best.variant}"
     rows = tuple(_row(manifest, case, metric, chosen, outcome, limits) for case in cases for metric in case.metrics)
-    roofline = _roofline(bundle, engines, cases, store) if with_limits else None
     unremembered = _remember(bundle, place, threads, engines, rounds, passed_over, store)
+    roofline, no_roofline = _roofline(bundle, engines, cases, store, say) if with_limits is not False else (None, "")
     return BenchReport(
         path.resolve().name, rounds, threads, rows, comparison, limits, describe_machine(),
         tuple(engines), chosen, passed_over, unremembered is None, unremembered or "", roofline,
-        _elsewhere(bundle, contestants),
+        _elsewhere(bundle, contestants), no_roofline,
     )  # fmt: skip
 
 
@@ -166,10 +171,18 @@ def _elsewhere(bundle: Bundle, contestants: Sequence[Contestant]) -> dict[str, s
     return {name: ", ".join(sorted(entry.graphs)) for name, entry in variants if name not in ran and entry.graphs}
 
 
-def _roofline(bundle: Bundle, engines: Sequence[Measured], cases: Sequence[Case], store: str | None) -> Roofline | None:
-    """Of the fastest variant that the ``cuda`` engine ran; None: it ran none."""
+def _roofline(
+    bundle: Bundle, engines: Sequence[Measured], cases: Sequence[Case], store: str | None, say: Callable[[str], None]
+) -> tuple[Roofline | None, str]:
+    """Of the fastest variant that the ``cuda`` engine ran, and why there is none, though it ran."""
     ran = [row for row in engines if row.engine == ENGINE]
-    return measure_roofline(bundle, min(ran, key=lambda row: row.cost).variant, cases, store) if ran else None
+    if not ran:
+        return None, ""
+    say("measuring what this GPU allows")
+    try:
+        return measure_roofline(bundle, min(ran, key=lambda row: row.cost).variant, cases, store), ""
+    except (AccelError, RuntimeError) as error:  # PyTorch's: memory ran out; minutes of figures stand all the same
+        return None, str(error).partition("\n")[0]
 
 
 def _comparison(compare: bool) -> str:
@@ -207,18 +220,21 @@ def _remember(
 
 
 def cases_of(
-    arch: ArchSpec, shapes: Sequence[tuple[int, int]], prompt_tokens: int, new_tokens: int
+    arch: ArchSpec, shapes: Sequence[tuple[int, int]], prompt_tokens: int, new_tokens: int, batch: int = 1
 ) -> tuple[Case, ...]:
-    """The cases that suit the model.
+    """The cases that suit the model; ``batch``: of a decoder's, see ``Case``.
 
     Raises:
         InputError: Nothing fits, or a size is not positive.
     """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, not {batch}", where="batch", remedy="1 leaves the batch out")
     if arch.kind == "decoder":
         if min(prompt_tokens, new_tokens) < 1 or prompt_tokens + new_tokens + 1 > arch.max_positions:
             what = f"{prompt_tokens} and {new_tokens + 1} new tokens do not fit {arch.max_positions} positions"
             raise InputError(what, where="prompt_tokens, new_tokens", remedy="Ask for fewer, at least one of each")
-        return (Case(f"{prompt_tokens}+{new_tokens} tokens", "decoder", prompt=prompt_tokens, new=new_tokens),)
+        name = f"{prompt_tokens}+{new_tokens} tokens"
+        return (Case(name, "decoder", batch=batch, prompt=prompt_tokens, new=new_tokens),)
     fitting = [(batch, seq) for batch, seq in shapes if batch >= 1 and 1 <= seq <= arch.max_positions]
     if not fitting:
         what = f"no shape of {list(shapes)} fits {arch.max_positions} positions"

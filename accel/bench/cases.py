@@ -18,7 +18,7 @@ class Case:
     Attributes:
         name: The row's name; metrics are ``name`` or, for ``decoder``, ``name: first token`` and ``name: per token``.
         role: What the peer must offer: ``encoder`` (a raw forward), ``embedder`` (texts to vectors), ``decoder``.
-        batch, seq: Shape of a forward's input.
+        batch, seq: Shape of a forward's input; of a decoder ``batch`` is what its roofline covers beside one sequence.
         prompt, new: Prompt length and the number N of tokens decoded after the first one.
         sentences: How many sentences are embedded in one call.
     """

@@ -30,7 +30,7 @@ class Work:
 
     Attributes:
         flops: Multiplications and additions of the matrix products, attention included.
-        weight_bytes: Weights read once.
+        weight_bytes: Weights read once, whatever the batch, and each row's own cache.
     """
 
     flops: float
@@ -67,7 +67,9 @@ def work_of(manifest: Manifest, batch: int, tokens: int, past: int = 0) -> Work:
         keys = past + (tokens + 1) / 2 if layer.causal else tokens
         seen = min(keys, layer.window) if layer.causal and layer.window else keys
         flops += 4.0 * rows * seen * layer.heads * layer.head_dim
-    cache = sum(2 * layer.kv_heads * layer.head_dim for layer in manifest.arch.layers) * past * batch
+    # A window, whose last position is the token's own, is all that is read.
+    cached = ((layer, min(past, layer.window - 1 if layer.window else past)) for layer in manifest.arch.layers)
+    cache = batch * sum(2 * layer.kv_heads * layer.head_dim * positions for layer, positions in cached)
     return Work(flops, 4.0 * (body + head + cache))
 
 

@@ -74,8 +74,8 @@ class Roofline:
 
 
 def measure_roofline(bundle: Bundle, variant: str, cases: Sequence[Case], store: str | None = None) -> Roofline:
-    """Opens the engine and times its phases: of a decoder a prompt and a token of one sequence, of an encoder each
-    case's forward.
+    """Opens the engine and times its phases: of an encoder each case's forward, of a decoder a prompt and a token of
+    one sequence, and, where its case has a batch, of so many at a time too.
 
     Raises:
         EngineError: The engine cannot be opened, or failed.
@@ -83,16 +83,18 @@ def measure_roofline(bundle: Bundle, variant: str, cases: Sequence[Case], store:
     from accel.engines import open_session
     from accel.engines.session import SessionOptions
 
-    case = cases[0]
-    decodes = case.role == "decoder"
-    size = case.prompt + case.new + 1
-    options = SessionOptions(capacity=size, max_batch=1, store=store) if decodes else SessionOptions(store=store)
+    case, options = cases[0], SessionOptions(store=store)
+    decodes, batch = case.role == "decoder", max(1, case.batch)
+    if decodes:
+        options = SessionOptions(capacity=case.prompt + case.new + 1, max_batch=batch, store=store)
     session: Any = open_session(bundle, engine=ENGINE, variant=variant, options=options, strict=True).session
+    phases: list[PhaseTimes] = []
     try:
         if decodes:
-            phases = session.operator_times(1, max(2, case.prompt), case.prompt + case.new // 2)
+            for rows in dict.fromkeys((1, batch)):
+                phases += session.operator_times(rows, max(2, case.prompt), case.prompt + case.new // 2)
         else:
-            phases = tuple(session.operator_times(each.batch, each.seq) for each in cases)
+            phases += (session.operator_times(each.batch, each.seq) for each in cases)
     finally:
         session.close()
     limits = measure_gpu_limits(variant)

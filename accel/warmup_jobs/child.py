@@ -66,18 +66,34 @@ def _end_with_parent() -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     if request["do"] == "variant":
-        return _add_variant(request["bundle"], request["variant"])
+        return _add_variant(request["bundle"], request["variant"], request.get("target"))
+    if request["do"] == "measure":
+        return _measure(request["bundle"], request["store"])
     wanted = from_dict(Wanted, request["wanted"], "request")
     if request["do"] == "build":
         return _build(wanted, request["store"], request["max_bytes"])
+    if request["do"] == "warm":
+        return _warm(wanted, request["variant"], request["store"])
     return _run(wanted, request["store"])
 
 
-def _add_variant(bundle: str, variant: str) -> dict[str, Any]:
+def _add_variant(bundle: str, variant: str, target: str | None = None) -> dict[str, Any]:
     from accel.variants import add_variant
 
-    add_variant(bundle, variant, show_progress=False)
+    add_variant(bundle, variant, target=target, show_progress=False)
     return {}
+
+
+def _warm(wanted: Wanted, variant: str, store: str | None) -> dict[str, Any]:
+    from accel.warmup_jobs.warming import warm_engine
+
+    return {"latency_ms": warm_engine(wanted, variant, store)}
+
+
+def _measure(bundle: str, store: str | None) -> dict[str, Any]:
+    from accel.warmup_jobs.measuring import measure_bundle
+
+    return measure_bundle(bundle, store)
 
 
 def _build(wanted: Wanted, store: str | None, max_bytes: int | None) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accel.engine_request import split_sms
-from accel.engines.tensorrt.adapter import Compatibility, Target
+from accel.engines.tensorrt.adapter import Compatibility
 from accel.errors import InputError, RecipeError
 from accel.recipe import read_yaml
 from accel.schema import from_dict
@@ -17,6 +17,9 @@ from accel.sizes import parse_size
 
 LEVEL = 3  # of optimization, where nothing is said
 Profiles = dict[str, dict[str, dict[str, int]]]
+Target = Literal["tensorrt", "rtx", "cuda", "ort-cuda"]
+WARMED = ("cuda", "ort-cuda")  # they compile on the machine that they run on: only their graph is made beforehand
+ANY_SM = "any"  # of those
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class EngineSettings:
     """What a job says of its engines, and what ``defaults`` says for all jobs. Every list means an engine for each.
 
     Attributes:
-        target: ``tensorrt`` or ``rtx``.
+        target: ``tensorrt`` or ``rtx``, whose engines are built; ``cuda`` or ``ort-cuda``, which compile where they
+            run: their graph is added to the bundle, and they are warmed up where there is a GPU.
         sm: ``auto`` (this machine's GPU), or names such as ``sm86``.
         precision: ``auto`` (what the bundle has, fp16 first), ``fp32``, ``fp16``, ``bf16``, or a
             variant with fewer bits, such as ``w4g32``, ``w8a8`` or ``fp8``.
@@ -110,6 +114,16 @@ class Wanted:
         parts += [self.hardware_compatibility] if self.hardware_compatibility != "none" else []
         return ", ".join(parts)
 
+    def for_any_gpu(self, encoder: bool) -> tuple[Wanted, str | None]:
+        """Of a ``WARMED`` target: without what only a build, or a cache, has a use for, and what was given of that."""
+        unused: dict[str, Any] = {
+            "sm": "auto", "profiles": None, "optimization_level": LEVEL, "workspace": None, "refittable": False,
+            "hardware_compatibility": "none", **({"capacity": None} if encoder else {}),
+        }  # fmt: skip
+        given = [name for name, default in unused.items() if getattr(self, name) not in (default, ANY_SM)]
+        note = f"{self.target} has no use for {', '.join(given)}" if given else None
+        return replace(self, **{**unused, "sm": ANY_SM}), note
+
     def asked(self) -> dict[str, Any]:
         """The keyword arguments of ``accel.engine_request.settle``."""
         names = ("profiles", "precision", "capacity", "max_batch", "optimization_level", "workspace", "refittable")
@@ -191,4 +205,4 @@ def _many(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-__all__ = ["EngineSettings", "Job", "JobFile", "Wanted", "expand", "read_jobs"]
+__all__ = ["ANY_SM", "WARMED", "EngineSettings", "Job", "JobFile", "Wanted", "expand", "read_jobs"]

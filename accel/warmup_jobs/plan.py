@@ -8,17 +8,20 @@ from typing import Any, Literal
 
 from accel.bundle import Bundle
 from accel.engine_build import past_seconds
-from accel.engine_request import BuildRequest, load_builder, prepare, resolve_precision, settle
+from accel.engine_request import DEFAULT_PRECISION, BuildRequest, load_builder, prepare, resolve_precision, settle
+from accel.engines import ENGINES
 from accel.engines.tensorrt.adapter import Flavour
 from accel.engines.tensorrt.lookup import TARGET
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, InputError, RefusedEngineError, StorageError
 from accel.schema import suggest
+from accel.scheme import parse_scheme
 from accel.storage import check_writable
 from accel.store import EngineManifest, EngineStore
 from accel.variant_checks import quantize_command
+from accel.variant_targets import check_target, find_target
 from accel.variants import LIMITS, is_current
-from accel.warmup_jobs.jobs import Wanted
+from accel.warmup_jobs.jobs import WARMED, Wanted
 
 MEMORY_PER_WEIGHT = 2.5  # peak of a build by the bytes of its weights
 BUILD_BASE = 512 << 20  # the library itself: a build without weights
@@ -33,7 +36,8 @@ class PlannedEngine:
 
     Attributes:
         wanted: What was asked for.
-        state: ``hit``: the store has it. ``miss``: to be built. ``failed``: it cannot be.
+        state: ``hit``: the store has it; of ``WARMED`` targets: the bundle has its graph. ``miss``: to be built, or
+            lowered. ``failed``: it cannot be.
         reason: Why it is no hit.
         missing: Precision that must be added to the bundle, or lowered again, first; None: it is there.
         variant: Precision that it has or will have.
@@ -87,6 +91,8 @@ class Planner:
 
     def _plan_one(self, wanted: Wanted) -> PlannedEngine:
         try:
+            if wanted.target in WARMED:
+                return self._plan_warmed(wanted)
             bundle, flavour = self._open(wanted.bundle), load_builder(wanted.target)
             wanted, note = replace(wanted, sm=_resolve_sm(wanted.sm, flavour)), None
             if wanted.capacity is not None and bundle.manifest.arch.kind == "encoder":
@@ -115,6 +121,23 @@ class Planner:
         state: Literal["hit", "miss"] = "miss" if manifest is None else "hit"
         return PlannedEngine(wanted, state, reason, digest=request.key.digest, bytes=size, seconds=seconds, **common)
 
+    def _plan_warmed(self, wanted: Wanted) -> PlannedEngine:
+        """Of an engine that compiles where it runs. Whether it runs here is found where it is warmed up."""
+        bundle, target = self._open(wanted.bundle), find_target(wanted.target)
+        arch = bundle.manifest.arch
+        wanted, note = wanted.for_any_gpu(arch.kind == "encoder")
+        variant = _resolve_graph(bundle, wanted)
+        bundle.refuse_lost(variant, target.name)
+        common: dict[str, Any] = {
+            "variant": variant, "memory": _build_memory(bundle, variant, target.name), "alone": True, "note": note,
+        }  # fmt: skip
+        if is_current(bundle, variant, target.name):
+            return PlannedEngine(wanted, "hit", **common)
+        check_target(arch, parse_scheme(variant), target, bundle.path)
+        why = VARIANT_OUTDATED if has_variant(bundle, variant, target.name) else VARIANT_MISSING
+        _check_extensible(bundle, variant, why, target.name)
+        return PlannedEngine(wanted, "miss", why, missing=variant, **common)
+
     def _open(self, path: str) -> Bundle:
         if path not in self._bundles:
             self._bundles[path] = Bundle.open(path)
@@ -139,13 +162,13 @@ class Planner:
         return found, None
 
 
-def has_variant(bundle: Bundle, variant: str) -> bool:
-    """Whether the bundle has the TensorRT graph of a precision."""
+def has_variant(bundle: Bundle, variant: str, target: str = TARGET) -> bool:
+    """Whether the bundle has a precision's graph for a target, TensorRT unless one is named."""
     variants = bundle.manifest.variants
-    return variant in variants and TARGET in variants[variant].graphs
+    return variant in variants and target in variants[variant].graphs
 
 
-def _check_extensible(bundle: Bundle, variant: str, why: str) -> None:
+def _check_extensible(bundle: Bundle, variant: str, why: str, target: str = TARGET) -> None:
     """A precision is added to the bundle itself.
 
     Raises:
@@ -155,7 +178,7 @@ def _check_extensible(bundle: Bundle, variant: str, why: str) -> None:
         check_writable(bundle.path)
     except StorageError as error:
         what = f"{why}, and {variant} cannot be added to the bundle: {error.what}"
-        remedy = f"Add it where the bundle can be written: {quantize_command(bundle, variant, TARGET)}"
+        remedy = f"Add it where the bundle can be written: {quantize_command(bundle, variant, target)}"
         raise StorageError(what, where=str(bundle.path), remedy=remedy) from error
 
 
@@ -183,10 +206,22 @@ def _resolve_variant(bundle: Bundle, precision: str) -> str:
     return variant
 
 
-def _build_memory(bundle: Bundle, variant: str) -> int:
+def _resolve_graph(bundle: Bundle, wanted: Wanted) -> str:
+    """The variant that an engine of ``WARMED`` is to run; ``auto``: as ``accel.load``, else fp16.
+
+    Raises:
+        InputError: No such precision.
+    """
+    engine = next(engine for engine in ENGINES if engine.name == wanted.target)
+    if wanted.precision == "auto":
+        return engine.pick(bundle.whole, "auto") or DEFAULT_PRECISION
+    return parse_scheme(wanted.precision).name
+
+
+def _build_memory(bundle: Bundle, variant: str, target: str = TARGET) -> int:
     manifest = bundle.manifest
-    if has_variant(bundle, variant):
-        weights = sum(manifest.files[name].size for name in bundle.weights(variant, TARGET))
+    if has_variant(bundle, variant, target):
+        weights = sum(manifest.files[name].size for name in bundle.weights(variant, target))
     else:
         weights = manifest.arch.parameters * (4 if variant == "fp32" else 2)
     return BUILD_BASE + int(MEMORY_PER_WEIGHT * weights)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from accel.errors import StorageError
 from accel.schema import to_dict
 
 Status = Literal["hit", "miss", "built", "failed", "stopped"]
+MeasuredStatus = Literal["hit", "miss", "measured", "skipped", "failed", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class EngineLine:
         retried: Why earlier attempts failed.
         variant_attempts, variant_retried: The same of adding its precision to the bundle; 0: it was there.
         estimated_bytes, estimated_seconds: Memory and time that a build is expected to take; None: not known.
-        latency_ms: Median time of a call by profile; None if it was not run.
+        latency_ms: Median time of a call by profile, of ``cuda`` and ``ort-cuda`` by what was sent; None if not run.
         log: What the build printed.
         note: What of the job was not used for this engine.
         choices: Capacity, rows, profiles and what else was asked for, in words.
@@ -76,6 +77,44 @@ class EngineLine:
 
 
 @dataclass(frozen=True)
+class MeasuredLine:
+    """A bundle whose engines were measured on this machine's GPU, for ``accel.load`` to take the fastest.
+
+    Attributes:
+        bundle: Its path.
+        status: ``measured``: now. ``hit``: before. ``miss``: in a plan, to be measured. ``skipped``: there is nothing
+            to measure here. ``failed``, ``stopped``: see ``reason``.
+        reason: Why it was not measured.
+        chosen: What ``accel.load`` takes from now on: ``engine variant``.
+        engines: ``engine variant`` -> ms that engines are compared by, as ``accel bench`` has it.
+        passed_over: Engine, or what of it -> why it was not measured.
+        seconds: That it took.
+        log: What it printed.
+    """
+
+    bundle: str
+    status: MeasuredStatus
+    reason: str | None = None
+    chosen: str | None = None
+    engines: dict[str, float] = field(default_factory=dict)
+    passed_over: dict[str, str] = field(default_factory=dict)
+    seconds: float | None = None
+    log: str | None = None
+
+    def text(self) -> str:
+        """A line, and one for each engine that was passed over."""
+        name, costs = Path(self.bundle).name, ", ".join(f"{engine} {ms:.3g} ms" for engine, ms in self.engines.items())
+        if self.status == "miss":
+            return f"To be measured here, for accel.load: {name}"
+        if self.status == "hit":
+            return f"Measured here before: {name}: {costs}"
+        if self.status == "measured":
+            lines = [f"Measured: {name}: {costs}; from now on accel.load takes {self.chosen} here"]
+            return "\n".join(lines + [f"Not measured: {name} {key}: {said}" for key, said in self.passed_over.items()])
+        return f"Not measured: {name}: {self.reason}{f', log: {self.log}' if self.log else ''}"
+
+
+@dataclass(frozen=True)
 class WarmupReport:
     """What a warm-up did, or would do.
 
@@ -86,6 +125,7 @@ class WarmupReport:
         interrupted: Whether Ctrl-C or SIGTERM stopped it.
         gpu: SM of this machine's GPU, whose engines were also run; None: it has none.
         seconds: Of everything.
+        measured: One for each bundle.
     """
 
     store: str
@@ -94,10 +134,13 @@ class WarmupReport:
     interrupted: bool = False
     gpu: str | None = None
     seconds: float = 0.0
+    measured: tuple[MeasuredLine, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether all engines are there; of a plan: whether all are or can be built."""
+        """Whether all engines are there, and measuring did not fail; of a plan: whether all are or can be built."""
+        if any(line.status in ("failed", "stopped") for line in self.measured):
+            return False
         return all(line.status in ("hit", "built", *(["miss"] if self.dry_run else [])) for line in self.engines)
 
     def to_json(self) -> dict[str, Any]:
@@ -123,14 +166,23 @@ class WarmupReport:
             raise SummaryError(self, path, error) from error
 
     def __str__(self) -> str:
-        lines = [line.text() for line in self.engines]
+        lines = [*(line.text() for line in self.engines), *self._measured_lines()]
         counts = ", ".join(f"{count} {status}" for status, count in self.counts().items())
         lines.append(f"{counts}; {self.seconds:.1f} s; store {self.store}")
         if self.interrupted:
             lines.append("Stopped before it was done; the same job goes on from here.")
-        if not self.dry_run and self.gpu is None:
+        if not self.dry_run and self.gpu is None and any(line.target in ("tensorrt", "rtx") for line in self.engines):
             lines.append("Engines were not run: there is no GPU here.")
         return "\n".join(lines)
+
+    def _measured_lines(self) -> list[str]:
+        """Bundles that are skipped for one reason share a line."""
+        found = [line.text() for line in self.measured if line.status != "skipped"]
+        skipped = [line for line in self.measured if line.status == "skipped"]
+        for reason in dict.fromkeys(line.reason for line in skipped):
+            names = dict.fromkeys(Path(line.bundle).name for line in skipped if line.reason == reason)
+            found.append(f"Not measured for accel.load: {', '.join(names)}: {reason}")
+        return found
 
 
 class SummaryError(StorageError):
@@ -147,4 +199,4 @@ class SummaryError(StorageError):
         self.report = report
 
 
-__all__ = ["EngineLine", "Status", "SummaryError", "WarmupReport"]
+__all__ = ["EngineLine", "MeasuredLine", "MeasuredStatus", "Status", "SummaryError", "WarmupReport"]

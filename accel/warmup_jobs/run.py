@@ -18,17 +18,20 @@ from accel.engines.kv_cache import check_count
 from accel.engines.tensorrt.lookup import open_store
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import InputError, RecipeError
-from accel.machine import available_cores, available_memory
+from accel.machine import available_cores, available_memory, missing_gpu
 from accel.schema import to_dict
 from accel.sizes import parse_size
 from accel.store import EngineStore
-from accel.warmup_jobs.jobs import JobFile, Wanted, expand, read_jobs
+from accel.warmup_jobs.jobs import WARMED, JobFile, Wanted, expand, read_jobs
+from accel.warmup_jobs.lines import Engine, digest_of, line_of, status_of, why
 from accel.warmup_jobs.logs import log_folder
-from accel.warmup_jobs.plan import PlannedEngine, Planner, variant_memory
+from accel.warmup_jobs.measuring import Contest, plan_contests
+from accel.warmup_jobs.plan import Planner, variant_memory
 from accel.warmup_jobs.process import Child
-from accel.warmup_jobs.report import EngineLine, Status, WarmupReport
+from accel.warmup_jobs.report import WarmupReport
 from accel.warmup_jobs.scheduler import Limits, Outcome, Task, run_tasks
 
+Graph = tuple[str, str | None, str | None]  # bundle, variant, target; None: TensorRT, for which most are
 UNKNOWN_MEMORY = 8 << 30  # where the system does not say what is free
 
 
@@ -46,8 +49,9 @@ def warmup(
 
     Missing precisions are added to their bundles first. Engines are built in child processes: a crash of the native
     library costs one engine. Whatever is built stays, so a job that was stopped or killed goes on where it was. On a
-    machine with a GPU its engines are also loaded, warmed up and timed. Ctrl-C and SIGTERM stop the builds and end in
-    a report, too.
+    machine with a GPU its engines are also loaded, warmed up and timed, and then each bundle is measured on every
+    engine that runs it there, as ``accel bench`` does: ``accel.load`` takes the fastest from then on. Ctrl-C and
+    SIGTERM stop the builds and end in a report, too.
 
     Args:
         jobs: A YAML file, or what it would hold; see ``JobFile``.
@@ -76,7 +80,8 @@ def warmup(
     place, wanted = open_store(url, **_limited(file)), expand(file, folder)
     show = sys.stderr.isatty() if show_progress is None else show_progress
     job = _Job(place, url, limits, show)
-    job.engines = [_Engine(planned) for planned in Planner(place).plan(wanted)]
+    job.engines = [Engine(planned) for planned in Planner(place).plan(wanted)]
+    job.contests = job.plan_contests(plan=True)
     planned = job.report(started, dry_run=True)
     if file.summary is not None:  # what cannot be written is found before hours of building
         planned.write(folder / file.summary)
@@ -92,19 +97,6 @@ def warmup(
 
 
 @dataclass(eq=False)
-class _Engine:
-    """An engine of the job and what was done for it; ``latency`` is there once it ran."""
-
-    planned: PlannedEngine
-    variant: Task | None = None
-    build: Task | None = None
-    log: Path | None = None
-    latency: dict[str, float] | None = None
-    failure: str | None = None  # of its variant, or of its run
-    stopped: bool = False  # before its variant was added
-
-
-@dataclass(eq=False)
 class _Job:
     """One job on its way."""
 
@@ -112,43 +104,49 @@ class _Job:
     url: str | None
     limits: Limits
     show: bool
-    engines: list[_Engine] = field(default_factory=list)
+    engines: list[Engine] = field(default_factory=list)
+    contests: list[Contest] = field(default_factory=list)
     logs: Path = Path()
     begun: list[Task] = field(default_factory=list)
     interrupted: bool = False
-    gpu: str | None = None
+    gpu: str | None = field(default_factory=lambda: current_sm())
+    absent: str | None = field(default_factory=lambda: missing_gpu())  # why there is no GPU, for what needs no SM
 
     def run(self, wanted: Sequence[Wanted], stopped: Callable[[], bool]) -> None:
-        """Variants, then builds, then runs."""
+        """Variants, then builds, then runs, then contests."""
         added = self._add_variants(stopped)
         planner = Planner(self.store, verify="://" not in self.store.url)
-        self.engines = [_Engine(planned) for planned in planner.plan(wanted)]
+        self.engines = [Engine(planned) for planned in planner.plan(wanted)]
         for engine in self.engines:
-            task = engine.variant = added.get((engine.planned.wanted.bundle, engine.planned.variant))
+            task = engine.variant = added.get(self._graph(engine, engine.planned.variant))
             if engine.planned.missing is not None:
                 failed = task is not None and task.outcome is not None and task.outcome.error is not None
                 engine.stopped = not failed
                 if task is not None and failed:
-                    engine.failure, engine.log = _why(task), task.log
+                    engine.failure, engine.log = why(task), task.log
         self._build(stopped)
-        self.gpu = current_sm()
-        if self.gpu is not None:
-            self._run_engines(stopped)
+        self._run_engines(stopped)
+        self._measure(stopped)
         self.interrupted = stopped()
 
     def say(self, text: str) -> None:
         if self.show:
             print(text, file=sys.stderr, flush=True)
 
-    def _add_variants(self, stopped: Callable[[], bool]) -> dict[tuple[str, str | None], Task]:
+    @staticmethod
+    def _graph(engine: Engine, variant: str | None) -> Graph:
+        wanted = engine.planned.wanted
+        return wanted.bundle, variant, wanted.target if wanted.target in WARMED else None
+
+    def _add_variants(self, stopped: Callable[[], bool]) -> dict[Graph, Task]:
         """Adds each missing precision once; returns the tasks that did it, or failed to."""
-        missing = [(engine.planned.wanted.bundle, engine.planned.missing) for engine in self.engines]
-        tasks: dict[tuple[str, str | None], Task] = {}
-        for bundle, variant in dict.fromkeys(missing):
+        missing = [self._graph(engine, engine.planned.missing) for engine in self.engines]
+        tasks: dict[Graph, Task] = {}
+        for bundle, variant, target in dict.fromkeys(missing):
             if variant is not None:
-                request = {"do": "variant", "bundle": bundle, "variant": variant}
-                name = f"{Path(bundle).name} {variant}"
-                tasks[bundle, variant] = self._task(name, variant_memory(bundle), request)
+                request = {"do": "variant", "bundle": bundle, "variant": variant, "target": target}
+                name = " ".join(filter(None, (Path(bundle).name, variant, target)))
+                tasks[bundle, variant, target] = self._task(name, variant_memory(bundle), request)
         self._run_tasks(list(tasks.values()), stopped)
         return tasks
 
@@ -168,10 +166,10 @@ class _Job:
 
     def _note_removed(self, max_bytes: int) -> None:
         """A store whose limit is less than what the job needs drops the first engines for the last."""
-        there = [engine for engine in self.engines if _status(engine) in ("hit", "built")]
-        removed = removed_engines(self.store, [digest for engine in there if (digest := _digest(engine))])
+        there = [engine for engine in self.engines if status_of(engine) in ("hit", "built")]
+        removed = removed_engines(self.store, [digest for engine in there if (digest := digest_of(engine))])
         for engine in there:
-            if _digest(engine) in removed:
+            if digest_of(engine) in removed:
                 limit = f"{max_bytes / 1e6:.0f} MB"
                 engine.failure = f"It was removed for later engines: the store may hold {limit}, the job needs more"
 
@@ -185,12 +183,19 @@ class _Job:
                 result = {"built": True, "digest": entry.digest, "bytes": entry.manifest.size}
                 engine.build.outcome = Outcome(result=result)
 
+    def _runs_here(self, engine: Engine) -> bool:
+        """Whether it is for this machine's GPU."""
+        wanted = engine.planned.wanted
+        return self.absent is None if wanted.target in WARMED else self.gpu is not None and wanted.sm == self.gpu
+
     def _run_engines(self, stopped: Callable[[], bool]) -> None:
         """Loads, warms up and times this GPU's engines, one at a time: they share its memory and its clock."""
         runs = {}
         for engine in self.engines:
-            if engine.planned.wanted.sm == self.gpu and _status(engine) in ("hit", "built"):
-                request = {"do": "run", "wanted": to_dict(engine.planned.wanted), "store": self.url}
+            if self._runs_here(engine) and status_of(engine) in ("hit", "built"):
+                wanted = engine.planned.wanted
+                do = "warm" if wanted.target in WARMED else "run"
+                request = {"do": do, "wanted": to_dict(wanted), "variant": engine.planned.variant, "store": self.url}
                 runs[engine] = self._task(f"{engine.planned.title} run", engine.planned.memory, request, True)
                 engine.log = runs[engine].log
         self._run_tasks(list(runs.values()), stopped)
@@ -198,9 +203,23 @@ class _Job:
             if task.outcome is None:
                 engine.stopped = True
             elif task.outcome.error is not None:
-                engine.failure = f"It was built but does not run: {_why(task)}"
+                compiles = engine.planned.wanted.target in WARMED
+                engine.failure = f"{'It' if compiles else 'It was built but'} does not run: {why(task)}"
             elif task.outcome.result is not None:
                 engine.latency = task.outcome.result["latency_ms"]
+
+    def plan_contests(self, plan: bool = False) -> list[Contest]:
+        """Of all bundles; ``plan``: before anything was built."""
+        return plan_contests(self.engines, self._runs_here, self.absent, self.url, plan)
+
+    def _measure(self, stopped: Callable[[], bool]) -> None:
+        """Measures the bundles that have engines here, one at a time."""
+        self.contests = self.plan_contests()
+        for contest in self.contests:
+            if contest.status == "miss":
+                request = {"do": "measure", "bundle": contest.bundle, "store": self.url}
+                contest.task = self._task(f"{Path(contest.bundle).name} measure", contest.memory, request, True)
+        self._run_tasks([contest.task for contest in self.contests if contest.task], stopped)
 
     def _task(self, name: str, memory: int, request: dict[str, Any], alone: bool = False) -> Task:
         file = re.sub(r"[^\w.+]+", "-", name)  # what a person reads has brackets and commas
@@ -220,87 +239,18 @@ class _Job:
         run_tasks(tasks, self.limits, stopped, tell)
 
     def telling_logs(self) -> set[Path]:
-        """Those that say why an engine is missing."""
-        if not any(_status(engine) == "failed" for engine in self.engines):
+        """Those that say why an engine is missing, or was not measured."""
+        failed = [status_of(engine) == "failed" for engine in self.engines]
+        if not any([*failed, *(contest.line().status == "failed" for contest in self.contests)]):
             return set()
         return {task.log for task in self.begun if task.reasons and task.log is not None}
 
     def report(self, started: float, dry_run: bool) -> WarmupReport:
-        lines = tuple(_line(engine, dry_run) for engine in self.engines)
+        lines = tuple(line_of(engine, dry_run, self.absent) for engine in self.engines)
         seconds = round(time.monotonic() - started, 3)
-        return WarmupReport(self.store.url, lines, dry_run, self.interrupted, self.gpu, seconds)
-
-
-def _status(engine: _Engine) -> Status:
-    if engine.planned.state == "failed" or engine.failure is not None:
-        return "failed"
-    if engine.stopped:
-        return "stopped"
-    if engine.planned.state == "hit":
-        return "hit"
-    outcome = engine.build.outcome if engine.build is not None else None
-    if outcome is None:
-        return "stopped"
-    if outcome.result is None:
-        return "failed"
-    return "built" if outcome.result["built"] else "hit"  # hit: another process built it meanwhile
-
-
-def _line(engine: _Engine, dry_run: bool) -> EngineLine:
-    planned, task = engine.planned, engine.build
-    wanted = planned.wanted
-    result = (task.outcome.result if task is not None and task.outcome is not None else None) or {}
-    status: Status = planned.state if dry_run else _status(engine)
-    reasons = {
-        "failed": engine.failure or (_why(task) if task else planned.reason),
-        "stopped": "the job was stopped",
-        "miss": planned.reason,
-    }
-    missed = planned.state == "miss"
-    return EngineLine(
-        wanted.bundle, wanted.target, wanted.sm, planned.variant or wanted.precision, wanted.capacity, wanted.max_batch,
-        status,
-        reason=reasons.get(status),
-        digest=_digest(engine),
-        bytes=result.get("bytes", planned.bytes),
-        seconds=round(task.seconds, 3) if result and task is not None else None,
-        attempts=_attempts(task),
-        retried=_retried(task),
-        variant_attempts=_attempts(engine.variant),
-        variant_retried=_retried(engine.variant),
-        estimated_bytes=planned.memory if missed else None,
-        estimated_seconds=planned.seconds if missed else None,
-        latency_ms=engine.latency,
-        log=str(engine.log) if engine.log is not None and engine.log.exists() else None,
-        note=planned.note,
-        choices=wanted.choices,
-    )  # fmt: skip
-
-
-def _digest(engine: _Engine) -> str | None:
-    """The engine's name in the store, once it is known."""
-    outcome = engine.build.outcome if engine.build is not None else None
-    return (outcome.result or {}).get("digest", engine.planned.digest) if outcome else engine.planned.digest
-
-
-def _attempts(task: Task | None) -> int:
-    """Attempts that ended."""
-    return 0 if task is None else len(task.reasons) + _is_done(task)
-
-
-def _retried(task: Task | None) -> tuple[str, ...]:
-    """Why the attempts before the last one failed."""
-    if task is None:
-        return ()
-    return tuple(task.reasons if _is_done(task) else task.reasons[:-1])
-
-
-def _is_done(task: Task) -> bool:
-    return task.outcome is not None and task.outcome.result is not None
-
-
-def _why(task: Task) -> str:
-    return task.reasons[-1] if task.reasons else "no reason given"
+        measured = tuple(contest.line() for contest in self.contests)
+        gpu = None if dry_run else self.gpu
+        return WarmupReport(self.store.url, lines, dry_run, self.interrupted, gpu, seconds, measured)
 
 
 def _limits(file: JobFile, workers: int | None, memory: int | str | None, retries: int) -> Limits:

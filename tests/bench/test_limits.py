@@ -38,6 +38,17 @@ def test_decoding_reads_the_cache_within_the_window() -> None:
     windowed = work_of(manifest_of("decoder", "text-generation", BODY, True, window=5), 1, 1, past=20)
     assert unlimited.flops - windowed.flops == pytest.approx(4 * (21 - 5) * 8)
     assert unlimited.weight_bytes == 4 * (128 + 2 * 4 * 20)
+    assert windowed.weight_bytes == 4 * (128 + 2 * 4 * 4), "and the token itself"
+
+
+def test_a_batch_reads_weights_once_and_each_row_its_cache() -> None:
+    manifest = manifest_of("decoder", "text-generation", BODY | TABLE, True)
+    one, many = (work_of(manifest, rows, 1, past=20) for rows in (1, 8))
+    cache = 4 * 2 * 4 * 20
+    assert many.flops == 8 * one.flops
+    assert one.weight_bytes == 4 * (128 + 800) + cache and many.weight_bytes == 4 * (128 + 800) + 8 * cache
+    prompts = [work_of(manifest, rows, 10) for rows in (1, 8)]
+    assert prompts[1].flops == 8 * prompts[0].flops and prompts[1].weight_bytes == prompts[0].weight_bytes
 
 
 def test_encoder_multiplies_every_row_and_no_table() -> None:

@@ -24,9 +24,11 @@ def test_the_jobs_example_is_planned(bundles: Path) -> None:
         text = text.replace(long, short)
     (bundles / "jobs.yaml").write_text(text.replace("s3://models/engines", "engines"))
     report = accel.warmup(bundles / "jobs.yaml", dry_run=True)
-    assert [line.status for line in report.engines] == ["miss"] * 10, "three, six and one, as the text says"
+    assert [line.status for line in report.engines] == ["miss"] * 12, "three, six, one and two, as the text says"
     assert report.ok and report.store == str(bundles / "engines") and (bundles / "warmup.json").exists()
-    assert [line.capacity for line in report.engines] == [None] * 3 + [128] * 3 + [160] * 3 + [128]
+    assert [line.capacity for line in report.engines] == [None] * 3 + [128] * 3 + [160] * 3 + [128] * 3
+    assert [line.target for line in report.engines[-2:]] == ["cuda", "ort-cuda"]
+    assert {line.status for line in report.measured} <= {"miss", "skipped"} and len(report.measured) == 2
 
 
 def test_the_jobs_example_is_strict(tmp_path: Path) -> None:
