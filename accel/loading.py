@@ -35,7 +35,7 @@ def load(
     Args:
         path: The bundle's directory.
         device: ``auto``, ``cpu`` or ``cuda``.
-        engine: ``auto``: the fastest that ``accel bench`` measured for this bundle on this machine, else the first of
+        engine: ``auto``: the fastest that ``accel bench`` or a warm-up measured for this bundle here, else the first of
             the documented order that runs; or the one engine to use (``tensorrt``, ``rtx``, ``cuda``, ``ort-cuda``,
             ``ort-cpu``, ``openvino``, ``torch``): no other takes its place.
         variant: ``auto``: fp32 on the CPU, on a GPU the engine's own choice, whatever was measured; ``fastest``: the

@@ -117,7 +117,7 @@ def open_session(
         bundle: An opened bundle.
         device: ``auto`` (CUDA engines are tried where a GPU can be seen; one that is hidden from this process is an
             entry of the fallbacks, and without one those are that the bundle has graphs for), ``cpu`` or ``cuda``.
-        engine: ``auto``: the fastest that ``accel bench`` measured for this bundle on this machine, else the first of
+        engine: ``auto``: the fastest that ``accel bench`` or a warm-up measured for this bundle here, else the first of
             the documented order; or the name of the one engine to use: it is never replaced by another.
         variant: ``auto``: what each engine runs unasked; ``fastest``: the fastest that was measured, which may be a
             lossy one; or the precision to use.
