@@ -1,4 +1,4 @@
-"""The order in which engines are tried: the documented one, unless ``accel bench`` or a warm-up measured which are faster here."""
+"""The order in which engines are tried: the documented one, unless it was measured here which are faster."""
 
 from __future__ import annotations
 
