@@ -46,7 +46,7 @@ EXTRAS = {
     "openvino": OPENVINO,
     "export": EXPORT,
     # onnxruntime and onnxruntime-gpu share one folder: never install cpu (or export) and cuda together.
-    "cuda": ["onnxruntime-gpu", "triton>=3.6", "torch>=2.11", "onnx-ir>=1.0"],
+    "cuda": ["onnxruntime-gpu>=1.31", "triton>=3.6", "torch>=2.11", "onnx-ir>=1.0"],
     "tensorrt": ["tensorrt>=10.15.1", CUDA],
     "rtx": RTX,
     "store": STORE,

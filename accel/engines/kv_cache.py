@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from accel.bundle import ITEM_BYTES, Bundle
 from accel.engines.session import SessionOptions
-from accel.errors import BundleError, CapacityError, InputError
+from accel.errors import BundleError, CapacityError, EngineError, EngineUnavailableError, InputError
 from accel.machine import available_memory
 from accel.manifest import GraphEntry
 from accel.spec import ArchSpec
@@ -15,6 +15,8 @@ DEFAULT_MAX_BATCH = 8
 DEFAULT_CAPACITY = 4096  # positions; more only when asked for
 ROUNDED_BYTES = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}  # of a number in caches that are rounded
 _MEMORY_SHARE = 2  # the default takes at most one part in this many of what is available
+_GPU_MEMORY = "GPU memory"  # where: nothing that was asked for is to blame
+_NOTHING_FITS = "Free memory, or use a smaller model: not one position of one row fits"
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,17 @@ def resolve_cache(
     row_bytes = max(1, rows * bytes_per_token(arch, item_bytes))
     memory = available_memory() if available is None else available
     if asked is not None:
-        _check_asked(arch, asked, rows, row_bytes, memory)
-        return CacheShape(rows, asked)
+        shape = CacheShape(rows, asked)
+        _check_asked(arch, shape, item_bytes, memory)
+        return shape
     fitting = memory // _MEMORY_SHARE // row_bytes if memory is not None else DEFAULT_CAPACITY
     if fitting < 1:
+        most = rows * ((memory or 0) // _MEMORY_SHARE) // row_bytes  # rows of one position
         raise CapacityError(
             f"not one cache position fits: {rows} rows need {row_bytes:,} bytes each position, and half of the "
             f"{memory or 0:,} available bytes is the limit",
             where="max_batch",
-            remedy="Load with a smaller max_batch, or free memory",
+            remedy=f"Load with a max_batch of at most {most:,}, or free memory" if most else _NOTHING_FITS,
         )
     return CacheShape(rows, min(arch.max_positions, DEFAULT_CAPACITY, fitting))
 
@@ -121,19 +125,102 @@ def check_count(name: str, value: object) -> int | None:
     return value
 
 
-def _check_asked(arch: ArchSpec, asked: int, rows: int, row_bytes: int, memory: int | None) -> None:
+def what_fits(arch: ArchSpec, shape: CacheShape, item_bytes: float, memory: int) -> str:
+    """What to ask for in place of a cache that does not fit: a smaller capacity, or a smaller max_batch.
+
+    Args:
+        arch: The model.
+        shape: What does not fit.
+        item_bytes: Of one number in the cache; see ``bytes_per_token``.
+        memory: Bytes that the cache may take.
+    """
+    places = memory // max(1, bytes_per_token(arch, item_bytes))  # positions of one row
+    positions, rows = places // shape.rows, places // shape.capacity
+    fitting = []
+    if positions:
+        fitting.append(f"a capacity of at most {positions:,} with max_batch {shape.rows:,}")
+    if rows:
+        fitting.append(f"a max_batch of at most {rows:,} with capacity {shape.capacity:,}")
+    if places and not fitting:
+        fitting.append(f"a capacity of at most {places:,} with max_batch 1")
+    return f"Ask for {', or for '.join(fitting)}" if fitting else _NOTHING_FITS
+
+
+def resolve_gpu_cache(arch: ArchSpec, options: SessionOptions, item_bytes: float, room: int | None) -> CacheShape:
+    """As ``resolve_cache``, but where nothing was asked for, a GPU that is full is passed over.
+
+    Args:
+        arch: The model.
+        options: What was asked for.
+        item_bytes: Of one number in the cache; see ``bytes_per_token``.
+        room: Bytes that the cache may take; None: unknown, the machine's own memory is the measure.
+
+    Raises:
+        InputError: A capacity or max_batch below 1, or no integer.
+        CapacityError: What was asked for does not fit; says what does.
+        EngineUnavailableError: Nothing was asked for, and not one position fits.
+    """
+    try:
+        return resolve_cache(arch, options, item_bytes, room)
+    except CapacityError as error:
+        if _asked(options):
+            raise
+        raise EngineUnavailableError(error.what, where=_GPU_MEMORY, remedy=error.remedy) from error
+
+
+def no_room_for_weights(weights: int, found: str) -> EngineUnavailableError:
+    """What to raise where a GPU is too full for a model, whatever is asked of its cache.
+
+    Args:
+        weights: Bytes.
+        found: How many are free, or how memory ran out.
+    """
+    remedy = "Close other programs on this GPU, or use a smaller model"
+    return EngineUnavailableError(f"{found}; the weights take {weights:,} bytes", where=_GPU_MEMORY, remedy=remedy)
+
+
+def no_room_for_cache(
+    full: EngineError, arch: ArchSpec, options: SessionOptions, shape: CacheShape, item_bytes: float, room: int | None
+) -> CapacityError | EngineUnavailableError:
+    """What to raise where a GPU's memory ran out at load, though all was counted to fit.
+
+    Args:
+        full: How it ran out.
+        arch: The model.
+        options: What was asked for.
+        shape: Of the cache that was tried.
+        item_bytes: Of one number in it; see ``bytes_per_token``.
+        room: Bytes that a cache may take now; None: unknown.
+    """
+    remedy = "Ask for a smaller capacity or max_batch"
+    if room is not None:  # a count that was wrong once is not trusted for more than half of what failed
+        tried = shape.rows * shape.capacity * bytes_per_token(arch, item_bytes)
+        remedy = what_fits(arch, shape, item_bytes, min(room, tried // 2))
+    if _asked(options):
+        return CapacityError(full.what, where="capacity, max_batch", remedy=remedy)
+    remedy = f"Close other programs on this GPU. {remedy}"
+    return EngineUnavailableError(full.what, where=_GPU_MEMORY, remedy=remedy)
+
+
+def _asked(options: SessionOptions) -> bool:
+    return options.capacity is not None or options.max_batch is not None
+
+
+def _check_asked(arch: ArchSpec, shape: CacheShape, item_bytes: float, memory: int | None) -> None:
+    rows, asked = shape.rows, shape.capacity
     if asked > arch.max_positions:
         raise CapacityError(
             f"capacity {asked:,} exceeds the {arch.max_positions:,} positions that the model covers",
             where="capacity",
             remedy=f"Ask for at most {arch.max_positions:,}",
         )
-    if memory is not None and asked * row_bytes > memory:
+    taken = rows * asked * bytes_per_token(arch, item_bytes)
+    if memory is not None and taken > memory:
         raise CapacityError(
-            f"a cache of {rows} rows of {asked:,} positions takes {asked * row_bytes:,} bytes when full, "
+            f"a cache of {rows} rows of {asked:,} positions takes {taken:,} bytes when full, "
             f"but {memory:,} are available",
             where="capacity",
-            remedy=f"Ask for at most {memory // row_bytes:,} positions, or load with a smaller max_batch",
+            remedy=what_fits(arch, shape, item_bytes, memory),
         )
 
 
@@ -144,6 +231,10 @@ __all__ = [
     "cache_item_bytes",
     "cache_kind",
     "check_count",
+    "no_room_for_cache",
+    "no_room_for_weights",
     "resolve_cache",
+    "resolve_gpu_cache",
     "rounded_cache",
+    "what_fits",
 ]

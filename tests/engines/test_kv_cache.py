@@ -8,9 +8,16 @@ from typing import Any
 import pytest
 
 from accel.engines import kv_cache
-from accel.engines.kv_cache import CacheShape, bytes_per_token, resolve_cache
+from accel.engines.kv_cache import (
+    CacheShape,
+    bytes_per_token,
+    no_room_for_cache,
+    resolve_cache,
+    resolve_gpu_cache,
+    what_fits,
+)
 from accel.engines.session import SessionOptions
-from accel.errors import CapacityError, InputError
+from accel.errors import CapacityError, EngineError, EngineUnavailableError, InputError
 from accel.spec import AttentionSpec
 from tests.engines.tiny_llama import ARCH
 
@@ -52,12 +59,59 @@ def test_too_much_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with_memory(monkeypatch, 8 * TOKEN * 100)
     with pytest.raises(CapacityError, match="exceeds the 131,072 positions"):
         resolve_cache(LONG, SessionOptions(capacity=131073))
-    with pytest.raises(CapacityError, match=r"at most 100 positions"):
+    both = "Ask for a capacity of at most 100 with max_batch 8, or for a max_batch of at most 7 with capacity 101"
+    with pytest.raises(CapacityError, match=both):
         resolve_cache(LONG, SessionOptions(capacity=101))
     assert resolve_cache(LONG, SessionOptions(capacity=100)).capacity == 100
-    with_memory(monkeypatch, TOKEN)
-    with pytest.raises(CapacityError, match="not one cache position fits"):
-        resolve_cache(LONG, SessionOptions())
+    for positions, fits in ((14, "a max_batch of at most 7, or free memory"), (1, "not one position of one row fits")):
+        with_memory(monkeypatch, positions * TOKEN)
+        with pytest.raises(CapacityError, match=f"not one cache position fits.*{fits}"):
+            resolve_cache(LONG, SessionOptions())
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected"),
+    [
+        (30, "Ask for a capacity of at most 3 with max_batch 8, or for a max_batch of at most 3 with capacity 10"),
+        (8, "Ask for a capacity of at most 1 with max_batch 8"),
+        (7, "Ask for a capacity of at most 7 with max_batch 1"),
+        (0, "Free memory, or use a smaller model: not one position of one row fits"),
+    ],
+)
+def test_what_fits_is_said_where_anything_does(positions: int, expected: str) -> None:
+    assert what_fits(LONG, CacheShape(8, 10), 4, positions * TOKEN + TOKEN - 1) == expected
+
+
+def test_fewer_rows_may_fit_where_no_position_of_all_rows_does() -> None:
+    expected = "Ask for a max_batch of at most 7 with capacity 1"
+    assert what_fits(LONG, CacheShape(8, 1), 4, 7 * TOKEN) == expected
+
+
+@pytest.mark.parametrize("options", [SessionOptions(capacity=10), SessionOptions(max_batch=4)])
+def test_a_gpu_is_passed_over_unless_something_was_asked_of_it(options: SessionOptions) -> None:
+    assert resolve_gpu_cache(LONG, SessionOptions(), 4, 2 * 8 * TOKEN) == CacheShape(8, 1)
+    with pytest.raises(CapacityError, match="Ask for a|Load with a"):
+        resolve_gpu_cache(LONG, options, 4, 7 * TOKEN)
+    with pytest.raises(EngineUnavailableError, match=r"not one cache position fits.*\(at GPU memory\)"):
+        resolve_gpu_cache(LONG, SessionOptions(), 4, 7 * TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("room", "said"),
+    [
+        (30 * TOKEN, "capacity of at most 3 with max_batch 8, or for a max_batch of at most 3 with capacity 10"),
+        (1 << 40, "capacity of at most 5 with max_batch 8, or for a max_batch of at most 4 with capacity 10"),
+        (None, "smaller capacity or max_batch"),
+    ],
+)
+def test_what_was_counted_to_fit_and_did_not(room: int | None, said: str) -> None:
+    """A count that says the same again would only fail again: half of it is advised."""
+    full, shape = EngineError("the GPU's memory is full", where="loading"), CacheShape(8, 10)
+    asked = no_room_for_cache(full, LONG, SessionOptions(capacity=10), shape, 4, room)
+    assert isinstance(asked, CapacityError) and asked.what == full.what and asked.remedy == f"Ask for a {said}"
+    unasked = no_room_for_cache(full, LONG, SessionOptions(), shape, 4, room)
+    assert isinstance(unasked, EngineUnavailableError)
+    assert unasked.remedy == f"Close other programs on this GPU. Ask for a {said}"
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 2.0, "8"])

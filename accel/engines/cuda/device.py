@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +15,11 @@ from accel_kernels.device import has_warp_jobs
 
 from accel.errors import AccelError, EngineBrokenError, EngineError
 
+_NO_MEMORY = "CUDA error: out of memory"  # from the driver, where PyTorch's allocator is not the one who asks
+_SMALLER = {  # by where memory ran out
+    "decoder step": "Load with a smaller max_batch or capacity, or close other programs on this GPU",
+    "encoder run": "Use a smaller batch or shorter inputs, or close other programs on this GPU",
+}
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # the kernels run on the CPU then, slowly: for tests
 
 
@@ -81,6 +88,23 @@ class Device:
         if self.is_gpu:
             torch.cuda.empty_cache()
 
+    def release_failed(self, error: BaseException) -> None:
+        """Gives back what a load that failed still holds: the next engine may want it, and what fits is counted by it.
+
+        Args:
+            error: How it failed; its frames lose their variables, tensors among them.
+        """
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        gc.collect()
+        self.release()
+
+
+class OutOfMemoryError(EngineError):
+    """The device's memory did not suffice for one run, or for loading. The engine is sound."""
+
 
 def open_device() -> Device:
     """CUDA's current device; the CPU under Triton's interpreter."""
@@ -92,19 +116,26 @@ def translated_errors(where: str) -> Iterator[None]:
     """Turns what PyTorch and Triton raise into our errors.
 
     Raises:
-        EngineError: The device's memory is full.
+        OutOfMemoryError: The device's memory is full.
         EngineBrokenError: Anything else: the device's state is unknown then.
     """
     try:
         yield
     except AccelError:
         raise
-    except torch.cuda.OutOfMemoryError as error:
-        what = f"the GPU's memory is full: {str(error).splitlines()[0]}"
-        raise EngineError(what, where=where, remedy="Load with a smaller max_batch or capacity") from error
     except Exception as error:
-        what = f"the CUDA engine failed: {type(error).__name__}: {error}"
+        first = first_line(error)
+        if isinstance(error, torch.cuda.OutOfMemoryError) or first.startswith(_NO_MEMORY):
+            remedy = _SMALLER.get(where, "Close other programs on this GPU")
+            raise OutOfMemoryError(f"the GPU's memory is full: {first}", where=where, remedy=remedy) from error
+        told = first if first.startswith("CUDA error:") else error  # what follows is how to debug PyTorch
+        what = f"the CUDA engine failed: {type(error).__name__}: {told}"
         raise EngineBrokenError(what, where=where, remedy="Load the bundle again, or with another engine") from error
 
 
-__all__ = ["INTERPRETED", "Device", "open_device", "translated_errors"]
+def first_line(error: BaseException) -> str:
+    """What an exception says, without what PyTorch adds for its own developers."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+__all__ = ["INTERPRETED", "Device", "OutOfMemoryError", "first_line", "open_device", "translated_errors"]

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from accel.bundle import Bundle
-from accel.engines.kv_cache import cache_item_bytes, resolve_cache, rounded_cache
+from accel.engines.kv_cache import (
+    cache_item_bytes,
+    no_room_for_cache,
+    no_room_for_weights,
+    resolve_gpu_cache,
+    rounded_cache,
+)
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
-from accel.errors import CapacityError, EngineError, EngineUnavailableError
+from accel.errors import EngineError, EngineUnavailableError
 from accel.machine import missing_gpu
 from accel.measurements import folders
 from accel.refusals import refusal_by_name
 from accel.scheme import FLOAT8_SM, gpu_type
 
+if TYPE_CHECKING:
+    from accel.engines.cuda.device import Device
+
 TARGET = "cuda"  # of the graph
 PRECISIONS = ("fp16", "bf16", "fp32")
 MINIMUM_SM = 80  # the first with bf16 and asynchronous copies
 _SHARE_LEFT = 0.9  # of the free memory: steps need some of their own
+Session = EncoderSession | DecoderSession
 
 
 def pick_precision(bundle: Bundle, variant: str) -> str | None:
@@ -44,11 +55,21 @@ def probe(bundle: Bundle, variant: str) -> str | None:
     if missing:  # named one by one: the extra would bring onnxruntime-gpu beside onnxruntime
         lacking = f"{' and '.join(missing)} missing: pip install {' '.join(missing).replace('_', '-')}"
         return missing_gpu() or lacking
+    return _unfit_gpu(bundle, variant)
+
+
+def _unfit_gpu(bundle: Bundle, variant: str) -> str | None:
+    """Why PyTorch cannot run the engine on the GPU that it finds, or finds none; None: it can."""
     import torch
 
     if not torch.cuda.is_available():
-        return missing_gpu() or "PyTorch finds no CUDA GPU here, or was installed without CUDA"
-    major, minor = torch.cuda.get_device_capability()
+        return missing_gpu() or _not_found()
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except Exception as error:  # it starts CUDA, which a GPU that is full, busy or lost refuses
+        from accel.engines.cuda.device import first_line
+
+        return f"the GPU cannot be used now: {first_line(error)}"
     if 10 * major + minor < MINIMUM_SM:
         return f"the GPU is sm{major}{minor}; the kernels need sm{MINIMUM_SM} or later"
     if variant != "auto" and rounded_cache(bundle, variant) == "fp8" and 10 * major + minor < FLOAT8_SM:
@@ -56,41 +77,87 @@ def probe(bundle: Bundle, variant: str) -> str | None:
     return None
 
 
-def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> EncoderSession | DecoderSession:
+def _not_found() -> str:
+    """Why PyTorch finds no GPU where there is one."""
+    import torch
+
+    from accel.engines.cuda.device import first_line
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"the PyTorch installed here ({torch.__version__}) was built without CUDA: install one with CUDA"
+    try:
+        torch.cuda.init()
+    except Exception as error:
+        said = first_line(error).partition(". Please")[0]
+        if "driver" in said.lower():
+            why = f"PyTorch {torch.__version__} cannot use this machine's NVIDIA driver: {said}"
+            return f"{why}. Install a newer driver, or a PyTorch for this one; nvidia-smi shows its version"
+        return f"PyTorch finds no CUDA GPU here: {said}"
+    return "PyTorch finds no CUDA GPU here"
+
+
+def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> Session:
     """Opens the engine.
 
     Raises:
-        CapacityError: Weights and cache do not fit; says what does.
-        EngineUnavailableError: Its files are damaged.
+        CapacityError: The capacity or max_batch asked for does not fit; says what does.
+        EngineUnavailableError: The GPU has no room for the weights, or for any cache, or cannot be used now.
+        BundleError: The bundle's files are damaged.
     """
-    import torch
-
-    from accel.engines.cuda.device import open_device
+    from accel.engines.cuda.device import open_device, translated_errors
 
     chosen = pick_precision(bundle, variant)
     assert chosen is not None, "probe comes first"
-    entry, arch = bundle.graph(chosen, TARGET), bundle.manifest.arch
-    device, path = open_device(), bundle.file(entry.file)
-    types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    dtype = types[gpu_type(chosen, bundle.variant(chosen).dtype)]
-    kept = folders(options.store)[0].with_name("kernels")
     try:
-        if arch.kind == "encoder":
-            from accel.engines.cuda.encoder import CudaEncoderSession
-
-            return CudaEncoderSession(path, arch, chosen, device, dtype, kept)
-        from accel.engines.cuda.decoder import CudaDecoderSession
-        from accel.engines.cuda.program import weight_bytes
-
-        weights, memory = weight_bytes(path), device.free_memory()
-        left = None if memory is None else int(max(0, memory - weights) * _SHARE_LEFT)
-        if left == 0:
-            what = f"the weights take {weights:,} bytes, and the GPU has {memory:,} free"
-            raise CapacityError(what, where="cuda", remedy="Free memory, or load with another engine")
-        shape = resolve_cache(arch, options, cache_item_bytes(arch, entry), left)
-        return CudaDecoderSession(path, arch, chosen, shape, device, dtype, kept)
+        with translated_errors("loading"):  # whatever first asks the GPU may find it full, busy or lost
+            return _open_on(open_device(), bundle, chosen, options)
     except EngineError as error:
         raise EngineUnavailableError(error.what, where=error.where, remedy=error.remedy) from error
+
+
+def _open_on(device: Device, bundle: Bundle, variant: str, options: SessionOptions) -> Session:
+    """A session on a device.
+
+    Args:
+        device: Where.
+        bundle: The bundle.
+        variant: One that it has a graph for.
+        options: Of the session.
+    """
+    import torch
+
+    from accel.engines.cuda.decoder import CudaDecoderSession
+    from accel.engines.cuda.device import OutOfMemoryError
+    from accel.engines.cuda.encoder import CudaEncoderSession
+    from accel.engines.cuda.program import weight_bytes
+
+    entry, arch = bundle.graph(variant, TARGET), bundle.manifest.arch
+    path = bundle.file(entry.file)
+    types = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    dtype = types[gpu_type(variant, bundle.variant(variant).dtype)]
+    kept = folders(options.store)[0].with_name("kernels")
+    weights, free = weight_bytes(path), device.free_memory()
+    if free is not None and _room(free, weights) == 0:
+        raise no_room_for_weights(weights, f"the GPU has {free:,} bytes free")
+    item = cache_item_bytes(arch, entry) if arch.kind == "decoder" else 0
+    shape = resolve_gpu_cache(arch, options, item, _room(free, weights)) if arch.kind == "decoder" else None
+    try:
+        if shape is None:
+            return CudaEncoderSession(path, arch, variant, device, dtype, kept)
+        return CudaDecoderSession(path, arch, variant, shape, device, dtype, kept)
+    except EngineError as error:
+        device.release_failed(error)
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        room = _room(device.free_memory(), weights)
+        if shape is None or room == 0:
+            raise no_room_for_weights(weights, error.what) from error
+        raise no_room_for_cache(error, arch, options, shape, item, room) from error
+
+
+def _room(free: int | None, weights: int) -> int | None:
+    """Bytes that a cache may take beside the weights, where so many are free; None: unknown."""
+    return None if free is None else int(max(0, free - weights) * _SHARE_LEFT)
 
 
 __all__ = ["TARGET", "open_cuda", "pick_precision", "probe"]

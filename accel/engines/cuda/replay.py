@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from accel.engines.cuda.device import Device
+from accel.engines.cuda.device import Device, first_line
 
 _log = logging.getLogger("accel")
 
@@ -42,10 +42,14 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device.torch)
         try:
-            with torch.cuda.graph(graph, pool=self._device.shared_pool()):
+            # A recording that fails leaves its own stream current, hence the first context.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self._device.shared_pool()),
+            ):
                 self._run()
         except RuntimeError as error:
-            self.failure = str(error).splitlines()[0]
+            self.failure = first_line(error)
             _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", self.failure)
             torch.cuda.synchronize(self._device.torch)
             self._device.pool = None  # what was recorded half way holds on to it

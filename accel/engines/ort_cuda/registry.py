@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from accel.bundle import Bundle
-from accel.engines.kv_cache import CacheShape, bytes_per_token, resolve_cache
+from accel.engines.kv_cache import no_room_for_cache, no_room_for_weights, resolve_gpu_cache
 from accel.engines.ort_cuda.package import free_memory, import_onnxruntime_gpu
 from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, OutOfMemoryError, Provider
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
-from accel.errors import CapacityError, DependencyError, EngineUnavailableError
+from accel.errors import DependencyError
 from accel.machine import missing_gpu
 from accel.refusals import refusal_by_name
 from accel.scheme import gpu_type
@@ -94,50 +94,26 @@ def open_on(provider: Provider, bundle: Bundle, variant: str, options: SessionOp
     from accel.engines.ort_cuda.encoder import OrtCudaEncoderSession
 
     graph, arch = bundle.file(bundle.graph(variant, NAME).file), bundle.manifest.arch
-    room = None if memory is None else memory - _weight_bytes(bundle, variant) - RESERVE
+    weights = _weight_bytes(bundle, variant)
+    room = None if memory is None else memory - weights - RESERVE
     if room is not None and room <= 0:
-        what = f"the GPU has {memory:,} bytes free, and the weights take {_weight_bytes(bundle, variant):,}"
-        remedy = "Close other programs on this GPU, or use a smaller model"
-        raise EngineUnavailableError(what, where="GPU memory", remedy=remedy)
+        raise no_room_for_weights(weights, f"the GPU has {memory:,} bytes free")
+    item = ITEM_BYTES[gpu_type(variant, bundle.variant(variant).dtype)]
+    shape = resolve_gpu_cache(arch, options, item, room) if arch.kind == "decoder" else None
     try:
-        if arch.kind == "encoder":
+        if shape is None:
             return OrtCudaEncoderSession(graph, arch, variant, provider)
-        return OrtCudaDecoderSession(graph, bundle.manifest, variant, provider, _shape(bundle, variant, options, room))
-    except OutOfMemoryError as error:
-        raise _does_not_fit(bundle, variant, options, error) from error
+        return OrtCudaDecoderSession(graph, bundle.manifest, variant, provider, shape)
+    except OutOfMemoryError as error:  # found out only by trying
+        if shape is None:
+            raise no_room_for_weights(weights, error.what) from error
+        free = free_memory()  # beside the weights, which the session that failed still holds
+        left = None if free is None else max(0, free - RESERVE)
+        raise no_room_for_cache(error, arch, options, shape, item, left) from error
 
 
 def _weight_bytes(bundle: Bundle, variant: str) -> int:
     return sum(bundle.manifest.files[name].size for name in bundle.weights(variant, NAME))
-
-
-def _shape(bundle: Bundle, variant: str, options: SessionOptions, room: int | None) -> CacheShape:
-    """The caches' shape: what was asked for must fit; where nothing was, a GPU that is full is passed over."""
-    item = ITEM_BYTES[gpu_type(variant, bundle.variant(variant).dtype)]
-    try:
-        return resolve_cache(bundle.manifest.arch, options, item, room)
-    except CapacityError as error:
-        if _asked(options):
-            raise
-        raise EngineUnavailableError(error.what, where="GPU memory", remedy=error.remedy) from error
-
-
-def _does_not_fit(
-    bundle: Bundle, variant: str, options: SessionOptions, error: OutOfMemoryError
-) -> CapacityError | EngineUnavailableError:
-    """What was found out only by trying."""
-    if bundle.manifest.arch.kind == "encoder" or not _asked(options):
-        remedy = "Close other programs on this GPU"
-        return EngineUnavailableError(error.what, where="GPU memory", remedy=remedy)
-    size = bytes_per_token(bundle.manifest.arch, ITEM_BYTES[gpu_type(variant, bundle.variant(variant).dtype)])
-    free = free_memory()
-    fits = f"{max(0, free - RESERVE) // size:,} positions in all rows together" if free is not None else "fewer"
-    remedy = f"A position of a row takes {size:,} bytes, which leaves room for {fits}: lower capacity or max_batch"
-    return CapacityError(error.what, where="capacity, max_batch", remedy=remedy)
-
-
-def _asked(options: SessionOptions) -> bool:
-    return options.capacity is not None or options.max_batch is not None
 
 
 __all__ = ["PRECISIONS", "open_engine", "open_on", "pick_precision", "probe"]

@@ -15,6 +15,7 @@ import accel
 from accel import machine
 from accel.bundle import Bundle
 from accel.engines import ENGINES, open_session
+from accel.engines.kv_cache import bytes_per_token
 from accel.engines.ort_cuda import registry
 from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession
 from accel.engines.ort_cuda.provider import OutOfMemoryError
@@ -159,7 +160,7 @@ def test_capacity_comes_from_the_gpus_memory(decoder: Bundle) -> None:
     session: Any = registry.open_on(CPU, decoder, "fp32", options, 8 * GIB)
     assert session.capacity == decoder.manifest.arch.max_positions
     session.close()
-    row = 2 * registry.bytes_per_token(decoder.manifest.arch, 4)  # of both rows
+    row = 2 * bytes_per_token(decoder.manifest.arch, 4)  # of both rows
     small: Any = registry.open_on(CPU, decoder, "fp32", options, room + 200 * row)
     assert small.capacity == 100, "half of what is free"
     small.close()
@@ -167,13 +168,14 @@ def test_capacity_comes_from_the_gpus_memory(decoder: Bundle) -> None:
 
 def test_what_does_not_fit(decoder: Bundle, encoder: Bundle) -> None:
     room = registry.RESERVE + registry._weight_bytes(decoder, "fp32")
-    row = 2 * registry.bytes_per_token(decoder.manifest.arch, 4)
-    with pytest.raises(CapacityError, match="2 rows of 64 positions.*at most 50 positions, or load with a smaller"):
+    row = 2 * bytes_per_token(decoder.manifest.arch, 4)
+    fits = "Ask for a capacity of at most 50 with max_batch 2, or for a max_batch of at most 1 with capacity 64"
+    with pytest.raises(CapacityError, match=f"2 rows of 64 positions.*{fits}"):
         registry.open_on(CPU, decoder, "fp32", SessionOptions(capacity=64, max_batch=2), room + 50 * row)
     with pytest.raises(EngineUnavailableError, match="not one cache position fits"):
         registry.open_on(CPU, decoder, "fp32", SessionOptions(), room + 1)
     for bundle in (decoder, encoder):
-        with pytest.raises(EngineUnavailableError, match="the GPU has 1,000 bytes free, and the weights take"):
+        with pytest.raises(EngineUnavailableError, match="the GPU has 1,000 bytes free; the weights take"):
             registry.open_on(CPU, bundle, "fp32", SessionOptions(), 1000)
 
 
@@ -182,10 +184,20 @@ def test_what_turns_out_not_to_fit(decoder: Bundle, monkeypatch: pytest.MonkeyPa
         raise OutOfMemoryError("ONNX Runtime ran out of device memory", where="allocating device memory")
 
     monkeypatch.setattr("accel.engines.ort_cuda.provider.Provider.allocate", full)
-    monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + (1 << 20))
-    size = registry.bytes_per_token(decoder.manifest.arch, 4)
-    match = f"takes {size:,} bytes.*room for {(1 << 20) // size:,} positions in all rows together"
-    with pytest.raises(CapacityError, match=match):
+    room = 200 * bytes_per_token(decoder.manifest.arch, 4)
+    monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + room)
+    fits = "Ask for a capacity of at most 25 with max_batch 8, or for a max_batch of at most 3 with capacity 64"
+    with pytest.raises(CapacityError, match=fits):
         registry.open_on(CPU, decoder, "fp32", SessionOptions(capacity=64), 8 * GIB)
-    with pytest.raises(EngineUnavailableError, match="ran out of device memory"):
+    with pytest.raises(EngineUnavailableError, match="ran out of device memory.*Close other programs.*Ask for a cap"):
         registry.open_on(CPU, decoder, "fp32", SessionOptions(), 8 * GIB)
+
+
+def test_an_encoder_that_turns_out_not_to_fit(encoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OutOfMemoryError("ONNX Runtime ran out of device memory", where="opening the graph")
+
+    monkeypatch.setattr("accel.engines.ort_cuda.provider.Provider.open", full)
+    weights = registry._weight_bytes(encoder, "fp32")
+    with pytest.raises(EngineUnavailableError, match=f"out of device memory; the weights take {weights:,} bytes"):
+        registry.open_on(CPU, encoder, "fp32", SessionOptions(), 8 * GIB)

@@ -1,0 +1,144 @@
+"""Recordings that fail: the run goes on without, gives the same results, and says so once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from accel.engines.cuda import staging
+from accel.engines.cuda.device import INTERPRETED, Device
+from accel.engines.cuda.replay import Replay
+from tests.engines.cuda.steps import inputs
+
+SAID = "a run could not be recorded as a CUDA graph and goes on without"
+INVALID = "CUDA error: operation failed due to a previous error during capture\nFor debugging consider more"
+
+
+class StandIn(Device):
+    """Says that it is a GPU."""
+
+    is_gpu = True
+
+
+class Recorder:
+    """``torch.cuda`` without a GPU: what is recorded runs once while it is, and again whenever it is replayed."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.failure: Exception | None = None
+        self.at_end = False  # fails when the recording ends, else when it begins
+        self.stream, self.pools, self.replays = "the caller's", iter(range(9)), 0
+        self.used: list[int] = []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "graph", self._record)
+        monkeypatch.setattr(torch.cuda, "stream", self._current)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(self.pools))
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    @contextlib.contextmanager
+    def _record(self, graph: Any, pool: int) -> Iterator[None]:
+        """As PyTorch's: where it fails, its own stream stays current."""
+        self.used.append(pool)
+        self.stream = "the recording's"
+        if self.failure is not None and not self.at_end:
+            raise self.failure
+        yield
+        if self.failure is not None:
+            raise self.failure
+        self.stream = "the caller's"
+
+    @contextlib.contextmanager
+    def _current(self, stream: str) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        try:
+            yield
+        finally:
+            self.stream = before
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return Recorder(monkeypatch)
+
+
+@pytest.fixture
+def gpu() -> Device:
+    return StandIn(torch.device("cpu"))
+
+
+def test_a_recording_is_replayed(recorder: Recorder, gpu: Device) -> None:
+    runs: list[int] = []
+    replay = Replay(gpu, lambda: runs.append(1))
+    for _ in range(4):
+        replay.run()
+    assert len(runs) == 2 and recorder.replays == 3, "once to compile, once while it is recorded"
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RuntimeError(INVALID), INVALID.splitlines()[0]),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), "CUDA out of memory. Tried to a"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_without(
+    recorder: Recorder, gpu: Device, failure: Exception, said: str, at_end: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.failure, recorder.at_end = failure, at_end
+    result = torch.zeros(1)
+    replay = Replay(gpu, lambda: result.add_(1) and None)
+    for _ in range(4):
+        replay.run()
+    assert recorder.replays == 0 and result.item() == 4 + at_end, "each call computes; so does this recording"
+    (record,) = [record for record in caplog.records if SAID in record.message]
+    assert record.levelname == "WARNING" and record.message.startswith(f"{SAID}: {said}")
+    assert "\n" not in record.message and replay.failure is not None
+    assert recorder.used == [0], "it is not tried again"
+    assert recorder.stream == "the caller's", "what the caller does next would not wait for the runs"
+
+
+def test_the_next_recording_takes_memory_of_its_own(recorder: Recorder, gpu: Device) -> None:
+    """What was recorded half way holds on to the shared pool."""
+    first, second, third = (Replay(gpu, lambda: None, after=0) for _ in range(3))
+    recorder.failure = RuntimeError(INVALID)
+    first.run()
+    recorder.failure = None
+    second.run()
+    third.run()
+    assert recorder.used == [0, 1, 1] and first.failure is not None and second.failure is third.failure is None
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes on masked lanes
+def test_a_decoder_goes_on_without(
+    recorder: Recorder, gpu: Device, graph: Any, reference: Any, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    """A prompt's step, one token's and several rows': logits as ONNX Runtime's."""
+    made: list[Replay] = []
+
+    def on_gpu(device: Device, run: Any) -> Replay:
+        made.append(Replay(gpu, run))
+        return made[-1]
+
+    monkeypatch.setattr(staging, "Replay", on_gpu)
+    recorder.failure = RuntimeError(INVALID)
+    session = request.getfixturevalue("session")
+    for step in (
+        inputs({0: [5, 6, 7, 8]}, {}),
+        *(inputs({0: [9 + place]}, {0: 4 + place}) for place in range(3)),
+        inputs({1: [5, 6, 7, 8]}, {}),
+        inputs({0: [12], 1: [13]}, {0: 7, 1: 4}),
+    ):
+        np.testing.assert_allclose(session.step(step), reference.step(step), atol=1e-4)
+    failed = [replay.failure for replay in made if replay.failure is not None]
+    assert failed == [INVALID.splitlines()[0]] * 3 and recorder.replays == 0, "prompts', one row's and two rows'"
