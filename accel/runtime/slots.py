@@ -252,18 +252,20 @@ class SlotLoop:
         """Runs one plan. When the engine fails, each row is tried alone, so that only the bad one ends."""
         inputs = self._stepper.build(plan)
         before = perf_counter()
+        logits: NDArray[np.float32] | ChosenTokens | None = None
         try:
             logits = self._stepper.run(plan, inputs)
         except EngineBrokenError:  # no row of it can run: ``step`` turns to the next engine
             raise
         except Exception as error:
-            if len(plan) > 1:
-                for entry in plan:
-                    self._run([entry], perf_counter(), events)
+            if len(plan) == 1:
+                sequence = plan[0][0]
+                self._end(sequence, _as_accel_error(error))
+                events.append(Event(sequence, None, True))
                 return
-            sequence = plan[0][0]
-            self._end(sequence, _as_accel_error(error))
-            events.append(Event(sequence, None, True))
+        if logits is None:  # outside of the handler: the error holds what the step had made
+            for entry in plan:
+                self._run([entry], perf_counter(), events)
             return
         after = perf_counter()
         self.steps += 1

@@ -150,6 +150,8 @@ def encoder_attention(
     )  # fmt: skip
     ways = {label(tile): partial(attend, **tile) for tile in ENCODER_ATTENTION_TILES}
     options = f"softcap {softcap}, window {window}, bias {bias is not None}"
+    if not step.room:
+        options += f", {len(query)} tokens side by side"
     key_of = f"attention of {len(starts)}x{longest}, {heads} heads on {kv_heads} of {dim}, {query.dtype}, {options}"
     return ways[products.fastest(key_of, ways, query if operands[1] is not None else packed)]()
 

@@ -6,6 +6,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from traceback import clear_frames
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from accel.spec import ArchSpec
 NAME = "cuda"
 CHUNK = 8192  # prompt tokens of a step: enough to fill the GPU
 _LEAST_TOKENS = 64  # a step that does not fit in memory is halved down to this
+_STEPS_UNTIL_MORE = 256  # that fitted, before more tokens are tried again
 _PLACES = 64  # of steps of several tokens, recorded at most; the least recently used goes
 _log = logging.getLogger("accel")
 
@@ -86,6 +88,7 @@ class CudaDecoderSession:
         self._current: DecodePlace | None = None  # whose steps may be under way
         self._packed: OrderedDict[tuple[int, int, int], PackedPlace] = OrderedDict()
         self._most_tokens: int | None = None  # of a step, once more did not fit in memory
+        self._fitted = 0  # steps since
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs one packed step; see ``DecoderSession.step``.
@@ -98,9 +101,7 @@ class CudaDecoderSession:
         with translated_errors("decoder step"):
             if not is_decode(inputs):
                 return self._several(inputs, PackedPlace.logits)
-            place = self._decode_place(inputs)
-            place.start(inputs, self.capacity, ahead=False)
-            return place.logits(inputs)
+            return self._single(inputs, DecodePlace.logits, ahead=False)
 
     def greedy(self, inputs: StepInputs) -> ChosenTokens:
         """As ``step``, but returns each wanted position's best token and leaves the logits on the device.
@@ -112,9 +113,7 @@ class CudaDecoderSession:
         with translated_errors("decoder step"):
             if not is_decode(inputs):
                 return self._several(inputs, PackedPlace.greedy)
-            place = self._decode_place(inputs)
-            place.start(inputs, self.capacity, ahead=True)
-            return place.tokens(inputs)
+            return self._single(inputs, DecodePlace.tokens)
 
     def sample(self, inputs: StepInputs, draws: Draws) -> ChosenTokens:
         """As ``greedy``, with tokens drawn as ``draws`` says; the step behind is drawn with its second numbers.
@@ -126,9 +125,7 @@ class CudaDecoderSession:
         with translated_errors("decoder step"):
             if not is_decode(inputs):
                 return self._several(inputs, PackedPlace.sampled, draws)
-            place = self._decode_place(inputs)
-            place.start(inputs, self.capacity, ahead=True, draws=draws)
-            return place.tokens(inputs)
+            return self._single(inputs, DecodePlace.tokens, draws)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
@@ -176,9 +173,7 @@ class CudaDecoderSession:
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
         if self._lifetime.close():
-            self._current = None
-            self._decodes.clear()
-            self._packed.clear()
+            self._drop_places()
             self._caches.clear()
             del self._executor
             self._device.release()
@@ -200,6 +195,24 @@ class CudaDecoderSession:
         if self._current is not None:
             self._current.forget()
 
+    def _single(
+        self, inputs: StepInputs, read: Callable[[DecodePlace, StepInputs], Left], draws: Draws | None = None,
+        ahead: bool = True,
+    ) -> Left:  # fmt: skip
+        """Runs a step of one token per row; once more, if memory was full, when what was recorded has made room."""
+
+        def run() -> Left:
+            place = self._decode_place(inputs)
+            place.start(inputs, self.capacity, ahead, draws)
+            return read(place, inputs)
+
+        try:
+            return run()
+        except torch.cuda.OutOfMemoryError as error:
+            clear_frames(error.__traceback__)
+        self._make_room()
+        return run()
+
     def _several(self, inputs: StepInputs, read: Callable[..., Left], draws: Draws | None = None) -> Left:
         """Runs a step of several tokens per row; one that does not fit in memory in halves, one after the other.
 
@@ -214,18 +227,41 @@ class CudaDecoderSession:
         count = len(inputs.input_ids)
         if self._most_tokens is None or count <= self._most_tokens:
             try:
-                return read(self._packed_place(inputs), inputs, *([] if draws is None else [draws]))
-            except torch.cuda.OutOfMemoryError:
+                left = read(self._packed_place(inputs), inputs, *([] if draws is None else [draws]))
+                self._note_fitted()
+                return left
+            except torch.cuda.OutOfMemoryError as error:
+                clear_frames(error.__traceback__)  # they hold what the run had made
                 if count < 2 * _LEAST_TOKENS:
-                    self._packed.clear()  # what was recorded holds memory, and the place that failed is half made
+                    self._make_room()
                     raise
-            self._packed.clear()  # only here does nothing hold on to what the failed run had made
-            self._device.release()
-            self._most_tokens = (count + 1) // 2
+            self._make_room()
+            self._most_tokens, self._fitted = (count + 1) // 2, 0
             _log.warning("the GPU's memory is full: steps have %d tokens at most from now on", self._most_tokens)
         first, second = halves(inputs)
         drawn = (None, None) if draws is None else halved_draws(draws, len(first.logits_positions))
         return joined(self._several(first, read, drawn[0]), self._several(second, read, drawn[1]))
+
+    def _note_fitted(self) -> None:
+        """Memory that was full may be free again: after some steps twice as many tokens are tried."""
+        if self._most_tokens is None:
+            return
+        self._fitted += 1
+        if self._fitted >= _STEPS_UNTIL_MORE:
+            self._fitted, more = 0, 2 * self._most_tokens
+            self._most_tokens = more if more < CHUNK else None
+
+    def _make_room(self) -> None:
+        """Drops what was recorded, all of it, as recordings share their memory; steps record it anew."""
+        self._device.synchronize()  # a step that ran ahead may be under way
+        self._drop_places()
+        self._device.pool = None
+        self._device.release()
+
+    def _drop_places(self) -> None:
+        self._current = None
+        self._decodes.clear()
+        self._packed.clear()
 
     def _packed_place(self, inputs: StepInputs) -> PackedPlace:
         self._forget()

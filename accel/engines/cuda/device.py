@@ -88,6 +88,11 @@ class Device:
         if self.is_gpu:
             torch.cuda.empty_cache()
 
+    def synchronize(self) -> None:
+        """Waits for what was launched."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.torch)
+
     def release_failed(self, error: BaseException) -> None:
         """Gives back what a load that failed still holds: the next engine may want it, and what fits is counted by it.
 
@@ -126,6 +131,7 @@ def translated_errors(where: str) -> Iterator[None]:
     except Exception as error:
         first = first_line(error)
         if isinstance(error, torch.cuda.OutOfMemoryError) or first.startswith(_NO_MEMORY):
+            traceback.clear_frames(error.__traceback__)  # who keeps the error must not keep the run's memory
             remedy = _SMALLER.get(where, "Close other programs on this GPU")
             raise OutOfMemoryError(f"the GPU's memory is full: {first}", where=where, remedy=remedy) from error
         told = first if first.startswith("CUDA error:") else error  # what follows is how to debug PyTorch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from pathlib import Path
+from traceback import clear_frames
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _LENGTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # a row is padded up to one of these, or a multiple of 256
 _MOST_ROWS = 64  # up to which a power of two is taken; behind them a multiple of 256
 _SHAPES = 128  # recorded at most; the least recently used goes
+_KEPT_BYTES = 1 << 30  # of their results, likewise: as many as were kept before the last one
 
 Feeds = dict[str, NDArray]
 
@@ -79,10 +81,16 @@ class CudaEncoderSession:
         rows, width = ids.shape
         mask = feeds.get("attention_mask")
         lengths = np.full(rows, width) if mask is None else _lengths(mask)
+        shape = self._shape(rows, width, int(lengths.sum()))
         with self._lock, translated_errors("encoder run"):
-            place = self._place(*self._shape(rows, width, int(lengths.sum())))
-            results = place.run(feeds, rows, width, lengths)
-        return results
+            try:
+                return self._place(*shape).run(feeds, rows, width, lengths)
+            except torch.cuda.OutOfMemoryError as error:
+                clear_frames(error.__traceback__)  # they hold what the run had made
+            self._places.clear()  # all that was recorded, as recordings share their memory
+            self._device.pool = None
+            self._device.release()
+            return self._place(*shape).run(feeds, rows, width, lengths)
 
     def operator_times(self, rows: int, width: int) -> PhaseTimes:
         """Where a forward's time goes: ``rows`` full rows of ``width`` tokens, on the device.
@@ -120,8 +128,9 @@ class CudaEncoderSession:
     def _place(self, rows: int, width: int, tokens: int | None) -> _Place:
         shape = rows, width, tokens
         if shape not in self._places:
-            if len(self._places) >= _SHAPES:
-                self._places.popitem(last=False)
+            kept = sum(place.bytes for place in self._places.values())
+            while self._places and (len(self._places) >= _SHAPES or kept > _KEPT_BYTES):
+                kept -= self._places.popitem(last=False)[1].bytes
             plan = self._plan if tokens is not None else None
             self._places[shape] = _Place(rows, width, tokens or 0, plan, self._inputs, self._device, self._executor)
         self._places.move_to_end(shape)
@@ -152,6 +161,11 @@ class _Place:
         self._inputs = torch.zeros(sum(self._sizes), dtype=torch.int64, device=device.torch)
         self._replay = Replay(device, self._run)
         self._results: dict[str, torch.Tensor] = {}
+
+    @property
+    def bytes(self) -> int:
+        """That its results take on the device."""
+        return sum(result.nbytes for result in self._results.values())
 
     def run(self, feeds: Feeds, rows: int, width: int, lengths: NDArray[np.int64]) -> Feeds:
         for name, part in zip(self._names, self._parts, strict=False):

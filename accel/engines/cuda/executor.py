@@ -20,6 +20,13 @@ _LINEARS = ("Linear", "GatedLinear")
 # Operators whose operands but the first say a shape, axes or ranges: these stay on the host.
 _SHAPED = {"Reshape", "Expand", "Slice", "Unsqueeze", "Squeeze", "Split", "ReduceMean", "ReduceSum", "CumSum"}
 _HOST = {"Shape", "Range"}
+_FUSED = {  # methods by name: a run that held its own would be freed only when Python looks for cycles, memory with it
+    "Linear": "_linear",
+    "GatedLinear": "_gated_linear",
+    "CachedAttention": "_cached_attention",
+    "Attention": "_encoder_attention",
+    "Gather": "_quantized_rows",
+}
 CHOICE = "logits_positions"  # the graph's input by which a Gather chooses tokens
 Values = dict[ir.Value, object]
 
@@ -83,13 +90,6 @@ class Run:
             if value.name in feeds:
                 self._values[value] = feeds[value.name]
         self._device = step.past_lengths.device
-        self._fused = {
-            "Linear": self._linear,
-            "GatedLinear": self._gated_linear,
-            "CachedAttention": self._cached_attention,
-            "Attention": self._encoder_attention,
-            "Gather": self._quantized_rows,
-        }
 
     def run(self) -> dict[str, torch.Tensor]:
         remaining = {value: len(readers) for value, readers in self._program.readers.items()}
@@ -111,7 +111,7 @@ class Run:
     def _compute(self, node: ir.Node) -> None:
         values = self._values
         if node.domain == DOMAIN:
-            values[node.outputs[0]] = self._fused[node.op_type](node)
+            values[node.outputs[0]] = getattr(self, _FUSED[node.op_type])(node)
         elif node.op_type in NORMS:
             values[node.outputs[0]] = self._norm(node)
         elif node.op_type == "Add" and (total := self._sum(node)) is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from inspect import ismethod
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 
@@ -23,7 +25,9 @@ class Replay:
     """
 
     def __init__(self, device: Device, run: Callable[[], None], after: int = 1) -> None:
-        self._device, self._run, self._left = device, run, after
+        # Whose method it is owns this: held both ways, its memory would be freed only when Python looks for cycles.
+        self._run = WeakMethod(run) if ismethod(run) else lambda: run
+        self._device, self._left = device, after
         self._graph: Any = None
         self.failure: str | None = None  # why it runs without a recording
 
@@ -34,8 +38,8 @@ class Replay:
         if self._graph is not None:
             self._graph.replay()
             return
+        self._call()
         self._left -= 1
-        self._run()
 
     def record(self) -> None:
         """Records the function, which ran before, without running it; a failure is logged, and calls go on."""
@@ -47,7 +51,7 @@ class Replay:
                 torch.cuda.stream(torch.cuda.current_stream()),
                 torch.cuda.graph(graph, pool=self._device.shared_pool()),
             ):
-                self._run()
+                self._call()
         except RuntimeError as error:
             self.failure = first_line(error)
             _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", self.failure)
@@ -55,6 +59,11 @@ class Replay:
             self._device.pool = None  # what was recorded half way holds on to it
             return
         self._graph = graph
+
+    def _call(self) -> None:
+        run = self._run()
+        assert run is not None, "its owner calls it"
+        run()
 
 
 __all__ = ["Replay"]

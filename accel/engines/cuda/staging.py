@@ -223,6 +223,7 @@ class PackedPlace:
         self._told, self._numbers = self._taken.numpy(), np.arange(rows)
         self._draws = DrawTable(wanted, 1, device)
         self._greedy, self._sampled = Replay(device, self._run_greedy), Replay(device, self._run_sampled)
+        self._copied = device.event()  # None on the CPU
 
     def logits(self, inputs: StepInputs) -> NDArray[np.float32]:
         """float32 [R, V]."""
@@ -249,6 +250,8 @@ class PackedPlace:
         return ChosenTokens(tokens[:count].copy(), tokens[self._wanted :].view(np.float32)[:count].copy())
 
     def _start(self, inputs: StepInputs, replay: Replay) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()  # where nothing is wanted nobody waited: the last copy may still read this
         ids, positions, rows, starts, stops, past, wanted = self._parts
         count, lengths = len(inputs.input_ids), inputs.query_lengths
         ids[:count], ids[count:] = inputs.input_ids, 0
@@ -258,7 +261,9 @@ class PackedPlace:
         np.subtract(stops, lengths, out=starts)
         past[:] = inputs.past_lengths
         wanted[:], wanted[: len(inputs.logits_positions)] = 0, inputs.logits_positions
-        self._inputs.copy_(self._host, non_blocking=True)  # read before the results are, which the host waits for
+        self._inputs.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
         replay.run()
 
     def _run(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ its row: there tokens stand side by side, [1, T, K]. Which values these are foll
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -52,9 +53,10 @@ class TokenPlan:
 def plan_tokens(program: Program) -> TokenPlan | None:
     """Which values of an encoder's program hold tokens; None: none does, or no product would gain by it."""
     ids = next((value for value in program.inputs if value.name == "input_ids"), None)
-    if ids is None or ids.shape is None or len(ids.shape) != 2:
+    padded = () if ids is None or ids.shape is None else tuple(ids.shape)
+    if len(padded) != 2 or "None" in map(str, padded):  # sizes without a name could be any
         return None
-    plan, padded = TokenPlan(), tuple(ids.shape)
+    plan = TokenPlan()
     for node in program.nodes:
         read = _tokens_of(node, plan, padded)
         if read is not None:
@@ -71,7 +73,7 @@ def plan_tokens(program: Program) -> TokenPlan | None:
 def run_unpadded(
     executor: Executor, plan: TokenPlan, feeds: Mapping[str, torch.Tensor], step: StepTensors, layout: Layout
 ) -> dict[str, torch.Tensor]:
-    """As ``Executor.run``; inputs and outputs are padded, [B, W, ...], and zero behind each row's end.
+    """As ``Executor.run``; inputs and outputs are padded, [B, W, ...]. Behind a row's end anything may stand.
 
     Args:
         executor: Of the plan's program.
@@ -111,21 +113,22 @@ class _UnpaddedRun(Run):
     def _side_by_side(self, value: ir.Value) -> object:
         found = self._values[value]
         if isinstance(found, Rows) and found.result is None and not found.also:
-            return Rows(found.table, self._chosen(found.ids))  # only rows of real tokens are read
-        return self._chosen(self._tensor(value))
+            return Rows(found.table, self._chosen(found.ids.reshape(-1)))  # only rows of real tokens are read
+        tensor = self._tensor(value)
+        return self._chosen(tensor.reshape(-1, tensor.shape[-1]))
 
-    def _chosen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[1, T, ...] of [B, W, ...], or of [1, W, ...], which is alike for all rows."""
-        assert tensor.shape[1] == self._layout.width, tensor.shape
-        if len(tensor) == 1:
-            return tensor[:, self._slots]
-        return tensor.flatten(0, 1)[self._layout.tokens][None]
+    def _chosen(self, flat: torch.Tensor) -> torch.Tensor:
+        """[1, T, ...] of [B * W, ...], or of [W, ...], which is alike for all rows."""
+        rows, width, tokens, _ = self._layout
+        assert len(flat) in (width, rows * width), flat.shape
+        return flat[tokens if len(flat) == rows * width else self._slots][None]
 
     def _padded(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[B, W, ...] of [1, T, ...]."""
+        """[B, W, K] of T tokens."""
         rows, width, _, places = self._layout
-        made = tensor.new_zeros(rows * width + 1, *tensor.shape[2:])  # the last: of places that are left over
-        return made.index_copy_(0, places, tensor[0])[:-1].unflatten(0, (rows, width))
+        made = tensor.new_zeros(rows * width + 1, tensor.shape[-1])  # the last: of places that are left over
+        made.index_copy_(0, places, tensor.reshape(-1, tensor.shape[-1]))
+        return made[:-1].unflatten(0, (rows, width))
 
 
 def _tokens_of(node: ir.Node, plan: TokenPlan, padded: tuple[object, ...]) -> list[ir.Value] | None:
@@ -166,7 +169,9 @@ def _can_be_chosen(value: ir.Value, padded: tuple[object, ...]) -> bool:
     if value.shape is None or len(value.shape) != 3:
         return False
     first, second, _ = tuple(value.shape)
-    return (first, second) == padded or (first == 1 and not isinstance(second, int))
+    width = re.escape(str(padded[1]))
+    like_width = re.fullmatch(rf"{width}|Min\(\d+, {width}\)", str(second)) is not None
+    return (first, second) == padded or (first == 1 and like_width)
 
 
 __all__ = ["Layout", "TokenPlan", "plan_tokens", "run_unpadded"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from accel.engines.cuda import decoder as module
 from accel.engines.cuda.decoder import CudaDecoderSession
+from accel.engines.cuda.executor import Run
 from accel.engines.cuda.step_halves import halves
 from accel.engines.session import ChosenTokens, Draws, StepInputs
 from accel.errors import EngineBrokenError, EngineError
@@ -84,6 +87,75 @@ def test_what_was_recorded_makes_room(session: CudaDecoderSession, monkeypatch: 
     session.step(inputs(TOKENS, {}, WANTED))
     assert kept and released == [0]
     assert not kept & {*session._packed}
+
+
+def test_nothing_waits_for_a_search_of_cycles(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was recorded, and what the failed run had made, is free when memory is given back, and while halves run."""
+    session.step(inputs({0: [5, 6, 7]}, {}))
+    session.greedy(inputs({0: [5], 1: [6]}, {}))
+    kept = [weakref.ref(place) for place in (*session._packed.values(), *session._decodes.values())]
+    made, compute, alive = [], Run._compute, []
+
+    def computing(run: Run, node: Any) -> None:
+        if all(known() is not run for known in made):
+            made.append(weakref.ref(run))
+        if len(made) == 1 and node.op_type == "CachedAttention":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        compute(run, node)
+
+    monkeypatch.setattr(Run, "_compute", computing)
+    monkeypatch.setattr(
+        session._device, "release", lambda: alive.extend(known() for known in (*kept, made[0]) if known() is not None)
+    )
+    gc.collect()
+    gc.disable()
+    try:
+        session.step(inputs(TOKENS, {}, WANTED))
+        assert not alive and len(made) == 3
+        assert all(known() is None for known in made)
+    finally:
+        gc.enable()
+
+
+def test_an_error_that_is_kept_keeps_no_memory(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, compute = [], Run._compute
+
+    def computing(run: Run, node: Any) -> None:
+        made.append(weakref.ref(run))
+        compute(run, node)
+        if node.op_type == "CachedAttention":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Run, "_compute", computing)
+    for step in (inputs({0: [5, 6, 7]}, {}), inputs({0: [5]}, {0: 3})):
+        with pytest.raises(EngineError, match="memory is full") as info:
+            session.step(step)
+        assert info.value.__cause__ is not None
+        assert made and all(known() is None for known in made)
+
+
+def test_a_token_makes_room_once(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = inputs({0: [5], 1: [6]}, {0: 3, 1: 2})
+    session.step(inputs({0: [5, 6, 7], 1: [8, 9]}, {}))
+    expected = session.greedy(step)
+    tried = fill(session, monkeypatch, lambda ids: len(session._packed) > 0)
+    found = session.greedy(inputs({0: [5], 1: [6]}, {0: 3, 1: 2}))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    assert not session._packed and len(tried) >= 2
+
+
+def test_more_tokens_are_tried_again(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STEPS_UNTIL_MORE", 3)
+    monkeypatch.setattr(module, "CHUNK", 16)
+    fill(session, monkeypatch, lambda ids: len(ids) > 4)
+    session.step(inputs(TOKENS, {}, WANTED))
+    assert session._most_tokens in (3, 6)
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_STEPS_UNTIL_MORE", 3)
+    monkeypatch.setattr(module, "CHUNK", 16)
+    for _ in range(9):
+        session.step(inputs({0: [5, 6]}, {}))
+    assert session._most_tokens is None
 
 
 def test_the_last_few_tokens_do_not_fit(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from accel.engines.cuda.encoder import CudaEncoderSession
 from accel.engines.cuda.products import rows_of
 from accel.engines.cuda.program import Program, load_program
 from accel.engines.cuda.unpadded import plan_tokens
+from accel.errors import EngineError
 from tests.parity.families import build_model
 from tests.parity.test_cuda_engine import graph_file
 
@@ -87,6 +88,8 @@ def test_a_place_forgets_the_last_batch(graphs: Any) -> None:
     expected = session.run(second)["last_hidden_state"]
     session.run(first)
     assert len(session._places) == 1
+    four = batch([10, 6, 9, 3], 16, seed=2)
+    session.run(four)
     np.testing.assert_array_equal(session.run(second)["last_hidden_state"], expected)
     session.close()
 
@@ -107,10 +110,40 @@ def test_full_rows_stay_as_they_are(graphs: Any) -> None:
 def test_the_least_recently_used_goes(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path, arch = graphs("bert")
     session = CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32)
-    monkeypatch.setattr(module, "_SHAPES", 1)
+    monkeypatch.setattr(module, "_SHAPES", 2)
+    for lengths in ([8], [8, 3], [8], [8, 8, 8]):
+        session.run(batch(lengths, 8))
+    assert [*session._places] == [(1, 8, None), (4, 8, None)]
+    monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    session.run(batch([4] * 5, 8))
+    assert [*session._places] == [(8, 8, 32)], "results take memory too"
+    session.close()
+
+
+def test_memory_that_is_full_makes_room_once(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, arch = graphs("bert")
+    session = CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32)
+    feeds = batch([8, 3], 8)
+    expected = session.run(feeds)["last_hidden_state"]
     session.run(batch([8], 8))
-    session.run(batch([8, 3], 8))
-    assert [*session._places] == [(2, 8, None)]
+    run, tried = session._executor.run, []
+
+    def full(*args: Any) -> Any:
+        tried.append(len(session._places))
+        if len(tried) < 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return run(*args)
+
+    monkeypatch.setattr(session._executor, "run", full)
+    np.testing.assert_array_equal(session.run(feeds)["last_hidden_state"], expected)
+    assert tried == [2, 1], "the other place went"
+
+    def always(*_: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(session._executor, "run", always)
+    with pytest.raises(EngineError, match="memory is full"):
+        session.run(batch([8], 8))
     session.close()
 
 
@@ -141,6 +174,29 @@ def test_what_is_not_known_is_padded(graphs: Any) -> None:
 
     plan, program = plan_of(over_rows, graphs)
     assert first(program, "LayerNormalization").outputs[0] not in plan.values
+
+    def over_tokens(program: Program) -> None:  # of a Slice: the last axis alone is each token's own
+        norm = first(program, "LayerNormalization")
+        cut = ir.Value(name="axes", const_value=ir.tensor([1]))
+        slice_ = ir.Node("", "Slice", [norm.inputs[0], cut, cut, cut], name="cut")
+        slice_.outputs[0].shape = norm.outputs[0].shape
+        program.nodes.insert(program.nodes.index(norm), slice_)
+
+    plan, program = plan_of(over_tokens, graphs)
+    assert all(node.outputs[0] not in plan.values for node in program.nodes if node.name == "cut")
+
+    def static_width(program: Program) -> None:
+        add = [node for node in program.nodes if node.op_type == "Add"][1]
+        add.inputs[1].shape = ir.Shape([1, 7, 64])
+
+    plan, program = plan_of(static_width, graphs)
+    assert [node for node in program.nodes if node.op_type == "Add"][1].outputs[0] not in plan.values
+
+    def of_each_place(program: Program) -> None:
+        [node for node in program.nodes if node.op_type == "Add"][1].inputs[1].shape = ir.Shape(["S", 64])
+
+    plan, program = plan_of(of_each_place, graphs)
+    assert [node for node in program.nodes if node.op_type == "Add"][1].outputs[0] not in plan.values
 
     def no_ids(program: Program) -> None:
         program.inputs[0].name = "inputs_embeds"
