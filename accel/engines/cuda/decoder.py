@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from traceback import clear_frames
 
@@ -173,6 +174,8 @@ class CudaDecoderSession:
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
         if self._lifetime.close():
+            with suppress(Exception):  # a device that failed waits for nothing
+                self._device.synchronize()  # a step that ran ahead writes to page-locked memory that others get next
             self._drop_places()
             self._caches.clear()
             del self._executor

@@ -148,6 +148,24 @@ def test_failures(session: CudaDecoderSession, graph: Any, monkeypatch: pytest.M
         session.step(inputs({0: [5]}, {}))
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_closing_waits_for_the_step_that_ran_ahead(
+    broken: bool, session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes its tokens to page-locked memory, which someone else may get."""
+    session.greedy(inputs({0: [5]}, {}))
+    places = []
+
+    def synchronize() -> None:
+        places.append(len(session._decodes))
+        if broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(session._device, "synchronize", synchronize)
+    session.close()
+    assert places == [1] and not session._decodes
+
+
 def test_a_damaged_graph(graph: tuple[Path, ArchSpec], tmp_path: Path) -> None:
     (tmp_path / "graph.onnx").write_bytes(graph[0].read_bytes())  # without its weights
     with pytest.raises(BundleError, match="cannot be read"):
