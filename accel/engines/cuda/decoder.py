@@ -211,8 +211,8 @@ class CudaDecoderSession:
 
         try:
             return run()
-        except torch.cuda.OutOfMemoryError as error:
-            clear_frames(error.__traceback__)
+        except torch.cuda.OutOfMemoryError:
+            pass  # while it is handled, the error holds what the run had made
         self._make_room()
         return run()
 
@@ -234,8 +234,8 @@ class CudaDecoderSession:
                 self._note_fitted()
                 return left
             except torch.cuda.OutOfMemoryError as error:
-                clear_frames(error.__traceback__)  # they hold what the run had made
                 if count < 2 * _LEAST_TOKENS:
+                    clear_frames(error.__traceback__)  # they hold what the run had made
                     self._make_room()
                     raise
             self._make_room()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from pathlib import Path
-from traceback import clear_frames
 
 import numpy as np
 import torch
@@ -85,8 +84,8 @@ class CudaEncoderSession:
         with self._lock, translated_errors("encoder run"):
             try:
                 return self._place(*shape).run(feeds, rows, width, lengths)
-            except torch.cuda.OutOfMemoryError as error:
-                clear_frames(error.__traceback__)  # they hold what the run had made
+            except torch.cuda.OutOfMemoryError:
+                pass  # while it is handled, the error holds what the run had made
             self._places.clear()  # all that was recorded, as recordings share their memory
             self._device.pool = None
             self._device.release()
