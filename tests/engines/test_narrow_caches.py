@@ -145,7 +145,7 @@ def test_the_default_capacity_grows_with_smaller_caches(bundle: Bundle, monkeypa
         capacities[variant] = opened.capacity
         opened.close()
     assert capacities == {"fp32": 50, name_of(8): 200, name_of(4): 400}
-    with pytest.raises(CapacityError, match="at most 100 positions"):
+    with pytest.raises(CapacityError, match="a capacity of at most 100 with max_batch 3"):
         open_session(bundle, "cpu", variant="fp32", options=SessionOptions(1, 400, ROWS))
     open_session(bundle, "cpu", variant=name_of(8), options=SessionOptions(1, 400, ROWS)).session.close()
 
