@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 
 import accel
+from accel.errors import AccelError
+from accel.warmup_jobs import child, run
+from accel.warmup_jobs.scheduler import Outcome
 from tests.parity.families import ALL, build_model
 
 MakeOnce = Callable[[str, Callable[[Path], Any]], Path]
@@ -47,3 +50,31 @@ def warmup_bundles(made_once: MakeOnce) -> Path:
 def bundles(warmup_bundles: Path, tmp_path: Path) -> Path:
     """A copy of ``warmup_bundles`` to be changed: the folder of a job."""
     return Path(shutil.copytree(warmup_bundles, tmp_path / "job"))
+
+
+class InProcess:
+    """Stands in for a child process: the same work, done here and at once."""
+
+    requests: list[dict[str, Any]]
+
+    def __init__(self, request: dict[str, Any], log: Path) -> None:
+        self.requests.append(request)
+        try:
+            self._outcome = Outcome(child._answer(request))
+        except AccelError as error:
+            self._outcome = Outcome(error=str(error), permanent=child.is_permanent(error))
+
+    def poll(self) -> Outcome:
+        return self._outcome
+
+    def interrupt(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """No children; returns what they would have been asked."""
+    InProcess.requests = []
+    monkeypatch.setattr(run, "Child", InProcess)
+    return InProcess.requests

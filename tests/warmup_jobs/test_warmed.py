@@ -20,10 +20,9 @@ from accel.cli import main
 from accel.engines import Engine
 from accel.errors import EngineUnavailableError
 from accel.measurements import recall
-from accel.warmup_jobs import child, measuring, run, warming
+from accel.warmup_jobs import measuring, warming
 from accel.warmup_jobs.jobs import expand, read_jobs
 from accel.warmup_jobs.measuring import decoder_sizes
-from accel.warmup_jobs.scheduler import Outcome
 from tests.bench.test_contest import FakeWorker
 
 NO_GPU = "there is no NVIDIA GPU or driver here"
@@ -45,34 +44,6 @@ def write(folder: Path, *jobs: dict[str, Any], **more: Any) -> Path:
     path = folder / "jobs.yaml"
     path.write_text(json.dumps({"store": "store", "jobs": jobs, **more}))  # JSON is YAML
     return path
-
-
-class InProcess:
-    """Stands in for a child process: the same work, done here and at once."""
-
-    requests: list[dict[str, Any]]
-
-    def __init__(self, request: dict[str, Any], log: Path) -> None:
-        self.requests.append(request)
-        try:
-            self._outcome = Outcome(child._answer(request))
-        except accel.errors.AccelError as error:
-            self._outcome = Outcome(error=str(error), permanent=True)
-
-    def poll(self) -> Outcome:
-        return self._outcome
-
-    def interrupt(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """No children; returns what they would have been asked."""
-    InProcess.requests = []
-    monkeypatch.setattr(run, "Child", InProcess)
-    return InProcess.requests
 
 
 def fake(name: str) -> Engine:
@@ -109,7 +80,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 def test_without_a_gpu_the_reason_is_said(
-    folder_of_two: Path, tmp_path: Path, asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    folder_of_two: Path, tmp_path: Path, in_process: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(folder_of_two, tmp_path / "job"))
     path = write(folder, {**LLAMA, "bundle": ["llama", "bert"], "sm": ["sm86", "sm89"]})
@@ -123,13 +94,13 @@ def test_without_a_gpu_the_reason_is_said(
         assert f"Not measured for accel.load: llama, bert: {NO_GPU}\n" in printed
         assert "Engines were not run" not in printed, "of TensorRT there are none"
         assert printed.count("\nhit ") + printed.startswith("hit ") == 4, "once for both SMs"
-    assert asked == []
+    assert in_process == []
     assert main(["warmup", str(path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [(line["status"], line["reason"]) for line in report["measured"]] == [("skipped", NO_GPU)] * 2
 
 
-def test_a_missing_graph_is_added_also_without_a_gpu(bundles: Path, asked: list[dict[str, Any]]) -> None:
+def test_a_missing_graph_is_added_also_without_a_gpu(bundles: Path, in_process: list[dict[str, Any]]) -> None:
     one = {**LLAMA, "target": "cuda"}
     path = write(bundles, one, {**one, "bundle": "bert", "precision": "auto"})
     planned = accel.warmup(path, dry_run=True)
@@ -137,7 +108,7 @@ def test_a_missing_graph_is_added_also_without_a_gpu(bundles: Path, asked: list[
     assert "llama cuda any fp16 capacity 64, max_batch 2: variant missing, " in str(planned)
     report = accel.warmup(path)
     assert [line.status for line in report.engines] == ["built"] * 2 and report.ok
-    assert [(one["do"], one["variant"], one["target"]) for one in asked] == [("variant", "fp16", "cuda")] * 2
+    assert [(one["do"], one["variant"], one["target"]) for one in in_process] == [("variant", "fp16", "cuda")] * 2
     for name in ("llama", "bert"):
         assert "cuda" in Bundle.open(bundles / name).manifest.variants["fp16"].graphs
     assert [line.status for line in accel.warmup(path).engines] == ["hit"] * 2
@@ -157,7 +128,7 @@ def test_what_cannot_be_is_found_by_the_plan(bundles: Path, job: dict[str, Any],
 
 
 def test_load_takes_what_warm_up_measured_to_be_fastest(
-    folder_of_two: Path, tmp_path: Path, asked: list[dict[str, Any]], gpu: Gpu, capsys: pytest.CaptureFixture[str]
+    folder_of_two: Path, tmp_path: Path, in_process: list[dict[str, Any]], gpu: Gpu, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(folder_of_two, tmp_path / "job"))
     path, store = write(folder, LLAMA), folder / "store"
@@ -168,10 +139,10 @@ def test_load_takes_what_warm_up_measured_to_be_fastest(
     assert main(["warmup", str(path), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "to be warmed up here" in printed and "To be measured here, for accel.load: llama\n" in printed
-    assert asked == []
+    assert in_process == []
 
     report = accel.warmup(path)
-    assert [request["do"] for request in asked] == ["warm", "warm", "measure"]
+    assert [request["do"] for request in in_process] == ["warm", "warm", "measure"]
     assert report.ok and [line.status for line in report.engines] == ["hit", "hit"]
     (line,) = report.measured
     assert (line.status, line.chosen) == ("measured", "ort-cuda fp16")
@@ -183,15 +154,15 @@ def test_load_takes_what_warm_up_measured_to_be_fastest(
     with accel.load(folder / "llama", device="cuda", store=store) as model:
         assert model.engine.name == "ort-cuda" and model.engine.why.startswith("measured: ")
 
-    asked.clear()
+    in_process.clear()
     again = accel.warmup(path)
-    assert [request["do"] for request in asked] == ["warm", "warm"], "what is known is not measured again"
+    assert [request["do"] for request in in_process] == ["warm", "warm"], "what is known is not measured again"
     assert [line.status for line in again.measured] == ["hit"] and "Measured here before: llama: cuda" in str(again)
     assert [line.status for line in accel.warmup(path, dry_run=True).measured] == ["hit"]
 
 
 def test_what_a_job_newly_names_is_measured_with_the_others(
-    folder_of_two: Path, tmp_path: Path, asked: list[dict[str, Any]], gpu: Gpu
+    folder_of_two: Path, tmp_path: Path, in_process: list[dict[str, Any]], gpu: Gpu
 ) -> None:
     folder = Path(shutil.copytree(folder_of_two, tmp_path / "job"))
     gpu({"ort-cuda fp16": "open"}, cuda=9.0, ort_cuda=4.0)
@@ -206,7 +177,7 @@ def test_what_a_job_newly_names_is_measured_with_the_others(
 
 
 def test_failures_are_told_and_the_others_go_on(
-    folder_of_two: Path, tmp_path: Path, asked: list[dict[str, Any]], gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+    folder_of_two: Path, tmp_path: Path, in_process: list[dict[str, Any]], gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(folder_of_two, tmp_path / "job"))
     gpu({f"{name} fp16": "open" for name in ("cuda", "ort-cuda")}, cuda=9.0, ort_cuda=4.0)

@@ -18,11 +18,10 @@ import accel
 from accel import engine_latency
 from accel.bundle import Bundle, file_entry
 from accel.cli import main
-from accel.errors import AccelError, InputError, RecipeError
+from accel.errors import InputError, RecipeError
 from accel.schema import to_dict
 from accel.store import EngineStore
-from accel.warmup_jobs import WarmupReport, child, run
-from accel.warmup_jobs.scheduler import Outcome
+from accel.warmup_jobs import WarmupReport, run
 from tests.store.conftest import s3
 from tests.store.test_broken_disks import without_rights
 
@@ -44,34 +43,6 @@ def states(report: WarmupReport) -> list[tuple[str, str, str]]:
 
 def plans(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*.plan"))
-
-
-class InProcess:
-    """Stands in for a child process: the same work, done here and at once."""
-
-    requests: list[dict[str, Any]]
-
-    def __init__(self, request: dict[str, Any], log: Path) -> None:
-        self.requests.append(request)
-        try:
-            self._outcome = Outcome(child._answer(request))
-        except AccelError as error:
-            self._outcome = Outcome(error=str(error), permanent=child.is_permanent(error))
-
-    def poll(self) -> Outcome:
-        return self._outcome
-
-    def interrupt(self) -> None: ...
-
-    def kill(self) -> None: ...
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """No children; returns what they would have been asked."""
-    InProcess.requests = []
-    monkeypatch.setattr(run, "Child", InProcess)
-    return InProcess.requests
 
 
 def test_an_outdated_variant_is_planned_and_lowered_again(
