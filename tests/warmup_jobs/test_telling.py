@@ -13,9 +13,10 @@ import accel
 from accel.cli import main
 from accel.warmup_jobs import SummaryError, run
 from accel.warmup_jobs.scheduler import Outcome
-from tests.warmup_jobs.test_warmup import BERT, InProcess, in_process, states, temporary, write
+from tests.warmup_jobs.conftest import InProcess
+from tests.warmup_jobs.test_warmup import BERT, states, temporary, write
 
-__all__ = ["in_process", "temporary"]  # fixtures
+__all__ = ["temporary"]  # a fixture
 pytest.importorskip("tensorrt_rtx")
 
 
