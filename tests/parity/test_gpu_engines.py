@@ -157,6 +157,19 @@ def test_drawn_tokens_are_the_hosts(name: str, variant: str, exported: Any, tmp_
     session.close()
 
 
+@needs_onnxruntime
+@needs_kernels
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", DECODERS[:2])
+def test_onnxruntimes_drawn_tokens_are_the_hosts(name: str, variant: str, exported: Any, tmp_path: Path) -> None:
+    """Kernels draw from logits that ONNX Runtime left on the GPU, captured steps' and prompts' alike."""
+    session = open_engine(add(exported(name), tmp_path / name, variant, "ort-cuda"), "ort-cuda", variant)
+    assert session.sample is not None and not session.notes
+    for cases, late in (([(HOT, {}), (MIXED, {}), (GREEDY, {}), (MIXED, {})], 1), (CASES, 2), ([(HOT, {})], 0)):
+        assert generate(session, cases, late, least=30) == generate(WithoutSampling(session), cases, late, least=30)
+    session.close()
+
+
 def add(exported: Path, folder: Path, variant: str, engine: str) -> Bundle:
     """A copy of the bundle with the engine's graph of a variant."""
     shutil.copytree(exported, folder)

@@ -6,7 +6,7 @@ import gc
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,10 @@ class Device:
     def event(self) -> Any:
         """Marks a place in the stream."""
         return torch.cuda.Event() if self.is_gpu else None
+
+    def made_current(self) -> AbstractContextManager[Any]:
+        """This thread's launches go to the device meanwhile."""
+        return torch.cuda.device(self.torch) if self.is_gpu else nullcontext()
 
     def shared_pool(self) -> Any:
         """Memory of all recorded runs: they never run at the same time."""

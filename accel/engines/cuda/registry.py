@@ -55,26 +55,32 @@ def probe(bundle: Bundle, variant: str) -> str | None:
     if missing:  # named one by one: the extra would bring onnxruntime-gpu beside onnxruntime
         lacking = f"{' and '.join(missing)} missing: pip install {' '.join(missing).replace('_', '-')}"
         return missing_gpu() or lacking
-    return _unfit_gpu(bundle, variant)
+    unfit = unfit_gpu()
+    if unfit is None and variant != "auto" and rounded_cache(bundle, variant) == "fp8" and _sm() < FLOAT8_SM:
+        return f"the GPU is sm{_sm()}; caches of 8-bit floats need sm{FLOAT8_SM} or later"
+    return unfit
 
 
-def _unfit_gpu(bundle: Bundle, variant: str) -> str | None:
-    """Why PyTorch cannot run the engine on the GPU that it finds, or finds none; None: it can."""
+def _sm() -> int:
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def unfit_gpu() -> str | None:
+    """Why PyTorch cannot run the kernels on the GPU that it finds, or finds none; None: it can."""
     import torch
 
     if not torch.cuda.is_available():
         return missing_gpu() or _not_found()
     try:
-        major, minor = torch.cuda.get_device_capability()
+        sm = _sm()
     except Exception as error:  # it starts CUDA, which a GPU that is full, busy or lost refuses
         from accel.engines.cuda.device import first_line
 
         return f"the GPU cannot be used now: {first_line(error)}"
-    if 10 * major + minor < MINIMUM_SM:
-        return f"the GPU is sm{major}{minor}; the kernels need sm{MINIMUM_SM} or later"
-    if variant != "auto" and rounded_cache(bundle, variant) == "fp8" and 10 * major + minor < FLOAT8_SM:
-        return f"the GPU is sm{major}{minor}; caches of 8-bit floats need sm{FLOAT8_SM} or later"
-    return None
+    return f"the GPU is sm{sm}; the kernels need sm{MINIMUM_SM} or later" if sm < MINIMUM_SM else None
 
 
 def _not_found() -> str:
@@ -160,4 +166,4 @@ def _room(free: int | None, weights: int) -> int | None:
     return None if free is None else int(max(0, free - weights) * _SHARE_LEFT)
 
 
-__all__ = ["TARGET", "open_cuda", "pick_precision", "probe"]
+__all__ = ["TARGET", "open_cuda", "pick_precision", "probe", "unfit_gpu"]

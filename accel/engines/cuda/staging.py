@@ -11,42 +11,17 @@ import torch
 from accel_kernels.advance import advance
 from accel_kernels.argmax import argmax, argmax_workspace
 from accel_kernels.launches import SHORT_PAST
-from accel_kernels.sample import FIELDS, sample, sample_workspace
 from numpy.typing import NDArray
 
 from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.device import Device
+from accel.engines.cuda.drawing import FIELDS, DrawTable, Table, values_of
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.replay import Replay
 from accel.engines.session import ChosenTokens, Draws, StepInputs
 
 SITS_OUT = -1
 _log = logging.getLogger("accel")
-# float64 [R, 5], how each row's token is drawn: temperature (0: not at all), top_k, top_p, min_p, uniform.
-Table = NDArray[np.float64]
-
-
-class DrawTable:
-    """Where the host writes how tokens are drawn, and the device reads it: by turns, if there are several.
-
-    Args:
-        rows: R.
-        turns: How many tables.
-    """
-
-    def __init__(self, rows: int, turns: int, device: Device) -> None:
-        self.memory = device.pinned(turns * rows * FIELDS).view(torch.float64).view(turns, rows, FIELDS)
-        self._numbers = self.memory.numpy()
-
-    def write(self, turn: int, table: Table) -> None:
-        """No run under way may read that turn's."""
-        self._numbers[turn] = table
-
-    def draw(self, logits: torch.Tensor, best: torch.Tensor, turn: torch.Tensor | None = None) -> None:
-        """Leaves tokens and their logits in ``best``, int64 [2R]. What is needed meanwhile is the run's own memory."""
-        rows, draws = len(best) // 2, self.memory[0] if turn is None else self.memory
-        space = sample_workspace(rows, logits.shape[1], logits.device)
-        sample(logits, draws, best[:rows], values_of(best), space, turn=turn)
 
 
 class UnderWay(NamedTuple):
@@ -190,12 +165,6 @@ class DecodePlace:
     def _run_sampled(self) -> None:
         self._draws.draw(self._run(), self._best, self._turn)
         advance(self._best, self._ids, self._positions, self._lengths, self._told, self._turn)
-
-
-def values_of(best: torch.Tensor) -> torch.Tensor:
-    """The second half of int64 [2R] as float32 [R]."""
-    rows = len(best) // 2
-    return best[rows:].view(torch.float32)[:rows]
 
 
 class PackedPlace:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
+from accel.engines.ort_cuda.drawing import open_drawer, table_of
 from accel.engines.ort_cuda.feeds import step_feeds
 from accel.engines.ort_cuda.provider import NAME, OutOfMemoryError, Provider, run_error
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
 from accel.engines.padded import PaddedStep, StepPadder
-from accel.engines.session import ChosenTokens, EngineInfo, StepInputs
+from accel.engines.session import ChosenTokens, Draws, EngineInfo, StepInputs
 from accel.errors import AccelError, BundleError, EngineBrokenError
 from accel.manifest import Manifest
 from accel.scheme import gpu_type
+
+if TYPE_CHECKING:
+    from accel.engines.cuda.drawing import Drawer
 
 MAX_TOKENS = 4096  # of one run; more prompts, or a longer one, run in chunks
 LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
@@ -95,6 +100,9 @@ class OrtCudaDecoderSession:
         if self._captures:
             self._capture_batches()
         self._opening = False
+        self._drawer = self._open_drawer() if provider.is_cuda else None
+        if self._drawer is None:
+            self.sample = None  # type: ignore[method-assign,assignment]
 
     def step(self, inputs: StepInputs) -> NDArray[np.float32]:
         """Runs one packed step; see ``DecoderSession.step``.
@@ -121,17 +129,30 @@ class OrtCudaDecoderSession:
                 best.tokens[run.wanted[taken]], best.logits[run.wanted[taken]] = tokens[taken], logits[taken]
         return best
 
+    def sample(self, inputs: StepInputs, draws: Draws) -> ChosenTokens:
+        """As ``greedy``, with tokens drawn as ``draws`` says; None where the kernels that draw do not run.
+
+        Raises as ``step``.
+        """
+        assert self._drawer is not None
+        count = len(inputs.logits_positions)
+        found = ChosenTokens(np.empty(count, np.int64), np.empty(count, np.float32))
+        for run, _ in self._runs(inputs):
+            taken = run.wanted >= 0
+            if taken.any():
+                with self._breaking():
+                    tokens, logits = self._drawer.draw(table_of(draws, run.wanted))
+                found.tokens[run.wanted[taken]], found.logits[run.wanted[taken]] = tokens[taken], logits[taken]
+        return found
+
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``; copies the whole row. Raises as ``step`` does."""
         self._check()
         caches = self._memory.caches
-        try:
+        with self._breaking():
             for name in self._names:
                 here, there = caches.address(name, source), caches.address(name, target)
                 self._memory.copier.copy(here, there, caches.row_size(name))
-        except EngineBrokenError as error:
-            self._broken = error
-            raise
         self._padder.copied(source, target, length)
 
     def cache_pointers(self) -> dict[str, int]:
@@ -142,7 +163,7 @@ class OrtCudaDecoderSession:
         """Frees the caches and the session. Safe to call twice."""
         if self._lifetime.close() and not self._lifetime.forked:
             self._kept.clear()
-            self._session = None
+            self._session = self._drawer = None
             del self._memory
 
     # Opening
@@ -193,7 +214,29 @@ class OrtCudaDecoderSession:
             if not self._captures:
                 return
 
+    def _open_drawer(self) -> Drawer | None:
+        """What draws tokens on the device, its kernels compiled; None: the host does."""
+        address, rows = int(self._memory.logits.data_ptr()), self._most_logits
+        try:
+            drawer = open_drawer(address, rows, self.vocab_size, self._provider.index)
+            for count in self._batches:
+                drawer.draw(np.tile([1.0, 0.0, 1.0, 0.0, 0.0], (count, 1)))
+            return drawer
+        except AccelError as error:
+            self.notes.append(f"Tokens are drawn on the host: {error}")
+            _log.info("%s: %s", NAME, self.notes[-1])
+            return None
+
     # Running
+
+    @contextmanager
+    def _breaking(self) -> Iterator[None]:
+        """An error after which nothing runs on this session again is kept."""
+        try:
+            yield
+        except EngineBrokenError as error:
+            self._broken = error
+            raise
 
     def _check(self) -> None:
         self._lifetime.check()
@@ -209,7 +252,8 @@ class OrtCudaDecoderSession:
     def _run(self, run: PaddedStep) -> Iterator[tuple[PaddedStep, StepBinding]]:
         """Runs a part; one that does not fit in memory in halves, a chunk after the other."""
         try:
-            binding = self._run_whole(run)
+            with self._breaking():
+                binding = self._run_whole(run)
         except OutOfMemoryError:
             rows, width = run.input_ids.shape
             if width == 1 or (rows == 1 and width < 2 * LEAST_TOKENS):  # rows of one token have a graph as they are
@@ -217,9 +261,6 @@ class OrtCudaDecoderSession:
             for half in halves(run):
                 yield from self._run(half)
             return
-        except EngineBrokenError as error:
-            self._broken = error
-            raise
         yield run, binding
 
     def _run_whole(self, run: PaddedStep) -> StepBinding:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from accel.engines.cuda import decoder, staging
+from accel.engines.cuda import decoder, drawing
 from accel.engines.cuda.decoder import CudaDecoderSession
 from accel.engines.cuda.device import INTERPRETED, Device
 from accel.engines.kv_cache import CacheShape
@@ -82,13 +82,13 @@ def test_a_step_that_nobody_expected(session: CudaDecoderSession, reference: Any
 
 
 def test_greedy_steps_draw_nothing(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, real = [], staging.sample
+    calls, real = [], drawing.sample
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(staging, "sample", counted)
+    monkeypatch.setattr(drawing, "sample", counted)
     token = session.greedy(inputs({0: [5, 6, 7]}, {})).tokens
     token = session.greedy(inputs({0: token.tolist()}, {0: 3})).tokens
     assert not calls
@@ -151,7 +151,7 @@ def test_after_a_draw_that_found_no_memory_every_step_gets_its_own_tokens(
     for engine in (session, reference):
         engine.step(first)
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "sample", out_of_memory)
+        patch.setattr(drawing, "sample", out_of_memory)
         with pytest.raises(EngineError, match="memory"):
             session.sample(second, draws_of(samplers(session.vocab_size, HOT)))
     draw(session, reference, second, samplers(session.vocab_size, HOT))
@@ -161,7 +161,7 @@ def test_after_a_draw_that_found_no_memory_every_step_gets_its_own_tokens(
 def test_where_only_the_step_ahead_finds_no_memory_the_step_itself_holds(
     session: CudaDecoderSession, reference: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, calls = staging.sample, []
+    real, calls = drawing.sample, []
 
     def once(*args: Any, **options: Any) -> Any:
         calls.append(1)
@@ -171,7 +171,7 @@ def test_where_only_the_step_ahead_finds_no_memory_the_step_itself_holds(
         engine.step(inputs({0: [5, 6, 7]}, {}))
     chosen = samplers(session.vocab_size, HOT)
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "sample", once)
+        patch.setattr(drawing, "sample", once)
         (token,) = draw(session, reference, inputs({0: [11]}, {0: 3}), chosen)
     assert len(calls) == 2 and "do not run ahead" in caplog.text
     draw(session, reference, inputs({0: [token]}, {0: 4}), chosen)
