@@ -105,12 +105,16 @@ def decoder(work: Path) -> list[Row]:
     for engine, variant in DECODER:
         for batch in BATCHES:
             row: Row = {"engine": engine, "variant": variant, "batch": batch}
-            try:
-                row |= generate(work / "decoder", engine, variant, batch)
-            except AccelError as error:
-                row["failed"] = str(error)
-            rows.append(say(row))
+            rows.append(say(row | generated(work / "decoder", engine, variant, batch)))
     return rows
+
+
+def generated(folder: Path, engine: str, variant: str, batch: int, **options: Any) -> Row:
+    """As ``generate``, or how it failed."""
+    try:
+        return generate(folder, engine, variant, batch, **options)
+    except AccelError as error:
+        return {"failed": str(error)}
 
 
 def generate(folder: Path, engine: str, variant: str, batch: int, **options: Any) -> Row:
@@ -132,10 +136,10 @@ def generate(folder: Path, engine: str, variant: str, batch: int, **options: Any
 def sampling(work: Path) -> list[Row]:
     """Drawn tokens beside greedy ones as a caller sees them, in ms; and the draw alone, on the GPU, in us."""
     rows = []
-    for batch in BATCHES:
+    for engine, batch in ((engine, batch) for engine in ("cuda", "ort-cuda") for batch in BATCHES):
         for name, options in (("greedy", {}), ("drawn", DRAWN)):
-            row = {"engine": "cuda", "variant": "fp16", "batch": batch, "tokens": name}
-            rows.append(say(row | generate(work / "decoder", "cuda", "fp16", batch, **options)))
+            row = {"engine": engine, "variant": "fp16", "batch": batch, "tokens": name}
+            rows.append(say(row | generated(work / "decoder", engine, "fp16", batch, **options)))
     for batch in BATCHES:
         for spread in (0.5, 4.0):  # standard deviation of the logits: flat, and peaked
             for filters in FILTERS:

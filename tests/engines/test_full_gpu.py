@@ -1,0 +1,180 @@
+"""A GPU that is really full: at load the next engine runs, or what fits is said; a long prompt runs in parts."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+
+import accel
+from accel.bundle import Bundle
+from accel.engines import open_session
+from accel.engines.cuda.contest import Contest, Way
+from accel.engines.cuda.device import INTERPRETED
+from accel.engines.session import SessionOptions, StepInputs
+from accel.errors import CapacityError, EngineBrokenError, EngineError, EngineUnavailableError
+from accel.machine import has_nvidia_device
+from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
+
+needs_kernels = pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reason="needs an NVIDIA GPU")
+both = pytest.mark.parametrize(
+    "engine", [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", marks=needs_onnxruntime)]
+)
+pytestmark = pytest.mark.gpu
+MIB = 1 << 20
+PROMPT, CAPACITY, SHORT = 8000, 8192, 64  # tokens; of a prompt's hidden layer the whole takes 2 x 64 MiB
+HOLD = """
+import sys, torch
+free = torch.cuda.mem_get_info()[0]
+held = torch.empty(free - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+LOAD = """
+import json, sys, accel
+with accel.load(sys.argv[1]) as model:
+    tokens = model.generate([[5, 6, 7]], max_new_tokens=4, eos_token_id=[])[0].ids
+    print(json.dumps([model.engine.name, len(tokens), {one.engine: one.reason for one in model.fallbacks}]))
+"""
+
+
+@pytest.fixture(autouse=True)
+def drawn_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel is compiled to be timed."""
+
+    def pick(contest: Contest, key: str, ways: Mapping[str, Way]) -> str:
+        return list(ways)[crc32(key.encode()) % len(ways)]
+
+    monkeypatch.setattr(Contest, "pick", pick)
+
+
+@pytest.fixture(scope="module")
+def bundle(made_once: Callable[..., Path]) -> Path:
+    """A decoder whose hidden layer is wide, with a graph for each engine."""
+
+    def make(out: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=2048, hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, num_attention_heads=16,
+            num_key_value_heads=4, max_position_embeddings=16384,
+        )  # fmt: skip
+        accel.export(LlamaForCausalLM(config).eval(), out, {"parity": {"enabled": False}}, show_progress=False)
+        for target in ("cuda", "ort-cuda"):
+            accel.add_variant(out, "fp16", target=target, check=False, show_progress=False)
+
+    return made_once("wide-llama", make)
+
+
+@contextmanager
+def filled(left: int) -> Iterator[None]:
+    """All but so many bytes of the GPU are taken meanwhile."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    held = torch.empty(torch.cuda.mem_get_info()[0] - left, dtype=torch.uint8, device="cuda")
+    try:
+        yield
+    finally:
+        del held
+        torch.cuda.empty_cache()
+
+
+def step_of(count: int) -> StepInputs:
+    """The first tokens of a prompt in row 0; its last one's logits are wanted."""
+    ids = np.random.default_rng(0).integers(3, 2000, PROMPT)[:count]
+    lengths = np.array([count], np.int32)
+    return StepInputs(ids, np.arange(count), lengths, 0 * lengths, np.array([count - 1]))
+
+
+def open_engine(bundle: Path, engine: str) -> Any:
+    options = SessionOptions(capacity=CAPACITY, max_batch=1)
+    return open_session(Bundle.open(bundle), engine=engine, variant="fp16", options=options).session
+
+
+def halvings(session: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[], int]:
+    """Counts how often a step was halved from now on."""
+    if session.info.name == "cuda":
+        return lambda: sum("memory is full" in record.message for record in caplog.records)
+    from accel.engines.ort_cuda import decoder
+
+    calls: list[int] = []
+    real = decoder.halves
+    monkeypatch.setattr(decoder, "halves", lambda run: (calls.append(1), real(run))[1])
+    return lambda: len(calls)
+
+
+@both
+def test_a_long_prompt_runs_in_parts(
+    engine: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = open_engine(bundle, engine)
+    whole, short = (first.step(step_of(count)).copy() for count in (PROMPT, SHORT))
+    first.close()
+    del first
+    session = open_engine(bundle, engine)
+    session.step(step_of(SHORT))  # the libraries have their workspaces
+    halved = halvings(session, monkeypatch, caplog)
+    with filled(96 * MIB), caplog.at_level(logging.WARNING, "accel"):
+        found = session.step(step_of(PROMPT)).copy()
+    assert halved() > 0
+    assert np.abs(found - whole).max() <= 2e-2 * np.abs(whole).max()
+    with filled(0):
+        try:
+            found = session.step(step_of(PROMPT)).copy()
+            assert np.abs(found - whole).max() <= 2e-2 * np.abs(whole).max()
+        except EngineError as error:
+            assert not isinstance(error, EngineBrokenError) and "memory" in str(error)
+    assert np.abs(session.step(step_of(SHORT)) - short).max() <= 2e-2 * np.abs(short).max(), "it goes on"
+    session.close()
+
+
+@both
+def test_what_fits_is_said_and_does(engine: str, bundle: Path) -> None:
+    with filled(3072 * MIB):
+        with pytest.raises(CapacityError, match="Ask for a capacity of at most") as caught:
+            accel.load(bundle, engine=engine, capacity=16384, max_batch=256)
+        said = re.search(r"a capacity of at most ([\d,]+) with max_batch 256", str(caught.value))
+        assert said is not None
+        with accel.load(bundle, engine=engine, capacity=int(said[1].replace(",", "")), max_batch=256) as model:
+            assert len(model.generate([[5, 6, 7]], max_new_tokens=4, eos_token_id=[])[0].ids) == 4
+
+
+@both
+def test_no_room_for_weights(engine: str, bundle: Path) -> None:
+    with filled(32 * MIB), pytest.raises(EngineUnavailableError, match="weights take|memory"):
+        accel.load(bundle, engine=engine)
+    with accel.load(bundle, engine=engine) as model:
+        assert model.engine.name == engine
+
+
+@needs_kernels
+@needs_onnxruntime
+@pytest.mark.parametrize("left", [16 * MIB, 640 * MIB], ids=["not even for CUDA itself", "hardly for CUDA"])
+def test_another_process_has_it_all(bundle: Path, left: int) -> None:
+    """A fresh process goes on where no GPU is needed, and says why."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        done = subprocess.run([sys.executable, "-c", LOAD, str(bundle)], capture_output=True, text=True, timeout=300)
+        holder.stdin.close()
+    assert done.returncode == 0, done.stderr
+    name, count, passed_over = json.loads(done.stdout.splitlines()[-1])
+    assert count == 4 and name in ("ort-cpu", "torch"), (name, passed_over)
+    assert all("memory" in passed_over[engine].lower() for engine in ("cuda", "ort-cuda")), passed_over

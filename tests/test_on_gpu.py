@@ -1,0 +1,74 @@
+"""What a user does on a GPU: warm a bundle up, measure it, load what was the fastest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import accel
+from accel.bench import bench
+from accel.cli import main
+from accel.engines.cuda.device import INTERPRETED
+from accel.machine import has_nvidia_device
+from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
+from tests.parity.families import ALL, build_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reason="needs an NVIDIA GPU"),
+    needs_onnxruntime,
+]
+ENGINES = ("cuda", "ort-cuda")
+SIZES: dict[str, Any] = {"capacity": 64, "max_batch": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``llama`` and ``bert``, with fp16 graphs for both engines, and a job that names them."""
+    made = tmp_path_factory.mktemp("gpu")
+    for name in ("llama", "bert"):
+        unchecked = {"parity": {"enabled": False}}
+        accel.export(build_model(name), made / name, unchecked, task=ALL[name].task, show_progress=False)
+        for target in ENGINES:
+            accel.add_variant(made / name, "fp16", target=target, check=False, show_progress=False)
+    job = {"bundle": ["llama", "bert"], "target": list(ENGINES), "precision": "fp16", **SIZES}
+    (made / "jobs.yaml").write_text(json.dumps({"store": "store", "jobs": [job]}))  # JSON is YAML
+    return made
+
+
+def test_warm_up_measures_and_load_takes_the_fastest(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    assert main(["warmup", str(folder / "jobs.yaml")]) == 0
+    print(capsys.readouterr().out)
+    report = accel.warmup(folder / "jobs.yaml", dry_run=True)
+    assert {line.status for line in report.engines} == {"hit"}
+    measured = {Path(line.bundle).name: line for line in report.measured}
+    assert {line.status for line in measured.values()} == {"hit"}
+    for name, options in (("llama", SIZES), ("bert", {})):
+        costs = measured[name].engines
+        assert {f"{engine} fp16" for engine in ENGINES} <= costs.keys()
+        with accel.load(folder / name, device="cuda", store=folder / "store", **options) as model:
+            fastest = min((f"{engine} fp16" for engine in ENGINES), key=lambda one: costs[one])
+            assert f"{model.engine.name} {model.engine.variant}" == fastest
+            assert model.engine.why.startswith("measured: ")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_bench_shows_where_the_time_goes(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    sizes: dict[str, Any] = {"prompt_tokens": 8, "new_tokens": 8, "shapes": ((1, 8), (2, 16))}
+    report = bench(folder / name, device="cuda", rounds=3, compare=False, **sizes)
+    assert {f"{engine} fp16" for engine in ENGINES} <= {f"{row.engine} {row.variant}" for row in report.engines}
+    assert report.roofline is not None and not report.no_roofline
+    shares = report.roofline.shares
+    assert len({share.phase for share in shares}) == (4 if name == "llama" else 2), "a decoder's batch too"
+    assert all(share.ms > 0 and share.limit_ms > 0 for share in shares if not share.operator)
+    assert {share.phase for share in shares if share.operator} == {share.phase for share in shares}
+    assert str(report.roofline) in str(report)
