@@ -34,6 +34,7 @@ both = pytest.mark.parametrize(
 )
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
+STEP = 2 * MIB  # what the driver hands out
 PROMPT, CAPACITY, SHORT = 8000, 8192, 64  # tokens; of a prompt's hidden layer the whole takes 2 x 64 MiB
 HOLD = """
 import sys, torch
@@ -79,12 +80,22 @@ def bundle(made_once: Callable[..., Path]) -> Path:
     return made_once("wide-llama", make)
 
 
-@contextmanager
-def filled(left: int) -> Iterator[None]:
-    """All but so many bytes of the GPU are taken meanwhile."""
+def free_memory() -> int:
+    """Bytes, once what is dropped was given back."""
     gc.collect()
     torch.cuda.empty_cache()
-    held = torch.empty(torch.cuda.mem_get_info()[0] - left, dtype=torch.uint8, device="cuda")
+    return int(torch.cuda.mem_get_info()[0])
+
+
+@contextmanager
+def filled(left: int) -> Iterator[None]:
+    """All but about so many bytes of the GPU are taken meanwhile."""
+    size, held = (free_memory() - left) // STEP * STEP, None
+    while held is None:  # the last few pieces may lie apart
+        try:
+            held = torch.empty(size, dtype=torch.uint8, device="cuda")
+        except torch.cuda.OutOfMemoryError:
+            size -= STEP
     try:
         yield
     finally:
@@ -153,6 +164,19 @@ def test_what_fits_is_said_and_does(engine: str, bundle: Path) -> None:
 
 
 @both
+def test_a_closed_model_leaves_its_memory_to_others(engine: str, bundle: Path) -> None:
+    """To other engines, and other processes."""
+    open_engine(bundle, engine).close()  # the libraries keep their own
+    before = free_memory()
+    options = SessionOptions(capacity=16384, max_batch=16)  # 512 MiB of cache
+    session: Any = open_session(Bundle.open(bundle), engine=engine, variant="fp16", options=options).session
+    assert before - free_memory() > 500 * MIB
+    session.close()
+    del session
+    assert before - free_memory() < 32 * MIB
+
+
+@both
 def test_no_room_for_weights(engine: str, bundle: Path) -> None:
     with filled(32 * MIB), pytest.raises(EngineUnavailableError, match="weights take|memory"):
         accel.load(bundle, engine=engine)
@@ -165,8 +189,7 @@ def test_no_room_for_weights(engine: str, bundle: Path) -> None:
 @pytest.mark.parametrize("left", [16 * MIB, 640 * MIB], ids=["not even for CUDA itself", "hardly for CUDA"])
 def test_another_process_has_it_all(bundle: Path, left: int) -> None:
     """A fresh process goes on where no GPU is needed, and says why."""
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from accel import __version__
-from accel.engines.cuda.device import Device
+from accel.engines.cuda.device import Device, is_full
+from accel.engines.cuda.recording import recording
 from accel.storage import replace_file
 from accel.store import cache_folder
 
@@ -107,11 +108,9 @@ def _microseconds(way: Way, before: Way) -> float:
         for _ in range(2):
             way()  # compiles, and lets ways within it be measured
         torch.cuda.synchronize()
-    except torch.cuda.OutOfMemoryError:
-        return _NOT_NOW
     except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
         _log.debug("a way cannot run here: %s", error)
-        return _NEVER
+        return _NOT_NOW if is_full(error) else _NEVER
     try:
         return _replayed(way, before)
     except Exception as error:  # no memory, or another thread's call that no recording survives
@@ -122,8 +121,7 @@ def _microseconds(way: Way, before: Way) -> float:
 def _replayed(way: Way, before: Way) -> float:
     """Microseconds of a run in a recording of several, which is replayed a few times."""
     graph = torch.cuda.CUDAGraph()
-    # A recording that fails leaves its own stream current, hence the first context.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
+    with recording(graph):
         for _ in range(_RUNS):
             before()
             way()

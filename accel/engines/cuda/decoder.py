@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from accel.engines.cuda.attention import CachedAttention, StepTensors
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
-from accel.engines.cuda.device import Device, translated_errors
+from accel.engines.cuda.device import Device, is_full
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
@@ -73,7 +73,7 @@ class CudaDecoderSession:
         self._device, self._lifetime = device, Lifetime("decoder")
         if arch.vocab_size > MAX_VOCAB:  # then the host draws
             self.sample = None  # type: ignore[method-assign,assignment]
-        with translated_errors("loading"):
+        with device.at_work("loading"):
             program = load_program(path, device.torch, dtype)
             nodes = [node for node in program.nodes if node.op_type == "CachedAttention"]
             if len(nodes) != len(arch.layers):
@@ -99,7 +99,7 @@ class CudaDecoderSession:
             EngineBrokenError: The device failed.
         """
         self._lifetime.check()
-        with translated_errors("decoder step"):
+        with self._device.at_work("decoder step"):
             if not is_decode(inputs):
                 return self._several(inputs, PackedPlace.logits)
             return self._single(inputs, DecodePlace.logits, ahead=False)
@@ -111,7 +111,7 @@ class CudaDecoderSession:
             EngineError, EngineBrokenError: see ``step``.
         """
         self._lifetime.check()
-        with translated_errors("decoder step"):
+        with self._device.at_work("decoder step"):
             if not is_decode(inputs):
                 return self._several(inputs, PackedPlace.greedy)
             return self._single(inputs, DecodePlace.tokens)
@@ -123,7 +123,7 @@ class CudaDecoderSession:
             EngineError, EngineBrokenError: see ``step``.
         """
         self._lifetime.check()
-        with translated_errors("decoder step"):
+        with self._device.at_work("decoder step"):
             if not is_decode(inputs):
                 return self._several(inputs, PackedPlace.sampled, draws)
             return self._single(inputs, DecodePlace.tokens, draws)
@@ -131,7 +131,7 @@ class CudaDecoderSession:
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
         self._lifetime.check()
-        with translated_errors("copying a row"):
+        with self._device.at_work("copying a row"):
             self._forget()
             for pair in self._caches:
                 for cache in pair:
@@ -155,7 +155,7 @@ class CudaDecoderSession:
         self._lifetime.check()
         place = self._device.torch
         self._forget()
-        with translated_errors("decoder step"):
+        with self._device.at_work("decoder step"):
             zeros = torch.zeros(rows, dtype=torch.int32, device=place)
             index = torch.arange(rows * prompt, dtype=torch.int32, device=place)
             slots, starts = index % prompt, torch.arange(rows, dtype=torch.int32, device=place) * prompt
@@ -211,8 +211,9 @@ class CudaDecoderSession:
 
         try:
             return run()
-        except torch.cuda.OutOfMemoryError:
-            pass  # while it is handled, the error holds what the run had made
+        except Exception as error:  # while it is handled, it holds what the run had made
+            if not is_full(error):
+                raise
         self._make_room()
         return run()
 
@@ -225,7 +226,7 @@ class CudaDecoderSession:
             draws: How tokens are drawn, where they are.
 
         Raises:
-            torch.cuda.OutOfMemoryError: Not even a few tokens fit.
+            RuntimeError: Not even a few tokens fit; see ``is_full``.
         """
         count = len(inputs.input_ids)
         if self._most_tokens is None or count <= self._most_tokens:
@@ -233,7 +234,9 @@ class CudaDecoderSession:
                 left = read(self._packed_place(inputs), inputs, *([] if draws is None else [draws]))
                 self._note_fitted()
                 return left
-            except torch.cuda.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_full(error):
+                    raise
                 if count < 2 * _LEAST_TOKENS:
                     clear_frames(error.__traceback__)  # they hold what the run had made
                     self._make_room()

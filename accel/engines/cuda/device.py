@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +16,9 @@ from accel_kernels.device import has_warp_jobs
 
 from accel.errors import AccelError, EngineBrokenError, EngineError
 
-_NO_MEMORY = "CUDA error: out of memory"  # from the driver, where PyTorch's allocator is not the one who asks
+# From the driver, where PyTorch's allocator is not the one who asks: page-locked memory, the start of a graph, a kernel
+# that is loaded, a library's workspace.
+_FULL = re.compile(r"(CUDA error|Triton Error \[CUDA\]): out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED")
 _SMALLER = {  # by where memory ran out
     "decoder step": "Load with a smaller max_batch or capacity, or close other programs on this GPU",
     "encoder run": "Use a smaller batch or shorter inputs, or close other programs on this GPU",
@@ -72,6 +75,12 @@ class Device:
     def made_current(self) -> AbstractContextManager[Any]:
         """This thread's launches go to the device meanwhile."""
         return torch.cuda.device(self.torch) if self.is_gpu else nullcontext()
+
+    @contextmanager
+    def at_work(self, where: str) -> Iterator[None]:
+        """The device is made current, and errors are told as ``translated_errors`` does."""
+        with translated_errors(where), self.made_current():
+            yield
 
     def shared_pool(self) -> Any:
         """Memory of all recorded runs: they never run at the same time."""
@@ -134,7 +143,7 @@ def translated_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:
         first = first_line(error)
-        if isinstance(error, torch.cuda.OutOfMemoryError) or first.startswith(_NO_MEMORY):
+        if is_full(error):
             traceback.clear_frames(error.__traceback__)  # who keeps the error must not keep the run's memory
             remedy = _SMALLER.get(where, "Close other programs on this GPU")
             raise OutOfMemoryError(f"the GPU's memory is full: {first}", where=where, remedy=remedy) from error
@@ -143,9 +152,14 @@ def translated_errors(where: str) -> Iterator[None]:
         raise EngineBrokenError(what, where=where, remedy="Load the bundle again, or with another engine") from error
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the device's memory was full: whoever asks for less may get it."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or _FULL.search(first_line(error)) is not None
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, without what PyTorch adds for its own developers."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-__all__ = ["INTERPRETED", "Device", "OutOfMemoryError", "first_line", "open_device", "translated_errors"]
+__all__ = ["INTERPRETED", "Device", "OutOfMemoryError", "first_line", "is_full", "open_device", "translated_errors"]

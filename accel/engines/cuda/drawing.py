@@ -10,7 +10,7 @@ import torch
 from accel_kernels.sample import FIELDS, MAX_VOCAB, sample, sample_workspace
 from numpy.typing import NDArray
 
-from accel.engines.cuda.device import Device, translated_errors
+from accel.engines.cuda.device import Device
 from accel.engines.session import ChosenTokens
 
 # float64 [R, 5], how each row's token is drawn: temperature (0: not at all), top_k, top_p, min_p, uniform.
@@ -65,7 +65,7 @@ class Drawer:
         if vocab_size > MAX_VOCAB:
             raise ValueError(f"the vocabulary has {vocab_size} tokens, the kernels take {MAX_VOCAB}")
         self._device = device
-        with translated_errors("loading"):
+        with device.at_work("loading"):
             self._logits = tensor_at(address, (rows, vocab_size), device)
             self._best = torch.zeros(2 * rows, dtype=torch.int64, device=device.torch)
             self._table = DrawTable(rows, 1, device)
@@ -81,12 +81,17 @@ class Drawer:
             EngineBrokenError: The device failed.
         """
         rows = len(table)
-        with translated_errors("decoder step"), self._device.made_current():
+        with self._device.at_work("decoder step"):
             self._table.write(0, table)  # whoever drew before waited for the tokens
             best = self._best[: 2 * rows]
             self._table.draw(self._logits[:rows], best)
             found = best.cpu().numpy()
         return ChosenTokens(found[:rows], found[rows:].view(np.float32)[:rows])
+
+
+def gpu_drawer(address: int, rows: int, vocab_size: int, index: int) -> Drawer:
+    """A drawer on the GPU of that number. Raises as ``Drawer``."""
+    return Drawer(address, rows, vocab_size, Device(torch.device("cuda", index)))
 
 
 class _Memory:
@@ -106,4 +111,4 @@ def tensor_at(address: int, shape: tuple[int, ...], device: Device) -> torch.Ten
     return torch.from_numpy(np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))).view(shape)
 
 
-__all__ = ["FIELDS", "MAX_VOCAB", "DrawTable", "Drawer", "Table", "tensor_at", "values_of"]
+__all__ = ["FIELDS", "MAX_VOCAB", "DrawTable", "Drawer", "Table", "gpu_drawer", "tensor_at", "values_of"]

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
-from accel.engines.cuda.device import Device, translated_errors
+from accel.engines.cuda.device import Device, is_full
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
-from accel.engines.cuda.program import load_program
+from accel.engines.cuda.program import Program, load_program
 from accel.engines.cuda.replay import Replay
 from accel.engines.cuda.unpadded import Layout, TokenPlan, plan_tokens, run_unpadded
 from accel.engines.lifetime import Lifetime
@@ -56,7 +56,7 @@ class CudaEncoderSession:
     ) -> None:
         self.info = EngineInfo(NAME, device.version, device.title, variant, 1)
         self._device, self._longest, self._vocab_size = device, arch.max_positions, arch.vocab_size
-        with translated_errors("loading"):
+        with device.at_work("loading"):
             program = load_program(path, device.torch, dtype)
             self._inputs = [value.name or "" for value in program.inputs]
             if set(self._inputs) - set(INPUTS):
@@ -64,6 +64,7 @@ class CudaEncoderSession:
                 raise BundleError(what, where=path.name, remedy="Quantize the bundle again")
             products = Products(dtype, device.tensor_memory, Contest(device, kept), warp_jobs=device.warp_jobs)
             self._executor, self._plan = Executor(program, products), plan_tokens(program)
+            self._per_token = per_token_outputs(program)
         self._places: OrderedDict[tuple[int, int, int | None], _Place] = OrderedDict()
         self._lock, self._lifetime = threading.Lock(), Lifetime("encoder")
 
@@ -81,11 +82,12 @@ class CudaEncoderSession:
         mask = feeds.get("attention_mask")
         lengths = np.full(rows, width) if mask is None else _lengths(mask)
         shape = self._shape(rows, width, int(lengths.sum()))
-        with self._lock, translated_errors("encoder run"):
+        with self._lock, self._device.at_work("encoder run"):
             try:
                 return self._place(*shape).run(feeds, rows, width, lengths)
-            except torch.cuda.OutOfMemoryError:
-                pass  # while it is handled, the error holds what the run had made
+            except Exception as error:  # while it is handled, it holds what the run had made
+                if not is_full(error):
+                    raise
             self._places.clear()  # all that was recorded, as recordings share their memory
             self._device.pool = None
             self._device.release()
@@ -105,7 +107,7 @@ class CudaEncoderSession:
             feeds["token_type_ids"].zero_()
         starts = torch.arange(rows, dtype=torch.int32, device=place) * width
         step = StepTensors(starts, starts, starts + width, longest=width, room=width)
-        with self._lock, translated_errors("encoder run"):
+        with self._lock, self._device.at_work("encoder run"):
             return time_operators(f"forward {rows}x{width}", self._executor, self._device, feeds, step, width)
 
     def close(self) -> None:
@@ -130,10 +132,16 @@ class CudaEncoderSession:
             kept = sum(place.bytes for place in self._places.values())
             while self._places and (len(self._places) >= _SHAPES or kept > _KEPT_BYTES):
                 kept -= self._places.popitem(last=False)[1].bytes
-            plan = self._plan if tokens is not None else None
-            self._places[shape] = _Place(rows, width, tokens or 0, plan, self._inputs, self._device, self._executor)
+            if not self._places:
+                self._device.pool = None  # what is in it goes with the last recording
+            self._places[shape] = self._make_place(*shape)
         self._places.move_to_end(shape)
         return self._places[shape]
+
+    def _make_place(self, rows: int, width: int, tokens: int | None) -> _Place:
+        plan = self._plan if tokens is not None else None
+        names = self._inputs, self._per_token
+        return _Place(rows, width, tokens or 0, plan, *names, self._device, self._executor)
 
 
 class _Place:
@@ -144,15 +152,17 @@ class _Place:
         tokens: T, which stand side by side; 0: padding stands between them.
         plan: Which values these are; None: none.
         inputs: Names.
+        per_token: Names of the outputs that are [B, W, ...].
         device: Where they are.
         executor: Runs the program.
     """
 
     def __init__(
-        self, rows: int, width: int, tokens: int, plan: TokenPlan | None, inputs: list[str], device: Device,
-        executor: Executor,
+        self, rows: int, width: int, tokens: int, plan: TokenPlan | None, inputs: list[str], per_token: set[str],
+        device: Device, executor: Executor,
     ) -> None:  # fmt: skip
-        self._rows, self._width, self._names, self._executor, self._plan = rows, width, inputs, executor, plan
+        self._rows, self._width, self._executor, self._plan = rows, width, executor, plan
+        self._names, self._per_token = inputs, per_token
         # The last three: each token's place, twice, see Layout; each row's start, then each one's stop, as int32.
         self._sizes = [rows * width] * len(inputs) + [tokens, tokens, rows]
         self._host = device.pinned(sum(self._sizes))
@@ -177,7 +187,10 @@ class _Place:
         self._fill_ends(rows, lengths)
         self._inputs.copy_(self._host)
         self._replay.run()
-        fetched = {name: self._fetch(result, rows, width) for name, result in self._results.items()}
+        fetched = {}
+        for name, result in self._results.items():
+            part = result[:rows, :width] if name in self._per_token else result[:rows]
+            fetched[name] = self._fetch(part.contiguous())
         if self._inputs.is_cuda:
             torch.cuda.current_stream(self._inputs.device).synchronize()
         return fetched
@@ -197,13 +210,11 @@ class _Place:
         tokens[: len(real)], tokens[len(real) :] = real, 0
         places[: len(real)], places[len(real) :] = real, self._rows * self._width
 
-    def _fetch(self, result: torch.Tensor, rows: int, width: int) -> NDArray:
-        """An output cut to the caller's shape, on its way to page-locked memory that the caller keeps.
+    def _fetch(self, part: torch.Tensor) -> NDArray:
+        """What the caller wants of an output, on its way to page-locked memory that the caller keeps.
 
         PyTorch lends that memory anew when the caller has dropped it.
         """
-        per_token = result.dim() >= 2 and result.shape[1] == self._width
-        part = (result[:rows, :width] if per_token else result[:rows]).contiguous()
         if not part.is_cuda:
             return part.numpy().copy()
         place = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
@@ -220,6 +231,13 @@ class _Place:
         else:
             layout = Layout(self._rows, self._width, tokens, places)
             self._results = run_unpadded(self._executor, self._plan, feeds, step, layout)
+
+
+def per_token_outputs(program: Program) -> set[str]:
+    """Names of an encoder's outputs that are [B, W, ...], like its ids; other sizes may happen to be W too."""
+    ids = next(value for value in program.inputs if value.name == "input_ids")
+    outputs = [value for value in program.outputs if value.shape is not None and len(value.shape) > 1]
+    return {value.name or "" for value in outputs if ids.shape is not None and value.shape[1] == ids.shape[1]}
 
 
 def _lengths(mask: NDArray) -> NDArray[np.int64]:

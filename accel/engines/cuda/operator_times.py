@@ -18,6 +18,7 @@ from accel.engines.cuda.device import Device
 from accel.engines.cuda.executor import CHOICE, Executor, TracedRun, Values
 from accel.engines.cuda.products import rows_of
 from accel.engines.cuda.program import Matrix, Program
+from accel.engines.cuda.recording import recording
 from accel.engines.cuda.values import Normed, Product, Rows, Sum
 
 _REPLAYS = 20
@@ -183,7 +184,7 @@ def _seconds(run: Callable[[], object], device: Device) -> float:
             return time.perf_counter() - start
         torch.cuda.synchronize(device.torch)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with recording(graph):
             run()
         graph.replay()
         start_event, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -11,6 +11,7 @@ from weakref import WeakMethod
 import torch
 
 from accel.engines.cuda.device import Device, first_line
+from accel.engines.cuda.recording import recording
 
 _log = logging.getLogger("accel")
 
@@ -46,11 +47,7 @@ class Replay:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device.torch)
         try:
-            # A recording that fails leaves its own stream current, hence the first context.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(graph, pool=self._device.shared_pool()),
-            ):
+            with recording(graph, self._device.shared_pool()):
                 self._call()
         except RuntimeError as error:
             self.failure = first_line(error)

@@ -14,7 +14,7 @@ from accel_kernels.launches import SHORT_PAST
 from numpy.typing import NDArray
 
 from accel.engines.cuda.attention import StepTensors
-from accel.engines.cuda.device import Device
+from accel.engines.cuda.device import Device, is_full
 from accel.engines.cuda.drawing import FIELDS, DrawTable, Table, values_of
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.replay import Replay
@@ -149,7 +149,9 @@ class DecodePlace:
         """Nobody asked for this step yet, so that it cannot be is no reason to fail."""
         try:
             self._launch(lengths, table)
-        except torch.cuda.OutOfMemoryError:
+        except Exception as error:
+            if not is_full(error):
+                raise
             self._room_ahead = False
             _log.warning("steps of %d rows do not run ahead: the GPU's memory has no room for another run", self._rows)
 

@@ -16,6 +16,7 @@ from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
 from accel.engines.ort_cuda.feeds import step_feeds
+from accel.engines.ort_cuda.memory import Allocator
 from accel.engines.ort_cuda.provider import NAME, OutOfMemoryError, Provider, run_error
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
@@ -40,9 +41,10 @@ _log = logging.getLogger(__name__)
 class _Memory:
     """What the session holds on the device beside the graph's weights."""
 
+    allocator: Allocator
     caches: Caches
     copier: RowCopier
-    logits: Any  # OrtValue float32 [most rows of logits, V]
+    logits: Any  # OrtValue over float32 [most rows of logits, V]
     token: Any  # OrtValue int64 [most rows of logits]
     token_logit: Any  # OrtValue float32, likewise
 
@@ -193,13 +195,15 @@ class OrtCudaDecoderSession:
 
     def _allocate(self, manifest: Manifest, variant: str) -> _Memory:
         dtype, provider = gpu_type(variant, manifest.variants[variant].dtype), self._provider
-        values = {}
-        for name, layer in zip(self._names, (layer for layer in manifest.arch.layers for _ in range(2)), strict=True):
-            shape = self.max_batch, layer.kv_heads, self.capacity, layer.head_dim
-            values[name] = provider.allocate(shape, dtype)
-        logits = provider.allocate((self._most_logits, self.vocab_size), "float32")
+        allocator, layers = Allocator(provider), (layer for layer in manifest.arch.layers for _ in range(2))
+        shapes = {
+            name: (self.max_batch, layer.kv_heads, self.capacity, layer.head_dim)
+            for name, layer in zip(self._names, layers, strict=True)
+        }
+        caches = {name: allocator.allocate(shape, dtype) for name, shape in shapes.items()}
+        logits = allocator.allocate((self._most_logits, self.vocab_size), "float32")
         token, logit = (provider.upload(np.zeros(self._most_logits, kind)) for kind in (np.int64, np.float32))
-        return _Memory(Caches(values, dtype), RowCopier(provider, dtype), logits, token, logit)
+        return _Memory(allocator, Caches(caches, shapes, dtype), RowCopier(provider, dtype), logits, token, logit)
 
     def _capture_batches(self) -> None:
         """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""

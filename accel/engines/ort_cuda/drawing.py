@@ -36,14 +36,11 @@ def open_drawer(address: int, rows: int, vocab_size: int, index: int) -> Drawer:
     why = f"{' and '.join(missing)} missing" if missing else unfit_gpu()
     if why is not None:
         raise EngineUnavailableError(why)
-    import torch
-
-    from accel.engines.cuda.device import Device
-    from accel.engines.cuda.drawing import MAX_VOCAB, Drawer
+    from accel.engines.cuda.drawing import MAX_VOCAB, gpu_drawer
 
     if vocab_size > MAX_VOCAB:
         raise EngineUnavailableError(f"the vocabulary has {vocab_size:,} tokens, the kernels take {MAX_VOCAB:,}")
-    return Drawer(address, rows, vocab_size, Device(torch.device("cuda", index)))
+    return gpu_drawer(address, rows, vocab_size, index)
 
 
 def table_of(draws: Draws, wanted: NDArray[np.int64]) -> NDArray[np.float64]:

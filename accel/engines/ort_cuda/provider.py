@@ -18,7 +18,7 @@ ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProt
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _ERRORS_ONLY = 3
 _NO_MEMORY = re.compile(
-    r"[Ff]ailed to allocate memory|out of memory|bad_alloc|CUDA failure 2\b|CUDNN_STATUS_ALLOC_FAILED"
+    r"[Ff]ailed to allocate memory|out of memory|bad_alloc|CUDA failure 2\b|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
 )
 _BROKEN = re.compile(r"CUDA failure|CUDA error|cudaError|CUBLAS failure|CUBLAS_STATUS|CUDNN failure|CUDNN_STATUS")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -21,27 +22,28 @@ class Caches:
     """The decoder's keys and values on the device.
 
     Attributes:
-        values: ``{layer}.{key or value}`` -> OrtValue [rows, heads, capacity, head_dim].
+        memory: ``{layer}.{key or value}`` -> OrtValue over its memory.
+        shapes: Likewise -> (rows, heads, capacity, head_dim).
         dtype: Of all.
     """
 
-    values: Mapping[str, Any]
+    memory: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
     dtype: str
 
     def address(self, name: str, row: int) -> int:
         """Where a row begins."""
-        return int(self.values[name].data_ptr()) + row * self.row_size(name) * ITEM_BYTES[self.dtype]
+        return int(self.memory[name].data_ptr()) + row * self.row_size(name) * ITEM_BYTES[self.dtype]
 
     def row_size(self, name: str) -> int:
         """Elements of one row."""
-        return int(np.prod(self.values[name].shape()[1:]))
+        return prod(self.shapes[name][1:])
 
     def bind(self, io: Any, provider: Provider, first: int, rows: int) -> None:
         """Binds rows as past and, the same memory, as present."""
         kind = ONNX_TYPES[self.dtype]
-        for name, value in self.values.items():
-            shape = [rows, *value.shape()[1:]]
-            place = provider.device, provider.index, kind, shape, self.address(name, first)
+        for name, shape in self.shapes.items():
+            place = provider.device, provider.index, kind, [rows, *shape[1:]], self.address(name, first)
             io.bind_input(f"past.{name}", *place)
             io.bind_output(f"present.{name}", *place)
 

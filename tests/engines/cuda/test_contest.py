@@ -115,9 +115,14 @@ def test_what_had_no_room_is_measured_by_the_next_process(
     assert Contest(gpu(), tmp_path).pick("a shape", ways("third", "second")) == "third"
 
 
-def test_a_way_that_finds_no_room() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [torch.cuda.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")],
+    ids=["allocator", "kernel"],
+)
+def test_a_way_that_finds_no_room(error: Exception) -> None:
     def fail() -> None:
-        raise torch.cuda.OutOfMemoryError
+        raise error
 
     assert contest._times_of({"way": fail}, lambda: None) == {"way": contest._NOT_NOW}
 

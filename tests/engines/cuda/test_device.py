@@ -12,6 +12,8 @@ from accel.errors import BundleError, EngineBrokenError
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 DRIVER = "CUDA error: out of memory\nCUDA kernel errors might be reported later\nFor debugging consider more"
+KERNEL = "Triton Error [CUDA]: out of memory"
+LIBRARY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported later"
 
 
@@ -21,6 +23,8 @@ BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kern
         (torch.cuda.OutOfMemoryError(FULL), FULL),
         (torch.cuda.OutOfMemoryError(), "OutOfMemoryError"),
         (RuntimeError(DRIVER), "CUDA error: out of memory"),
+        (RuntimeError(KERNEL), KERNEL),
+        (RuntimeError(LIBRARY), LIBRARY),
     ],
 )
 @pytest.mark.parametrize(

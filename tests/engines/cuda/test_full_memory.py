@@ -14,6 +14,7 @@ import torch
 
 from accel.engines.cuda import decoder as module
 from accel.engines.cuda.decoder import CudaDecoderSession
+from accel.engines.cuda.device import INTERPRETED
 from accel.engines.cuda.executor import Run
 from accel.engines.cuda.step_halves import halves
 from accel.engines.session import ChosenTokens, Draws, StepInputs
@@ -23,6 +24,7 @@ from accel.runtime.sequence import Sequence
 from accel.runtime.slots import SlotLoop
 from tests.engines.cuda.steps import GREEDY, inputs
 
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/engines/test_full_gpu.py fills it")
 Full = Callable[[Any], bool]
 TOKENS = {0: [5, 6, 7, 8, 9, 10, 11], 1: [12], 2: [13, 14, 15, 16, 17]}  # 13, which run as 16
 WANTED = [0, 6, 7, 12]
@@ -33,27 +35,38 @@ def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LEAST_TOKENS", 2)
 
 
-def fill(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch, full: Full) -> list[int]:
-    """Memory that lacks for some steps' ids; how many tokens were tried, in order."""
+LACKING = {
+    "allocator": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "kernel": RuntimeError("Triton Error [CUDA]: out of memory"),
+    "library": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+
+
+def fill(
+    session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch, full: Full, who: str = "allocator"
+) -> list[int]:
+    """Memory that lacks for some steps' ids, as who asks for it says; how many tokens were tried, in order."""
     tried, run = [], session._executor.run
 
     def limited(feeds: Any, *rest: Any) -> Any:
         tried.append(len(feeds["input_ids"]))
         if full(feeds["input_ids"]):
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            raise LACKING[who]
         return run(feeds, *rest)
 
     monkeypatch.setattr(session._executor, "run", limited)
     return tried
 
 
+@pytest.mark.parametrize("who", LACKING)
 def test_halves_leave_what_the_step_leaves(
-    session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    who: str, session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     step = inputs(TOKENS, {0: 0, 1: 0, 2: 0}, WANTED)
     whole, best = session.step(step), session.greedy(step)
     behind = session.step(inputs({0: [1, 2], 1: [3], 2: [4]}, {0: 7, 1: 1, 2: 5}))
-    tried = fill(session, monkeypatch, lambda ids: len(ids) > 4)
+    tried = fill(session, monkeypatch, lambda ids: len(ids) > 4, who)
     with caplog.at_level(logging.WARNING, "accel"):
         np.testing.assert_allclose(session.step(step), whole, rtol=1e-4, atol=1e-5)
     assert tried == [16, 8, 4, 4, 4, 2, 2], "13 tokens, 6 of them, 3 and 3; of the other 7 three, and four in halves"

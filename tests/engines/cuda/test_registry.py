@@ -27,7 +27,7 @@ from accel.variants import add_variant
 from tests.graph.test_external import QKV, graph, write
 from tests.parity.families import ALL, build_model
 
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: its memory is not as the test says")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: it is not as the test says")
 
 
 @pytest.mark.parametrize(
@@ -297,6 +297,7 @@ def test_a_damaged_graph_is_the_bundles_fault(bundles: dict[str, Bundle], monkey
 
 
 @pytest.mark.usefixtures("gpu")
+@interpreted
 @pytest.mark.parametrize(
     ("found", "said"),
     [
@@ -320,6 +321,7 @@ BEHIND = "Unexpected error from cudaGetDeviceCount(). Error 803: system has unsu
 
 
 @pytest.mark.usefixtures("gpu")
+@interpreted
 @pytest.mark.parametrize(
     ("built", "error", "said"),
     [

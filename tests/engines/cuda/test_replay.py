@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,8 +45,9 @@ class Recorder:
         self.replays += 1
 
     @contextlib.contextmanager
-    def _record(self, graph: Any, pool: int) -> Iterator[None]:
+    def _record(self, graph: Any, pool: int, capture_error_mode: str) -> Iterator[None]:
         """As PyTorch's: where it fails, its own stream stays current."""
+        assert capture_error_mode == "thread_local", "another model's thread would fail, and end the recording"
         self.used.append(pool)
         self.stream = "the recording's"
         if self.failure is not None and not self.at_end:
@@ -116,6 +118,29 @@ def test_the_next_recording_takes_memory_of_its_own(recorder: Recorder, gpu: Dev
     second.run()
     third.run()
     assert recorder.used == [0, 1, 1] and first.failure is not None and second.failure is third.failure is None
+
+
+def test_one_thread_records_at_a_time(recorder: Recorder, gpu: Device) -> None:
+    """PyTorch has one stream for all recordings."""
+    begun, go_on = threading.Event(), threading.Event()
+    order: list[str] = []
+
+    def slowly() -> None:
+        order.append("first begins")
+        begun.set()
+        go_on.wait(10)
+        order.append("first ends")
+
+    first = threading.Thread(target=Replay(gpu, slowly, after=0).record)
+    second = threading.Thread(target=Replay(gpu, lambda: order.append("second"), after=0).record)
+    first.start()
+    assert begun.wait(10)
+    second.start()
+    second.join(0.2)
+    go_on.set()
+    for thread in (first, second):
+        thread.join(10)
+    assert order == ["first begins", "first ends", "second"]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is a GPU: tests/parity/test_gpu_engines.py runs it")

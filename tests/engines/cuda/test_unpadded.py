@@ -14,7 +14,7 @@ import torch
 from accel.engines.cuda import encoder as module
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.device import INTERPRETED, open_device
-from accel.engines.cuda.encoder import CudaEncoderSession
+from accel.engines.cuda.encoder import CudaEncoderSession, per_token_outputs
 from accel.engines.cuda.products import rows_of
 from accel.engines.cuda.program import Program, load_program
 from accel.engines.cuda.unpadded import plan_tokens
@@ -94,6 +94,33 @@ def test_a_place_forgets_the_last_batch(graphs: Any) -> None:
     session.close()
 
 
+TOKENS = {
+    "bert": {"last_hidden_state"},
+    "bert_pairs": set(),
+    "roberta_tokens": {"logits"},
+    "distilbert_answers": {"start_logits", "end_logits"},
+    "modernbert_mask": {"logits"},
+}
+
+
+@pytest.mark.parametrize("name", TOKENS)
+def test_which_outputs_are_cut_to_the_rows_width(name: str, graphs: Any) -> None:
+    path, _ = graphs(name)
+    assert per_token_outputs(load_program(path, torch.device("cpu"), torch.float32)) == TOKENS[name]
+
+
+def test_as_many_labels_as_a_row_has_places(graphs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not cut to the row's tokens."""
+    path, arch = graphs("bert_pairs")
+    session = CudaEncoderSession(path, arch, "fp32", open_device(), torch.float32)
+    feeds = batch([3, 2], 3)
+    expected = session.run(feeds)["logits"]
+    monkeypatch.setattr(module, "_LENGTHS", (5, 8))
+    assert session._shape(2, 3, 5) == (2, 5, 8) and expected.shape == (2, 5)
+    np.testing.assert_allclose(session.run(feeds)["logits"], expected, rtol=2e-4, atol=2e-4)
+    session.close()
+
+
 def test_full_rows_stay_as_they_are(graphs: Any) -> None:
     """Without padding nothing is moved, nor where products take as long with it."""
     path, arch = graphs("bert")
@@ -115,8 +142,10 @@ def test_the_least_recently_used_goes(graphs: Any, monkeypatch: pytest.MonkeyPat
         session.run(batch(lengths, 8))
     assert [*session._places] == [(1, 8, None), (4, 8, None)]
     monkeypatch.setattr(module, "_KEPT_BYTES", 0)
+    session._device.pool = "that of both"
     session.run(batch([4] * 5, 8))
     assert [*session._places] == [(8, 8, 32)], "results take memory too"
+    assert session._device.pool is None, "a pool that no recording is left in takes none"
     session.close()
 
 

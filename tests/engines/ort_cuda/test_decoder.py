@@ -160,7 +160,7 @@ def graph_id(options: Any) -> str | None:
 
 def test_decode_batches_are_captured_at_opening(bundle: Bundle, logits: NDArray) -> None:
     runs: list[str | None] = []
-    gpu = fake_gpu(lambda io, options: runs.append(graph_id(options)))
+    gpu = fake_gpu(lambda io, options: None if options is None else runs.append(graph_id(options)))
     session = open_decoder(bundle, ROWS, CAPACITY, gpu)
     assert gpu.opened == [True] and runs == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
     runs.clear()

@@ -183,7 +183,7 @@ def test_what_turns_out_not_to_fit(decoder: Bundle, monkeypatch: pytest.MonkeyPa
     def full(*_: Any) -> None:
         raise OutOfMemoryError("ONNX Runtime ran out of device memory", where="allocating device memory")
 
-    monkeypatch.setattr("accel.engines.ort_cuda.provider.Provider.allocate", full)
+    monkeypatch.setattr("accel.engines.ort_cuda.memory.Allocator.allocate", full)
     room = 200 * bytes_per_token(decoder.manifest.arch, 4)
     monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + room)
     fits = "Ask for a capacity of at most 25 with max_batch 8, or for a max_batch of at most 3 with capacity 64"
