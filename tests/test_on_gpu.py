@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import accel
 from accel.bench import bench
@@ -56,6 +59,40 @@ def test_warm_up_measures_and_load_takes_the_fastest(
             fastest = min((f"{engine} fp16" for engine in ENGINES), key=lambda one: costs[one])
             assert f"{model.engine.name} {model.engine.variant}" == fastest
             assert model.engine.why.startswith("measured: ")
+
+
+@pytest.mark.parametrize("other", ENGINES)
+def test_two_models_on_one_gpu(other: str, folder: Path) -> None:
+    """Each in a thread of its own, from the first calls on, in which kernels are compiled and runs recorded."""
+
+    def tokens(model: Any) -> list[list[int]]:
+        prompts = [np.arange(3, 3 + length).tolist() for length in (5, 9, 20, 7, 30, 12)]
+        answers = [model.generate(prompts[:count], max_new_tokens=12, eos_token_id=[]) for count in (1, 2, 6) * 2]
+        return [one.ids for answer in answers for one in answer]
+
+    def vectors(model: Any) -> list[NDArray]:
+        made = []
+        for rows, width in ((1, 5), (3, 17), (7, 40), (2, 60)) * 3:
+            ids = np.random.default_rng(rows).integers(5, 90, (rows, width))
+            mask = (np.arange(width) < np.linspace(1, width, rows).astype(int)[:, None]).astype(np.int64)
+            made.append(model(input_ids=ids * mask, attention_mask=mask)["last_hidden_state"] * mask[..., None])
+        return made
+
+    with accel.load(folder / "llama", engine="cuda", **SIZES) as model:
+        expected_tokens = tokens(model)
+    with accel.load(folder / "bert", engine=other) as model:
+        expected_vectors = vectors(model)
+    for _ in range(3):
+        with (
+            accel.load(folder / "llama", engine="cuda", **SIZES) as first,
+            accel.load(folder / "bert", engine=other) as second,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            both = pool.submit(tokens, first), pool.submit(vectors, second)
+            assert both[0].result(300) == expected_tokens
+            for found, expected in zip(both[1].result(300), expected_vectors, strict=True):
+                assert np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()
+            assert first.engine.name == "cuda" and second.engine.name == other, "neither broke"
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
