@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
@@ -136,7 +137,7 @@ def generate(folder: Path, engine: str, variant: str, batch: int, **options: Any
 def sampling(work: Path) -> list[Row]:
     """Drawn tokens beside greedy ones as a caller sees them, in ms; and the draw alone, on the GPU, in us."""
     rows = []
-    for engine, batch in ((engine, batch) for engine in ("cuda", "ort-cuda") for batch in BATCHES):
+    for engine, batch in product(("cuda", "ort-cuda"), BATCHES):
         for name, options in (("greedy", {}), ("drawn", DRAWN)):
             row = {"engine": engine, "variant": "fp16", "batch": batch, "tokens": name}
             rows.append(say(row | generated(work / "decoder", engine, "fp16", batch, **options)))

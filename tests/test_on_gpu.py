@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 import accel
 from accel.bench import bench
 from accel.cli import main
+from accel.engines.choice import MARGIN
 from accel.engines.cuda.device import INTERPRETED
 from accel.machine import has_nvidia_device
 from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
@@ -46,6 +49,7 @@ def test_warm_up_measures_and_load_takes_the_fastest(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # of a checkout that is not installed
     assert main(["warmup", str(folder / "jobs.yaml")]) == 0
     print(capsys.readouterr().out)
     report = accel.warmup(folder / "jobs.yaml", dry_run=True)
@@ -56,14 +60,17 @@ def test_warm_up_measures_and_load_takes_the_fastest(
         costs = measured[name].engines
         assert {f"{engine} fp16" for engine in ENGINES} <= costs.keys()
         with accel.load(folder / name, device="cuda", store=folder / "store", **options) as model:
-            fastest = min((f"{engine} fp16" for engine in ENGINES), key=lambda one: costs[one])
-            assert f"{model.engine.name} {model.engine.variant}" == fastest
+            assert costs[f"{model.engine.name} {model.engine.variant}"] <= min(costs.values()) / (1 - MARGIN)
             assert model.engine.why.startswith("measured: ")
 
 
 @pytest.mark.parametrize("other", ENGINES)
-def test_two_models_on_one_gpu(other: str, folder: Path) -> None:
-    """Each in a thread of its own, from the first calls on, in which kernels are compiled and runs recorded."""
+def test_two_models_on_one_gpu(
+    other: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a thread of its own, from the first calls on, in which kernels are compared and runs recorded."""
+
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))  # no contest was held yet
 
     def tokens(model: Any) -> list[list[int]]:
         prompts = [np.arange(3, 3 + length).tolist() for length in (5, 9, 20, 7, 30, 12)]
@@ -78,10 +85,7 @@ def test_two_models_on_one_gpu(other: str, folder: Path) -> None:
             made.append(model(input_ids=ids * mask, attention_mask=mask)["last_hidden_state"] * mask[..., None])
         return made
 
-    with accel.load(folder / "llama", engine="cuda", **SIZES) as model:
-        expected_tokens = tokens(model)
-    with accel.load(folder / "bert", engine=other) as model:
-        expected_vectors = vectors(model)
+    together = []
     for _ in range(3):
         with (
             accel.load(folder / "llama", engine="cuda", **SIZES) as first,
@@ -89,10 +93,17 @@ def test_two_models_on_one_gpu(other: str, folder: Path) -> None:
             ThreadPoolExecutor(2) as pool,
         ):
             both = pool.submit(tokens, first), pool.submit(vectors, second)
-            assert both[0].result(300) == expected_tokens
-            for found, expected in zip(both[1].result(300), expected_vectors, strict=True):
-                assert np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()
+            together.append((both[0].result(300), both[1].result(300)))
             assert first.engine.name == "cuda" and second.engine.name == other, "neither broke"
+    with accel.load(folder / "llama", engine="cuda", **SIZES) as model:
+        expected_tokens = tokens(model)
+    with accel.load(folder / "bert", engine=other) as model:
+        expected_vectors = vectors(model)
+    for found_tokens, found_vectors in together:
+        # Kernels that could not be compared amid the other model's work are compared later, and may round otherwise.
+        assert sum(one != other for one, other in zip(found_tokens, expected_tokens, strict=True)) <= 1
+        for found, expected in zip(found_vectors, expected_vectors, strict=True):
+            assert np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -1,10 +1,14 @@
-"""A GPU that is really full: at load the next engine runs, or what fits is said; a long prompt runs in parts."""
+"""A GPU that is really full: at load the next engine runs, or what fits is said; a long prompt runs in parts.
+
+Nothing else may use the GPU meanwhile, workers of the same run neither.
+"""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -32,10 +36,13 @@ needs_kernels = pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reaso
 both = pytest.mark.parametrize(
     "engine", [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", marks=needs_onnxruntime)]
 )
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="takes the whole GPU: run it without workers"),
+]
 MIB = 1 << 20
 STEP = 2 * MIB  # what the driver hands out
-PROMPT, CAPACITY, SHORT = 8000, 8192, 64  # tokens; of a prompt's hidden layer the whole takes 2 x 64 MiB
+PROMPT, CAPACITY, SHORT = 8000, 8192, 64  # tokens; their hidden layer takes 64 MiB, what stands before it 16
 HOLD = """
 import sys, torch
 free = torch.cuda.mem_get_info()[0]
@@ -136,9 +143,10 @@ def test_a_long_prompt_runs_in_parts(
     first.close()
     del first
     session = open_engine(bundle, engine)
-    session.step(step_of(SHORT))  # the libraries have their workspaces
+    for count in (SHORT, PROMPT // 2, PROMPT // 4, PROMPT // 8):  # libraries load kernels when they first run
+        session.step(step_of(count))
     halved = halvings(session, monkeypatch, caplog)
-    with filled(96 * MIB), caplog.at_level(logging.WARNING, "accel"):
+    with filled(72 * MIB), caplog.at_level(logging.WARNING, "accel"):
         found = session.step(step_of(PROMPT)).copy()
     assert halved() > 0
     assert np.abs(found - whole).max() <= 2e-2 * np.abs(whole).max()
@@ -172,8 +180,7 @@ def test_a_closed_model_leaves_its_memory_to_others(engine: str, bundle: Path) -
     session: Any = open_session(Bundle.open(bundle), engine=engine, variant="fp16", options=options).session
     assert before - free_memory() > 500 * MIB
     session.close()
-    del session
-    assert before - free_memory() < 32 * MIB
+    assert before - torch.cuda.mem_get_info()[0] < 32 * MIB
 
 
 @both
@@ -186,16 +193,17 @@ def test_no_room_for_weights(engine: str, bundle: Path) -> None:
 
 @needs_kernels
 @needs_onnxruntime
-@pytest.mark.parametrize("left", [16 * MIB, 640 * MIB], ids=["not even for CUDA itself", "hardly for CUDA"])
-def test_another_process_has_it_all(bundle: Path, left: int) -> None:
-    """A fresh process goes on where no GPU is needed, and says why."""
+def test_another_process_has_it_all(bundle: Path) -> None:
+    """A fresh process, in which not even CUDA starts, goes on where no GPU is needed, and says why."""
     free_memory()
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(left)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
+    paths = os.pathsep.join(filter(None, sys.path))  # also of a checkout that is not installed
+    options: dict[str, Any] = {"text": True, "env": {**os.environ, "PYTHONPATH": paths}}
+    hold = [sys.executable, "-c", HOLD, str(16 * MIB)]
+    with subprocess.Popen(hold, stdin=subprocess.PIPE, stdout=subprocess.PIPE, **options) as holder:
         assert holder.stdin is not None and holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        done = subprocess.run([sys.executable, "-c", LOAD, str(bundle)], capture_output=True, text=True, timeout=300)
+        load = [sys.executable, "-c", LOAD, str(bundle)]
+        done = subprocess.run(load, capture_output=True, timeout=300, **options)
         holder.stdin.close()
     assert done.returncode == 0, done.stderr
     name, count, passed_over = json.loads(done.stdout.splitlines()[-1])

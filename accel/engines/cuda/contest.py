@@ -107,7 +107,7 @@ def _microseconds(way: Way, before: Way) -> float:
     try:
         for _ in range(2):
             way()  # compiles, and lets ways within it be measured
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()
     except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
         _log.debug("a way cannot run here: %s", error)
         return _NOT_NOW if is_full(error) else _NEVER

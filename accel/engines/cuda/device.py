@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from accel_kernels.device import has_warp_jobs
 
+from accel.engines.cuda.recording import alone
 from accel.errors import AccelError, EngineBrokenError, EngineError
 
 # From the driver, where PyTorch's allocator is not the one who asks: page-locked memory, the start of a graph, a kernel
 # that is loaded, a library's workspace.
-_FULL = re.compile(r"(CUDA error|Triton Error \[CUDA\]): out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED")
+_FULL = re.compile(
+    r"(CUDA error|CUDA driver error|Triton Error \[CUDA\]): out of memory"
+    r"|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate"
+)
 _SMALLER = {  # by where memory ran out
     "decoder step": "Load with a smaller max_batch or capacity, or close other programs on this GPU",
     "encoder run": "Use a smaller batch or shorter inputs, or close other programs on this GPU",
@@ -104,7 +108,8 @@ class Device:
     def synchronize(self) -> None:
         """Waits for what was launched."""
         if self.is_gpu:
-            torch.cuda.synchronize(self.torch)
+            with alone:
+                torch.cuda.synchronize(self.torch)
 
     def release_failed(self, error: BaseException) -> None:
         """Gives back what a load that failed still holds: the next engine may want it, and what fits is counted by it.

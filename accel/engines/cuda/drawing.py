@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import torch
-from accel_kernels.sample import FIELDS, MAX_VOCAB, sample, sample_workspace
+from accel_kernels.sample import FIELDS, MAX_VOCAB, SampleSpace, sample, sample_workspace
 from numpy.typing import NDArray
 
 from accel.engines.cuda.device import Device
@@ -33,11 +34,21 @@ class DrawTable:
         """The first rows' draws. No run under way may read that turn's."""
         self._numbers[turn, : len(table)] = table
 
-    def draw(self, logits: torch.Tensor, best: torch.Tensor, turn: torch.Tensor | None = None) -> None:
-        """Leaves tokens and their logits in ``best``, int64 [2R]. What is needed meanwhile is the run's own memory."""
+    def draw(
+        self, logits: torch.Tensor, best: torch.Tensor, turn: torch.Tensor | None = None,
+        space: SampleSpace | None = None,
+    ) -> None:  # fmt: skip
+        """Leaves tokens and their logits in ``best``, int64 [2R].
+
+        Args:
+            logits: float32 [R, V].
+            best: Written.
+            turn: int32 [1], which table holds, if there are several.
+            space: What is needed meanwhile; None: the run's own memory.
+        """
         rows = len(best) // 2
         draws = self.memory[0, :rows] if turn is None else self.memory
-        space = sample_workspace(rows, logits.shape[1], logits.device)
+        space = space or sample_workspace(rows, logits.shape[1], logits.device)
         sample(logits, draws, best[:rows], values_of(best), space, turn=turn)
 
 
@@ -48,27 +59,26 @@ def values_of(best: torch.Tensor) -> torch.Tensor:
 
 
 class Drawer:
-    """Draws from logits that another engine leaves at an address of the device, and is done with when it returns.
+    """Draws from logits that another engine left on the device before, and that it leaves alone until a draw is done.
 
     Args:
-        address: Of float32 [rows, vocab_size], for as long as this is used.
+        address: Of float32 [rows, vocab_size], valid as long as this is used.
         rows: Most that are drawn at once.
-        vocab_size: Logits of each.
+        vocab_size: Logits of each; at most ``MAX_VOCAB``.
         device: Where.
 
     Raises:
-        EngineError: The device's memory is full, or its kernels cannot be compiled.
-        ValueError: The vocabulary is larger than the kernels take.
+        EngineError: The device's memory is full.
+        EngineBrokenError: The device failed.
     """
 
     def __init__(self, address: int, rows: int, vocab_size: int, device: Device) -> None:
-        if vocab_size > MAX_VOCAB:
-            raise ValueError(f"the vocabulary has {vocab_size} tokens, the kernels take {MAX_VOCAB}")
         self._device = device
         with device.at_work("loading"):
             self._logits = tensor_at(address, (rows, vocab_size), device)
             self._best = torch.zeros(2 * rows, dtype=torch.int64, device=device.torch)
             self._table = DrawTable(rows, 1, device)
+            self._space: SampleSpace | None = sample_workspace(rows, vocab_size, device.torch)
 
     def draw(self, table: Table) -> ChosenTokens:
         """A token of each of the first rows, and its logit.
@@ -78,15 +88,22 @@ class Drawer:
 
         Raises:
             EngineError: The device's memory is full.
-            EngineBrokenError: The device failed.
+            EngineBrokenError: The device failed, or, at a first call, the kernels cannot be compiled.
         """
         rows = len(table)
         with self._device.at_work("decoder step"):
             self._table.write(0, table)  # whoever drew before waited for the tokens
             best = self._best[: 2 * rows]
-            self._table.draw(self._logits[:rows], best)
+            self._table.draw(self._logits[:rows], best, space=self._space)
             found = best.cpu().numpy()
         return ChosenTokens(found[:rows], found[rows:].view(np.float32)[:rows])
+
+    def close(self) -> None:
+        """Gives its memory back; nothing is drawn behind that."""
+        del self._logits, self._best
+        self._space = None
+        with suppress(Exception):  # a device that failed gives nothing back
+            self._device.release()
 
 
 def gpu_drawer(address: int, rows: int, vocab_size: int, index: int) -> Drawer:

@@ -140,8 +140,9 @@ class CudaEncoderSession:
 
     def _make_place(self, rows: int, width: int, tokens: int | None) -> _Place:
         plan = self._plan if tokens is not None else None
-        names = self._inputs, self._per_token
-        return _Place(rows, width, tokens or 0, plan, *names, self._device, self._executor)
+        return _Place(
+            rows, width, tokens or 0, plan, self._inputs, self._per_token, self._device, self._executor
+        )  # fmt: skip
 
 
 class _Place:

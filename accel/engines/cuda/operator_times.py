@@ -182,7 +182,6 @@ def _seconds(run: Callable[[], object], device: Device) -> float:
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
-        torch.cuda.synchronize(device.torch)
         graph = torch.cuda.CUDAGraph()
         with recording(graph):
             run()

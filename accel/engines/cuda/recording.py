@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-_alone = threading.RLock()
+alone = threading.RLock()  # who records, or waits for the whole device, which would end another's recording
 
 
 @contextmanager
 def recording(graph: Any, pool: Any = None) -> Iterator[None]:
     """Records what this thread launches meanwhile.
 
-    Other threads, another model's for instance, go on: what they allocate or wait for meanwhile neither fails nor ends
-    the recording, as CUDA has it unasked. They do not record themselves, since PyTorch has one stream for that.
+    Other threads, another model's for instance, go on: what they launch, allocate or wait for on their streams neither
+    fails nor ends the recording, as an allocation would unasked. They record themselves, or wait for the whole device,
+    when this is done: PyTorch has one stream for all recordings.
 
     Args:
         graph: A ``torch.cuda.CUDAGraph``.
@@ -27,11 +28,11 @@ def recording(graph: Any, pool: Any = None) -> Iterator[None]:
         RuntimeError: It failed. The stream is what it was.
     """
     with (
-        _alone,
+        alone,
         torch.cuda.stream(torch.cuda.current_stream()),  # a recording that fails leaves its own stream current
         torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
     ):
         yield
 
 
-__all__ = ["recording"]
+__all__ = ["alone", "recording"]

@@ -45,14 +45,13 @@ class Replay:
     def record(self) -> None:
         """Records the function, which ran before, without running it; a failure is logged, and calls go on."""
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._device.torch)
         try:
             with recording(graph, self._device.shared_pool()):
                 self._call()
         except RuntimeError as error:
             self.failure = first_line(error)
             _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", self.failure)
-            torch.cuda.synchronize(self._device.torch)
+            self._device.synchronize()
             self._device.pool = None  # what was recorded half way holds on to it
             return
         self._graph = graph

@@ -41,7 +41,6 @@ _log = logging.getLogger(__name__)
 class _Memory:
     """What the session holds on the device beside the graph's weights."""
 
-    allocator: Allocator
     caches: Caches
     copier: RowCopier
     logits: Any  # OrtValue over float32 [most rows of logits, V]
@@ -136,7 +135,8 @@ class OrtCudaDecoderSession:
 
         Raises as ``step``.
         """
-        assert self._drawer is not None
+        self._check()
+        assert self._drawer is not None, "no such method then"
         count = len(inputs.logits_positions)
         found = ChosenTokens(np.empty(count, np.int64), np.empty(count, np.float32))
         for run, _ in self._runs(inputs):
@@ -165,6 +165,8 @@ class OrtCudaDecoderSession:
         """Frees the caches and the session. Safe to call twice."""
         if self._lifetime.close() and not self._lifetime.forked:
             self._kept.clear()
+            if self._drawer is not None:
+                self._drawer.close()
             self._session = self._drawer = None
             del self._memory
 
@@ -203,7 +205,7 @@ class OrtCudaDecoderSession:
         caches = {name: allocator.allocate(shape, dtype) for name, shape in shapes.items()}
         logits = allocator.allocate((self._most_logits, self.vocab_size), "float32")
         token, logit = (provider.upload(np.zeros(self._most_logits, kind)) for kind in (np.int64, np.float32))
-        return _Memory(allocator, Caches(caches, shapes, dtype), RowCopier(provider, dtype), logits, token, logit)
+        return _Memory(Caches(caches, shapes, dtype), RowCopier(provider, dtype), logits, token, logit)
 
     def _capture_batches(self) -> None:
         """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""
@@ -221,15 +223,19 @@ class OrtCudaDecoderSession:
     def _open_drawer(self) -> Drawer | None:
         """What draws tokens on the device, its kernels compiled; None: the host does."""
         address, rows = int(self._memory.logits.data_ptr()), self._most_logits
+        drawer = None
         try:
             drawer = open_drawer(address, rows, self.vocab_size, self._provider.index)
             for count in self._batches:
                 drawer.draw(np.tile([1.0, 0.0, 1.0, 0.0, 0.0], (count, 1)))
             return drawer
         except AccelError as error:
-            self.notes.append(f"Tokens are drawn on the host: {error}")
-            _log.info("%s: %s", NAME, self.notes[-1])
-            return None
+            why = error.what if error.__cause__ is None else str(error.__cause__)
+        if drawer is not None:
+            drawer.close()
+        self.notes.append(f"Tokens are drawn on the host, as the kernels for that do not run here: {why}")
+        _log.info("%s: %s", NAME, self.notes[-1])
+        return None
 
     # Running
 

@@ -31,13 +31,16 @@ def open_drawer(address: int, rows: int, vocab_size: int, index: int) -> Drawer:
     Raises:
         EngineUnavailableError: The kernels do not run here.
         EngineError: The GPU's memory is full.
+        EngineBrokenError: The GPU failed.
     """
     missing = [name for name in ("torch", "triton") if find_spec(name) is None]
-    why = f"{' and '.join(missing)} missing" if missing else unfit_gpu()
-    if why is not None:
-        raise EngineUnavailableError(why)
-    from accel.engines.cuda.drawing import MAX_VOCAB, gpu_drawer
-
+    try:
+        why = f"{' and '.join(missing)} missing" if missing else unfit_gpu()
+        if why is not None:
+            raise EngineUnavailableError(why)
+        from accel.engines.cuda.drawing import MAX_VOCAB, gpu_drawer
+    except (ImportError, OSError) as error:  # a package that is there and broken
+        raise EngineUnavailableError(f"{type(error).__name__}: {error}") from error
     if vocab_size > MAX_VOCAB:
         raise EngineUnavailableError(f"the vocabulary has {vocab_size:,} tokens, the kernels take {MAX_VOCAB:,}")
     return gpu_drawer(address, rows, vocab_size, index)

@@ -26,6 +26,7 @@ class Allocator:
 
     Raises:
         OutOfMemoryError: Not even the allocator fits.
+        EngineUnavailableError: See ``Provider.open``.
     """
 
     def __init__(self, provider: Provider) -> None:
@@ -36,6 +37,7 @@ class Allocator:
 
         Raises:
             OutOfMemoryError: It does not fit.
+            EngineBrokenError, EngineError: The device failed; see ``run_error``.
         """
         count = -(-prod(shape) * ITEM_BYTES[dtype] // _ITEM)
         if count > _MOST_ITEMS:

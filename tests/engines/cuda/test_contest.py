@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,7 +143,7 @@ def turns_of(monkeypatch: pytest.MonkeyPatch, replayed: Callable[[str, int], flo
         turns.append(way())
         return replayed(turns[-1], len(turns))
 
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setattr(contest, "_replayed", replay)
     return turns
 

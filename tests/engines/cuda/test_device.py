@@ -13,7 +13,12 @@ from accel.errors import BundleError, EngineBrokenError
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 DRIVER = "CUDA error: out of memory\nCUDA kernel errors might be reported later\nFor debugging consider more"
 KERNEL = "Triton Error [CUDA]: out of memory"
-LIBRARY = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+LIBRARIES = (
+    "CUDA driver error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+)
 BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might be reported later"
 
 
@@ -24,7 +29,7 @@ BUSY = "CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kern
         (torch.cuda.OutOfMemoryError(), "OutOfMemoryError"),
         (RuntimeError(DRIVER), "CUDA error: out of memory"),
         (RuntimeError(KERNEL), KERNEL),
-        (RuntimeError(LIBRARY), LIBRARY),
+        *((RuntimeError(library), library) for library in LIBRARIES),
     ],
 )
 @pytest.mark.parametrize(

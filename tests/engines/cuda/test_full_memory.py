@@ -35,11 +35,11 @@ def _few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LEAST_TOKENS", 2)
 
 
-LACKING = {
-    "allocator": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    "driver": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
-    "kernel": RuntimeError("Triton Error [CUDA]: out of memory"),
-    "library": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+LACKING: dict[str, tuple[type[Exception], str]] = {
+    "allocator": (torch.cuda.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2 GiB"),
+    "driver": (RuntimeError, "CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "kernel": (RuntimeError, "Triton Error [CUDA]: out of memory"),
+    "library": (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 
 
@@ -52,7 +52,8 @@ def fill(
     def limited(feeds: Any, *rest: Any) -> Any:
         tried.append(len(feeds["input_ids"]))
         if full(feeds["input_ids"]):
-            raise LACKING[who]
+            kind, message = LACKING[who]
+            raise kind(message)
         return run(feeds, *rest)
 
     monkeypatch.setattr(session._executor, "run", limited)

@@ -21,6 +21,8 @@ class FirstToken:
     def draw(self, table: NDArray[np.float64]) -> ChosenTokens:
         return ChosenTokens(np.zeros(len(table), np.int64), np.zeros(len(table), np.float32))
 
+    def close(self) -> None: ...
+
 
 @pytest.fixture(autouse=True)
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

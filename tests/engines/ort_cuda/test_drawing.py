@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def refused(*_: Any) -> Any:
 def test_where_the_kernels_do_not_run_the_host_draws(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "open_drawer", refused)
     session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu())
-    assert len(session.notes) == 1 and "drawn on the host: the GPU is sm75" in session.notes[0]
+    assert len(session.notes) == 1 and "do not run here: the GPU is sm75" in session.notes[0]
     assert Stepper(session)._sample is None and Stepper(session)._greedy is not None
     assert generate(session, CASES[:2]) == generate(WithoutSampling(session), CASES[:2])
     session.close()
@@ -127,6 +128,16 @@ def test_on_the_cpu_provider_the_host_draws(bundle: Bundle) -> None:
     session = open_decoder(bundle, ROWS, CAPACITY, CPU)
     assert Stepper(session)._sample is None and session.notes == []
     session.close()
+
+
+def test_a_closed_session_refuses(bundle: Bundle, interpreted: list[Drawer]) -> None:
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu())
+    space, draws = weakref.ref(interpreted[0]._best), draws_of(Sampler(HOT, session.vocab_size))
+    session.close()
+    session.close()
+    assert space() is None, "its memory is free"
+    with pytest.raises(EngineError, match="closed"):
+        session.sample(inputs({0: [5, 6]}, {}), draws)
 
 
 def failing(message: str) -> Any:
@@ -141,8 +152,9 @@ def test_kernels_that_do_not_compile(
 ) -> None:
     monkeypatch.setattr(kernels, "sample", failing("Failed to find C compiler"))
     session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu())
-    assert Stepper(session)._sample is None and "drawn on the host" in session.notes[0]
-    assert "Failed to find C compiler" in session.notes[0]
+    assert Stepper(session)._sample is None and interpreted[0]._space is None
+    said = "drawn on the host, as the kernels for that do not run here: Failed to find C compiler"
+    assert session.notes[0].endswith(said)
     session.close()
 
 
@@ -178,6 +190,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "unfit_gpu", lambda: None)
     with pytest.raises(EngineUnavailableError, match="2,000,000 tokens, the kernels take 1,048,576"):
         drawing.open_drawer(0, 1, 2_000_000, 0)
+    def broken() -> None:
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(drawing, "unfit_gpu", broken)
+    with pytest.raises(EngineUnavailableError, match="ImportError: libcudart"):
+        drawing.open_drawer(0, 1, 10, 0)
     monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     with pytest.raises(EngineUnavailableError, match="torch and triton missing"):
         drawing.open_drawer(0, 1, 10, 0)

@@ -18,6 +18,7 @@ MESSAGES = {
     "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 96": OutOfMemoryError,
     "CUDA failure 2: out of memory ; GPU=0": OutOfMemoryError,
     "CUDA failure 700: an illegal memory access was encountered ; GPU=0": EngineBrokenError,
+    "CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED": OutOfMemoryError,
     "CUBLAS failure 13: CUBLAS_STATUS_EXECUTION_FAILED": EngineBrokenError,
     "CUDNN failure 5000: CUDNN_STATUS_EXECUTION_FAILED": EngineBrokenError,
     "Non-zero status code returned while running Gather node": EngineError,
