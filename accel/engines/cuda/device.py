@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accel_kernels.device import has_warp_jobs
 
-from accel.engines.cuda.recording import alone
+from accel.engines.capturing import capturing
 from accel.errors import AccelError, EngineBrokenError, EngineError
 
 # From the driver, where PyTorch's allocator is not the one who asks: page-locked memory, the start of a graph, a kernel
@@ -108,7 +108,7 @@ class Device:
     def synchronize(self) -> None:
         """Waits for what was launched."""
         if self.is_gpu:
-            with alone:
+            with capturing:
                 torch.cuda.synchronize(self.torch)
 
     def release_failed(self, error: BaseException) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-alone = threading.RLock()  # who records, or waits for the whole device, which would end another's recording
+from accel.engines.capturing import capturing
 
 
 @contextmanager
@@ -28,11 +27,11 @@ def recording(graph: Any, pool: Any = None) -> Iterator[None]:
         RuntimeError: It failed. The stream is what it was.
     """
     with (
-        alone,
+        capturing,
         torch.cuda.stream(torch.cuda.current_stream()),  # a recording that fails leaves its own stream current
         torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
     ):
         yield
 
 
-__all__ = ["alone", "recording"]
+__all__ = ["recording"]

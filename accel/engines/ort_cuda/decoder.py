@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from accel.engines.capturing import capturing
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
@@ -99,7 +100,8 @@ class OrtCudaDecoderSession:
         )
         self._opening = True
         if self._captures:
-            self._capture_batches()
+            with capturing:
+                self._capture_batches()
         self._opening = False
         self._drawer = self._open_drawer() if provider.is_cuda else None
         if self._drawer is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from accel.bundle import Bundle
 from accel.engines import open_session
+from accel.engines.capturing import capturing
 from accel.engines.ort_cuda import decoder as module
 from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
 from accel.engines.ort_cuda.provider import OutOfMemoryError
@@ -168,6 +170,21 @@ def test_decode_batches_are_captured_at_opening(bundle: Bundle, logits: NDArray)
     assert np.abs(found - logits[[4]]).max() < LIMIT and runs == ["-1"], "prompts are not"
     step(session, [(0, 5, 6), (1, 4, 5)], [0, 1])
     assert runs[1:] == ["2"] and session.notes == []
+    session.close()
+
+
+def test_nobody_else_captures_meanwhile(bundle: Bundle) -> None:
+    free: list[bool] = []
+
+    def look(io: Any, options: Any) -> None:
+        if graph_id(options) is not None:
+            with ThreadPoolExecutor(1) as other:
+                free.append(other.submit(capturing.acquire, blocking=False).result())
+
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(look))
+    assert free == [False] * 9
+    assert capturing.acquire(blocking=False)
+    capturing.release()
     session.close()
 
 
