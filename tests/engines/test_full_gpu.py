@@ -43,6 +43,9 @@ pytestmark = [
 MIB = 1 << 20
 STEP = 2 * MIB  # what the driver hands out
 PROMPT, CAPACITY, SHORT = 8000, 8192, 64  # tokens; their hidden layer takes 64 MiB, what stands before it 16
+# Lengths that run before, since libraries load kernels when they first run, and bytes that are left then. ONNX Runtime
+# keeps the memory that its runs took, and runs 4,096 tokens at most, of which the hidden layer takes 32 MiB twice.
+ROOM = {"cuda": ((SHORT, PROMPT // 2, PROMPT // 4, PROMPT // 8), 72 * MIB), "ort-cuda": ((SHORT,), 24 * MIB)}
 HOLD = """
 import sys, torch
 free = torch.cuda.mem_get_info()[0]
@@ -143,10 +146,11 @@ def test_a_long_prompt_runs_in_parts(
     first.close()
     del first
     session = open_engine(bundle, engine)
-    for count in (SHORT, PROMPT // 2, PROMPT // 4, PROMPT // 8):  # libraries load kernels when they first run
+    before, left = ROOM[engine]
+    for count in before:
         session.step(step_of(count))
     halved = halvings(session, monkeypatch, caplog)
-    with filled(72 * MIB), caplog.at_level(logging.WARNING, "accel"):
+    with filled(left), caplog.at_level(logging.WARNING, "accel"):
         found = session.step(step_of(PROMPT)).copy()
     assert halved() > 0
     assert np.abs(found - whole).max() <= 2e-2 * np.abs(whole).max()
