@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from accel import __version__
-from accel.engines.cuda.device import Device, is_full
+from accel.engines.cuda.device import Device, is_disturbed, is_full
 from accel.engines.cuda.recording import recording
 from accel.storage import replace_file
 from accel.store import cache_folder
@@ -110,7 +110,7 @@ def _microseconds(way: Way, before: Way) -> float:
         torch.cuda.current_stream().synchronize()
     except Exception as error:  # a tile that does not fit this GPU; what breaks the GPU shows at the next call
         _log.debug("a way cannot run here: %s", error)
-        return _NOT_NOW if is_full(error) else _NEVER
+        return _NOT_NOW if is_full(error) or is_disturbed(error) else _NEVER
     try:
         return _replayed(way, before)
     except Exception as error:  # no memory, or another thread's call that no recording survives

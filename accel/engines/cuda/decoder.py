@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from accel.engines.cuda.attention import CachedAttention, StepTensors
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
-from accel.engines.cuda.device import Device, is_full
+from accel.engines.cuda.device import Device, is_disturbed, is_full
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
@@ -98,11 +98,7 @@ class CudaDecoderSession:
             EngineError: The session is closed or was forked; the device ran out of memory.
             EngineBrokenError: The device failed.
         """
-        self._lifetime.check()
-        with self._device.at_work("decoder step"):
-            if not is_decode(inputs):
-                return self._several(inputs, PackedPlace.logits)
-            return self._single(inputs, DecodePlace.logits, ahead=False)
+        return self._run(inputs, PackedPlace.logits, DecodePlace.logits, ahead=False)
 
     def greedy(self, inputs: StepInputs) -> ChosenTokens:
         """As ``step``, but returns each wanted position's best token and leaves the logits on the device.
@@ -110,11 +106,7 @@ class CudaDecoderSession:
         Raises:
             EngineError, EngineBrokenError: see ``step``.
         """
-        self._lifetime.check()
-        with self._device.at_work("decoder step"):
-            if not is_decode(inputs):
-                return self._several(inputs, PackedPlace.greedy)
-            return self._single(inputs, DecodePlace.tokens)
+        return self._run(inputs, PackedPlace.greedy, DecodePlace.tokens)
 
     def sample(self, inputs: StepInputs, draws: Draws) -> ChosenTokens:
         """As ``greedy``, with tokens drawn as ``draws`` says; the step behind is drawn with its second numbers.
@@ -122,11 +114,7 @@ class CudaDecoderSession:
         Raises:
             EngineError, EngineBrokenError: see ``step``.
         """
-        self._lifetime.check()
-        with self._device.at_work("decoder step"):
-            if not is_decode(inputs):
-                return self._several(inputs, PackedPlace.sampled, draws)
-            return self._single(inputs, DecodePlace.tokens, draws)
+        return self._run(inputs, PackedPlace.sampled, DecodePlace.tokens, draws)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
@@ -198,10 +186,37 @@ class CudaDecoderSession:
         if self._current is not None:
             self._current.forget()
 
-    def _single(
-        self, inputs: StepInputs, read: Callable[[DecodePlace, StepInputs], Left], draws: Draws | None = None,
-        ahead: bool = True,
+    def _run(
+        self, inputs: StepInputs, several: Callable[..., Left], single: Callable[[DecodePlace, StepInputs], Left],
+        draws: Draws | None = None, ahead: bool = True,
     ) -> Left:  # fmt: skip
+        """Runs a step; once more, if another thread's capture came between.
+
+        Args:
+            inputs: The step.
+            several, single: What of a place runs it or reads its results, see ``_several`` and ``_single``.
+            draws: How tokens are drawn, where they are.
+            ahead: Whether the step behind may run too.
+        """
+
+        def run() -> Left:
+            if is_decode(inputs):
+                return self._single(inputs, single, draws, ahead)
+            return self._several(inputs, several, draws)
+
+        self._lifetime.check()
+        with self._device.at_work("decoder step"):
+            try:
+                return run()
+            except Exception as error:
+                if not is_disturbed(error):
+                    raise
+            self._make_room()  # which waits for it
+            return run()
+
+    def _single(
+        self, inputs: StepInputs, read: Callable[[DecodePlace, StepInputs], Left], draws: Draws | None, ahead: bool
+    ) -> Left:
         """Runs a step of one token per row; once more, if memory was full, when what was recorded has made room."""
 
         def run() -> Left:
@@ -217,7 +232,7 @@ class CudaDecoderSession:
         self._make_room()
         return run()
 
-    def _several(self, inputs: StepInputs, read: Callable[..., Left], draws: Draws | None = None) -> Left:
+    def _several(self, inputs: StepInputs, read: Callable[..., Left], draws: Draws | None) -> Left:
         """Runs a step of several tokens per row; one that does not fit in memory in halves, one after the other.
 
         Args:

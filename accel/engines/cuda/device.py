@@ -23,6 +23,7 @@ _FULL = re.compile(
     r"(CUDA error|CUDA driver error|Triton Error \[CUDA\]): out of memory"
     r"|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate"
 )
+_DISTURBED = "operation not permitted when stream is capturing"  # CUDA's error 900
 _SMALLER = {  # by where memory ran out
     "decoder step": "Load with a smaller max_batch or capacity, or close other programs on this GPU",
     "encoder run": "Use a smaller batch or shorter inputs, or close other programs on this GPU",
@@ -162,9 +163,23 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or _FULL.search(first_line(error)) is not None
 
 
+def is_disturbed(error: BaseException) -> bool:
+    """Whether another thread captured, so that CUDA refused a call: ONNX Runtime lets nobody allocate meanwhile."""
+    return _DISTURBED in first_line(error)
+
+
 def first_line(error: BaseException) -> str:
     """What an exception says, without what PyTorch adds for its own developers."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-__all__ = ["INTERPRETED", "Device", "OutOfMemoryError", "first_line", "is_full", "open_device", "translated_errors"]
+__all__ = [
+    "INTERPRETED",
+    "Device",
+    "OutOfMemoryError",
+    "first_line",
+    "is_disturbed",
+    "is_full",
+    "open_device",
+    "translated_errors",
+]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
-from accel.engines.cuda.device import Device, is_full
+from accel.engines.cuda.device import Device, is_disturbed, is_full
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
@@ -86,8 +86,9 @@ class CudaEncoderSession:
             try:
                 return self._place(*shape).run(feeds, rows, width, lengths)
             except Exception as error:  # while it is handled, it holds what the run had made
-                if not is_full(error):
+                if not (is_full(error) or is_disturbed(error)):
                     raise
+            self._device.synchronize()  # and whoever captures is done
             self._places.clear()  # all that was recorded, as recordings share their memory
             self._device.pool = None
             self._device.release()

@@ -118,8 +118,12 @@ def test_what_had_no_room_is_measured_by_the_next_process(
 
 @pytest.mark.parametrize(
     "error",
-    [torch.cuda.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")],
-    ids=["allocator", "kernel"],
+    [
+        torch.cuda.OutOfMemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing\nFor debugging"),
+    ],
+    ids=["allocator", "kernel", "another's capture"],
 )
 def test_a_way_that_finds_no_room(error: Exception) -> None:
     def fail() -> None:
