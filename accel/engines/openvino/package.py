@@ -45,10 +45,15 @@ def import_openvino() -> ModuleType:
     try:
         with _importing, _without_telemetry():
             import openvino
+
+            if not hasattr(openvino, "Core"):
+                what = "openvino is damaged: its folder holds no usable package"
+                raise DependencyError(what, remedy=f"Run: {INSTALL}")
+            # The first call makes a table of NumPy's types, and lets go of Python's lock amid that: two threads whose
+            # first calls meet wait for each other for ever (seen with openvino 2026.4.1). Here one comes at a time.
+            openvino.Type.f32.to_dtype()
     except ImportError as error:
         raise DependencyError(f"openvino cannot be imported: {error}", remedy=f"Reinstall it: {INSTALL}") from error
-    if not hasattr(openvino, "Core"):
-        raise DependencyError("openvino is damaged: its folder holds no usable package", remedy=f"Run: {INSTALL}")
     return openvino
 
 

@@ -75,7 +75,7 @@ def fields(stack: Stack | None) -> tuple[Any, ...]:
 def test_a_signal_after_a_session(minilm_bundle: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(minilm_bundle, tmp_path / "bundle")
     add_variant(folder, "fp32", target="openvino", check=False)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(folder)], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
@@ -87,7 +87,7 @@ def test_a_small_stack_of_its_own_costs_no_amx(minilm_bundle: Path, tmp_path: Pa
     found = {}
     for size in (0, 8192, 1 << 17):
         arguments = [sys.executable, "-c", AMX_SCRIPT, str(folder), str(size)]
-        done = subprocess.run(arguments, capture_output=True, text=True)
+        done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         permitted, flags, left = map(int, done.stdout.split())
         found[size] = bool(permitted & TILE_DATA), flags, left
