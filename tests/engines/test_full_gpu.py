@@ -12,11 +12,10 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pytest
@@ -25,17 +24,18 @@ import torch
 import accel
 from accel.bundle import Bundle
 from accel.engines import open_session
-from accel.engines.cuda.contest import Contest, Way
 from accel.engines.cuda.device import INTERPRETED
 from accel.engines.session import SessionOptions, StepInputs
 from accel.errors import CapacityError, EngineBrokenError, EngineError, EngineUnavailableError
 from accel.machine import has_nvidia_device
+from tests.engines.cuda.ways import drawn_ways
 from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
 
 needs_kernels = pytest.mark.skipif(INTERPRETED or not has_nvidia_device(), reason="needs an NVIDIA GPU")
 both = pytest.mark.parametrize(
     "engine", [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", marks=needs_onnxruntime)]
 )
+__all__ = ["drawn_ways"]  # a fixture
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="takes the whole GPU: run it without workers"),
@@ -59,16 +59,6 @@ with accel.load(sys.argv[1]) as model:
     tokens = model.generate([[5, 6, 7]], max_new_tokens=4, eos_token_id=[])[0].ids
     print(json.dumps([model.engine.name, len(tokens), {one.engine: one.reason for one in model.fallbacks}]))
 """
-
-
-@pytest.fixture(autouse=True)
-def drawn_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernel is compiled to be timed."""
-
-    def pick(contest: Contest, key: str, ways: Mapping[str, Way]) -> str:
-        return list(ways)[crc32(key.encode()) % len(ways)]
-
-    monkeypatch.setattr(Contest, "pick", pick)
 
 
 @pytest.fixture(scope="module")

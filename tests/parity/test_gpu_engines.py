@@ -6,10 +6,9 @@ Nothing here needs ONNX Runtime 1.32, which cannot be installed beside onnxrunti
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +19,6 @@ from numpy.typing import NDArray
 import accel
 from accel.bundle import Bundle
 from accel.engines import open_session
-from accel.engines.cuda.contest import Contest, Way
 from accel.engines.cuda.device import INTERPRETED
 from accel.engines.session import SessionOptions
 from accel.graph.evaluation.torch_graph import TorchGraph
@@ -30,6 +28,7 @@ from accel.spec import OUTPUT_NAMES
 from accel.variant_targets import find_target
 from accel.variants import LIMITS, add_variant
 from tests.engines.cuda.steps import CASES, GREEDY, HOT, MIXED, WithoutSampling, generate
+from tests.engines.cuda.ways import drawn_ways
 from tests.engines.ort_cuda.gpu import needs_gpu as needs_onnxruntime
 from tests.parity.comparison import COURSES, draw_rows, flatten_real, run_course
 from tests.parity.families import ALL, DECODERS, ENCODERS, HEADS, build_model
@@ -40,17 +39,8 @@ ENGINES = [pytest.param("cuda", marks=needs_kernels), pytest.param("ort-cuda", m
 FLOATS, INTEGERS = ("fp16", "bf16"), ("w4g32", "w8g32")
 CACHES = ("fp16+kv8", "bf16+kv8", "w4g32+kv8", "fp16+kvfp8", "w4g32+kvfp8")
 CALIBRATION = (90, 100, 110)  # tokens of random passages
+__all__ = ["drawn_ways"]  # a fixture
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def drawn_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels as some GPU may find them fastest: each way comes about, and none is compiled to be timed."""
-
-    def pick(contest: Contest, key: str, ways: Mapping[str, Way]) -> str:
-        return list(ways)[crc32(key.encode()) % len(ways)]
-
-    monkeypatch.setattr(Contest, "pick", pick)
 
 
 @pytest.fixture(scope="module")
