@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,6 +212,21 @@ def test_what_runs_is_what_is_served(folder_of_two: Path, gpu: Gpu, monkeypatch:
     assert list(found) == [name for rows in (1, 2, 3) for name in (f"prompt {rows}x8", f"token, batch {rows}")]
     assert all(ms > 0 for ms in found.values())
     assert list(warming.warm_engine(encoder, "fp16", None)) == ["forward 1x8", "forward 2x16", "forward 3x16"]
+
+
+def test_prompts_are_recorded_before_they_are_timed(folder_of_two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one of a size runs plainly, the second is recorded."""
+    monkeypatch.setattr(warming, "ROUNDS", 1)
+    greedy: list[float] = []
+
+    def generate(ids: Any, do_sample: bool = False, **options: Any) -> list[SimpleNamespace]:
+        if not do_sample:
+            greedy.append(1.0 if len(greedy) < 2 else 0.001)
+        return [SimpleNamespace(timings=SimpleNamespace(first_token=greedy[-1] if greedy else 9.0, total=2.0))]
+
+    model = SimpleNamespace(capacity=64, max_batch=1, generate=generate)
+    found = warming._warm_decoder(model, Bundle.open(folder_of_two / "llama"))
+    assert next(iter(found.values())) == 1.0, "milliseconds"
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes on masked lanes

@@ -6,13 +6,15 @@ import json
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from accel import __version__
-from accel.engines.cuda.device import Device, is_disturbed, is_full
+from accel.engines.capturing import is_disturbed
+from accel.engines.cuda.device import Device, is_full
 from accel.engines.cuda.recording import recording
 from accel.storage import replace_file
 from accel.store import cache_folder
@@ -20,10 +22,12 @@ from accel.store import cache_folder
 _log = logging.getLogger("accel")
 _RUNS, _REPLAYS = 8, 3  # of a way in one recording; of that
 _TURNS = 3  # of each way: clocks drift by more than ways differ
-_NEVER = 1e9  # microseconds of what cannot run
-_NOT_NOW = math.inf  # of what had no memory left, or could not be recorded: the process remembers it, the file does not
+_NEVER = 1e9  # microseconds of what cannot run; in the file too
+_NOT_NOW = 1e8  # of what had no memory left, or could not be recorded: the process remembers it, the file does not
+_TRIES = 3  # to time any way at all, before the process takes what it has
 _SCHEMA = 7  # of the file; raised when times are taken in another way, or a way of the same name changes
 Way = Callable[[], object]
+_writing = threading.Lock()  # the file, which sessions share
 
 
 class Contest:
@@ -40,6 +44,7 @@ class Contest:
         self._lock = threading.RLock()  # a way may hold a contest of its own
         self._known: dict[str, dict[str, float]] | None = None  # key -> way -> microseconds
         self._unkept: dict[str, dict[str, float]] = {}  # likewise
+        self._untimed: Counter[str] = Counter()  # key -> contests in which no way could be timed, though some may run
 
     def pick(self, key: str, ways: Mapping[str, Way]) -> str:
         """The fastest way's name.
@@ -55,37 +60,50 @@ class Contest:
             return first
         with self._lock:
             times = self._unkept.get(key) or self._times().get(key, {})
-            if not ways.keys() <= times.keys():
-                if torch.cuda.is_current_stream_capturing():
-                    return first
-                evict = self._device.eviction()
-                times = _times_of(ways, evict)
-                if min(times.values()) >= _NEVER:
-                    _log.warning("no way to compute %s could be timed here; the first one is taken", key)
-                if _NOT_NOW in times.values():
-                    self._unkept[key] = times
-                else:
-                    self._keep(key, times)
+            lacking, again = not ways.keys() <= times.keys(), 0 < self._untimed[key] < _TRIES
+            if (lacking or again) and not torch.cuda.is_current_stream_capturing():
+                times = _times_of(ways, self._device.eviction())
+                self._remember(key, times)
+            elif lacking:
+                return first
         return min(ways, key=lambda name: times[name])
+
+    def _remember(self, key: str, times: dict[str, float]) -> None:
+        """Keeps a contest's result; the process alone knows one that may turn out otherwise."""
+        timed, final = min(times.values()) < _NOT_NOW, _NOT_NOW not in times.values()
+        if not timed:
+            _log.warning("no way to compute %s could be timed here; the first that may run is taken", key)
+        if final:
+            self._unkept.pop(key, None)
+            self._keep(key, times)
+        else:
+            self._unkept[key] = times  # untimed ones too: what is recorded next must not take what cannot run
+        if timed or final:
+            del self._untimed[key]
+        else:
+            self._untimed[key] += 1
 
     def _times(self) -> dict[str, dict[str, float]]:
         if self._known is None:
-            try:
-                found = json.loads(self._path.read_text())
-                self._known = found["microseconds"] if found.get("schema") == _SCHEMA else {}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
-                self._known = {}  # none yet, or a file that nobody can read: measured again
+            self._known = self._read()
         return self._known
 
-    def _keep(self, key: str, times: dict[str, float]) -> None:
-        known = self._times()
-        known[key] = times
-        head = {"schema": _SCHEMA, "accelrt": __version__, "device": self._device.title}
-        data = json.dumps(head | {"microseconds": known}, indent=1)
+    def _read(self) -> dict[str, dict[str, float]]:
         try:
-            replace_file(self._path, data.encode())
-        except OSError as error:
-            _log.info("which kernels are fastest here is not kept: %s", error)
+            found = json.loads(self._path.read_text())
+            return found["microseconds"] if found.get("schema") == _SCHEMA else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}  # none yet, or a file that nobody can read: measured again
+
+    def _keep(self, key: str, times: dict[str, float]) -> None:
+        head = {"schema": _SCHEMA, "accelrt": __version__, "device": self._device.title}
+        with _writing:
+            self._known = self._read() | self._times() | {key: times}  # others may have written meanwhile
+            data = json.dumps(head | {"microseconds": self._known}, indent=1)
+            try:
+                replace_file(self._path, data.encode())
+            except OSError as error:
+                _log.info("which kernels are fastest here is not kept: %s", error)
 
 
 def _times_of(ways: Mapping[str, Way], before: Way) -> dict[str, float]:
@@ -96,9 +114,9 @@ def _times_of(ways: Mapping[str, Way], before: Way) -> dict[str, float]:
     times = {name: _microseconds(way, before) for name, way in ways.items()}
     for _ in range(_TURNS - 1):
         for name, way in ways.items():
-            if times[name] < _NEVER:
+            if times[name] < _NOT_NOW:
                 again = _microseconds(way, before)
-                times[name] = min(times[name], again) if again < _NEVER else again
+                times[name] = min(times[name], again) if again < _NOT_NOW else again
     return times
 
 
@@ -125,7 +143,7 @@ def _replayed(way: Way, before: Way) -> float:
         for _ in range(_RUNS):
             before()
             way()
-    best = _NEVER
+    best = math.inf
     for _ in range(_REPLAYS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -7,7 +7,6 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from traceback import clear_frames
 
 import numpy as np
 import torch
@@ -15,10 +14,11 @@ from accel_kernels.launches import SHORT_PAST
 from accel_kernels.sample import MAX_VOCAB
 from numpy.typing import NDArray
 
+from accel.engines.capturing import undisturbed
 from accel.engines.cuda.attention import CachedAttention, StepTensors
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
-from accel.engines.cuda.device import Device, is_disturbed, is_full
+from accel.engines.cuda.device import Device, is_full
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
@@ -118,12 +118,16 @@ class CudaDecoderSession:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """See ``DecoderSession.copy_row``."""
-        self._lifetime.check()
-        with self._device.at_work("copying a row"):
-            self._forget()
+
+        def copy() -> None:
             for pair in self._caches:
                 for cache in pair:
                     cache[target, :, :length] = cache[source, :, :length]
+
+        self._lifetime.check()
+        with self._device.at_work("copying a row"):
+            self._forget()
+            undisturbed(copy)
 
     def cache_pointers(self) -> list[tuple[int, int]]:
         """Addresses of each layer's key and value buffer; they never change."""
@@ -161,13 +165,14 @@ class CudaDecoderSession:
 
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
-        if self._lifetime.close():
+        if self._lifetime.close() and not self._lifetime.forked:
             with suppress(Exception):  # a device that failed waits for nothing
                 self._device.synchronize()  # a step that ran ahead writes to page-locked memory that others get next
             self._drop_places()
             self._caches.clear()
             del self._executor
-            self._device.release()
+            with suppress(Exception):
+                self._device.release()
 
     def _decode_place(self, inputs: StepInputs) -> DecodePlace:
         rows = inputs.rows or int(np.flatnonzero(inputs.query_lengths)[-1]) + 1
@@ -206,13 +211,7 @@ class CudaDecoderSession:
 
         self._lifetime.check()
         with self._device.at_work("decoder step"):
-            try:
-                return run()
-            except Exception as error:
-                if not is_disturbed(error):
-                    raise
-            self._make_room()  # which waits for it
-            return run()
+            return undisturbed(run, self._make_room)
 
     def _single(
         self, inputs: StepInputs, read: Callable[[DecodePlace, StepInputs], Left], draws: Draws | None, ahead: bool
@@ -246,22 +245,23 @@ class CudaDecoderSession:
         count = len(inputs.input_ids)
         if self._most_tokens is None or count <= self._most_tokens:
             try:
-                left = read(self._packed_place(inputs), inputs, *([] if draws is None else [draws]))
-                self._note_fitted()
-                return left
-            except Exception as error:
+                return self._whole(inputs, read, draws)
+            except Exception as error:  # while it is handled, it holds what the run had made
                 if not is_full(error):
                     raise
-                if count < 2 * _LEAST_TOKENS:
-                    clear_frames(error.__traceback__)  # they hold what the run had made
-                    self._make_room()
-                    raise
             self._make_room()
+            if count < 2 * _LEAST_TOKENS:
+                return self._whole(inputs, read, draws)
             self._most_tokens, self._fitted = (count + 1) // 2, 0
             _log.warning("the GPU's memory is full: steps have %d tokens at most from now on", self._most_tokens)
         first, second = halves(inputs)
         drawn = (None, None) if draws is None else halved_draws(draws, len(first.logits_positions))
         return joined(self._several(first, read, drawn[0]), self._several(second, read, drawn[1]))
+
+    def _whole(self, inputs: StepInputs, read: Callable[..., Left], draws: Draws | None) -> Left:
+        left = read(self._packed_place(inputs), inputs, *([] if draws is None else [draws]))
+        self._note_fitted()
+        return left
 
     def _note_fitted(self) -> None:
         """Memory that was full may be free again: after some steps twice as many tokens are tried."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,15 +13,9 @@ import torch
 from accel_kernels.device import has_warp_jobs
 
 from accel.engines.capturing import capturing
-from accel.errors import AccelError, EngineBrokenError, EngineError
+from accel.engines.gpu_memory import OutOfMemoryError, let_go, says_full
+from accel.errors import AccelError, EngineBrokenError
 
-# From the driver, where PyTorch's allocator is not the one who asks: page-locked memory, the start of a graph, a kernel
-# that is loaded, a library's workspace.
-_FULL = re.compile(
-    r"(CUDA error|CUDA driver error|Triton Error \[CUDA\]): out of memory"
-    r"|CU(BLAS|DNN)_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED when calling .?cublasCreate"
-)
-_DISTURBED = "operation not permitted when stream is capturing"  # CUDA's error 900
 _SMALLER = {  # by where memory ran out
     "decoder step": "Load with a smaller max_batch or capacity, or close other programs on this GPU",
     "encoder run": "Use a smaller batch or shorter inputs, or close other programs on this GPU",
@@ -104,7 +96,8 @@ class Device:
     def release(self) -> None:
         """Gives unused memory back to the driver."""
         if self.is_gpu:
-            torch.cuda.empty_cache()
+            with capturing:
+                torch.cuda.empty_cache()
 
     def synchronize(self) -> None:
         """Waits for what was launched."""
@@ -113,21 +106,9 @@ class Device:
                 torch.cuda.synchronize(self.torch)
 
     def release_failed(self, error: BaseException) -> None:
-        """Gives back what a load that failed still holds: the next engine may want it, and what fits is counted by it.
-
-        Args:
-            error: How it failed; its frames lose their variables, tensors among them.
-        """
-        cause: BaseException | None = error
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__cause__ or cause.__context__
-        gc.collect()
+        """Gives back to the driver what a load that failed still holds; see ``let_go``."""
+        let_go(error)
         self.release()
-
-
-class OutOfMemoryError(EngineError):
-    """The device's memory did not suffice for one run, or for loading. The engine is sound."""
 
 
 def open_device() -> Device:
@@ -160,12 +141,7 @@ def translated_errors(where: str) -> Iterator[None]:
 
 def is_full(error: BaseException) -> bool:
     """Whether the device's memory was full: whoever asks for less may get it."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or _FULL.search(first_line(error)) is not None
-
-
-def is_disturbed(error: BaseException) -> bool:
-    """Whether another thread captured, so that CUDA refused a call: ONNX Runtime lets nobody allocate meanwhile."""
-    return _DISTURBED in first_line(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or says_full(first_line(error))
 
 
 def first_line(error: BaseException) -> str:
@@ -176,9 +152,7 @@ def first_line(error: BaseException) -> str:
 __all__ = [
     "INTERPRETED",
     "Device",
-    "OutOfMemoryError",
     "first_line",
-    "is_disturbed",
     "is_full",
     "open_device",
     "translated_errors",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from accel.engines.capturing import undisturbed
 from accel.engines.cuda.attention import StepTensors
 from accel.engines.cuda.buckets import power_of_two, token_bucket
 from accel.engines.cuda.contest import Contest
-from accel.engines.cuda.device import Device, is_disturbed, is_full
+from accel.engines.cuda.device import Device, is_full
 from accel.engines.cuda.executor import Executor
 from accel.engines.cuda.operator_times import PhaseTimes, drawn_tokens, time_operators
 from accel.engines.cuda.products import Products
@@ -82,17 +84,18 @@ class CudaEncoderSession:
         mask = feeds.get("attention_mask")
         lengths = np.full(rows, width) if mask is None else _lengths(mask)
         shape = self._shape(rows, width, int(lengths.sum()))
+
+        def run() -> Feeds:
+            return self._place(*shape).run(feeds, rows, width, lengths)
+
         with self._lock, self._device.at_work("encoder run"):
             try:
-                return self._place(*shape).run(feeds, rows, width, lengths)
+                return undisturbed(run, self._make_room)
             except Exception as error:  # while it is handled, it holds what the run had made
-                if not (is_full(error) or is_disturbed(error)):
+                if not is_full(error):
                     raise
-            self._device.synchronize()  # and whoever captures is done
-            self._places.clear()  # all that was recorded, as recordings share their memory
-            self._device.pool = None
-            self._device.release()
-            return self._place(*shape).run(feeds, rows, width, lengths)
+            self._make_room()
+            return run()
 
     def operator_times(self, rows: int, width: int) -> PhaseTimes:
         """Where a forward's time goes: ``rows`` full rows of ``width`` tokens, on the device.
@@ -113,11 +116,21 @@ class CudaEncoderSession:
 
     def close(self) -> None:
         """Frees the device's memory. Safe to call twice."""
+        if self._lifetime.forked:  # the lock may be held by a thread that is not here
+            return
         with self._lock:
             if self._lifetime.close():
                 self._places.clear()
                 del self._executor
-                self._device.release()
+                with suppress(Exception):  # a device that failed gives nothing back
+                    self._device.release()
+
+    def _make_room(self) -> None:
+        """Drops what was recorded, all of it, as recordings share their memory; runs record it anew."""
+        self._device.synchronize()
+        self._places.clear()
+        self._device.pool = None
+        self._device.release()
 
     def _shape(self, rows: int, width: int, real: int) -> tuple[int, int, int | None]:
         """Rows, their width, and how many tokens are computed; None: the padding too, since that costs as little."""

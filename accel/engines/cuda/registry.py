@@ -110,13 +110,14 @@ def open_cuda(bundle: Bundle, variant: str, options: SessionOptions) -> Session:
         EngineUnavailableError: The GPU has no room for the weights, or for any cache, or cannot be used now.
         BundleError: The bundle's files are damaged.
     """
+    from accel.engines.capturing import undisturbed
     from accel.engines.cuda.device import open_device, translated_errors
 
     chosen = pick_precision(bundle, variant)
     assert chosen is not None, "probe comes first"
     try:
         with translated_errors("loading"):  # whatever first asks the GPU may find it full, busy or lost
-            return _open_on(open_device(), bundle, chosen, options)
+            return undisturbed(lambda: _open_on(open_device(), bundle, chosen, options))
     except EngineError as error:
         raise EngineUnavailableError(error.what, where=error.where, remedy=error.remedy) from error
 
@@ -133,9 +134,9 @@ def _open_on(device: Device, bundle: Bundle, variant: str, options: SessionOptio
     import torch
 
     from accel.engines.cuda.decoder import CudaDecoderSession
-    from accel.engines.cuda.device import OutOfMemoryError
     from accel.engines.cuda.encoder import CudaEncoderSession
     from accel.engines.cuda.program import weight_bytes
+    from accel.engines.gpu_memory import OutOfMemoryError
 
     entry, arch = bundle.graph(variant, TARGET), bundle.manifest.arch
     path = bundle.file(entry.file)

@@ -10,10 +10,11 @@ from weakref import WeakMethod
 
 import torch
 
-from accel.engines.cuda.device import Device, first_line
+from accel.engines.cuda.device import Device, first_line, is_full
 from accel.engines.cuda.recording import recording
 
 _log = logging.getLogger("accel")
+_LATER = (16, 256, 4096)  # calls until what lacked memory to be recorded is tried again, each time
 
 
 class Replay:
@@ -29,6 +30,7 @@ class Replay:
         # Whose method it is owns this: held both ways, its memory would be freed only when Python looks for cycles.
         self._run = WeakMethod(run) if ismethod(run) else lambda: run
         self._device, self._left = device, after
+        self._later = iter(_LATER)
         self._graph: Any = None
         self.failure: str | None = None  # why it runs without a recording
 
@@ -49,12 +51,22 @@ class Replay:
             with recording(graph, self._device.shared_pool()):
                 self._call()
         except RuntimeError as error:
-            self.failure = first_line(error)
-            _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", self.failure)
-            self._device.synchronize()
-            self._device.pool = None  # what was recorded half way holds on to it
+            self._put_off(error)
             return
         self._graph = graph
+
+    def _put_off(self, error: RuntimeError) -> None:
+        # A recording takes memory beside what runs take: raised, its lack would fail a request that runs without one.
+        said, calls = first_line(error), next(self._later, None) if is_full(error) else None
+        if calls is None:
+            self.failure = said
+            _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", said)
+        else:
+            self._left = calls
+            _log.warning("a run goes on without a CUDA graph for %d calls, then it is recorded: %s", calls, said)
+        self._device.synchronize()
+        if calls is None or not isinstance(error, torch.cuda.OutOfMemoryError):
+            self._device.pool = None  # what was recorded half way holds on to it, unless PyTorch ended that properly
 
     def _call(self) -> None:
         run = self._run()

@@ -48,10 +48,12 @@ def import_openvino() -> ModuleType:
 
             if not hasattr(openvino, "Core"):
                 what = "openvino is damaged: its folder holds no usable package"
-                raise DependencyError(what, remedy=f"Run: {INSTALL}")
+                raise DependencyError(what, remedy=f"Reinstall it: {INSTALL}")
             # The first call makes a table of NumPy's types, and lets go of Python's lock amid that: two threads whose
             # first calls meet wait for each other for ever (seen with openvino 2026.4.1). Here one comes at a time.
             openvino.Type.f32.to_dtype()
+    except DependencyError:  # an ImportError too
+        raise
     except ImportError as error:
         raise DependencyError(f"openvino cannot be imported: {error}", remedy=f"Reinstall it: {INSTALL}") from error
     return openvino

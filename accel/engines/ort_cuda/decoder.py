@@ -6,19 +6,22 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from accel.engines.capturing import capturing
+from accel.engines.capturing import capturing, undisturbed
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
 from accel.engines.ort_cuda.feeds import step_feeds
 from accel.engines.ort_cuda.memory import Allocator
-from accel.engines.ort_cuda.provider import NAME, OutOfMemoryError, Provider, run_error
+from accel.engines.ort_cuda.one_thread import OneThread
+from accel.engines.ort_cuda.provider import NAME, Provider, run_error
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
 from accel.engines.padded import PaddedStep, StepPadder
@@ -35,6 +38,7 @@ LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
 MAX_LOGITS = 32  # rows of logits of one run
 UNCAPTURED = "-1"  # ONNX Runtime's id of runs that are not
 WARM_RUNS = 3  # before a graph is replayed: one that warms up, one that captures, one that proves it
+_STEP = "decoder step"  # where errors happen
 _log = logging.getLogger(__name__)
 
 
@@ -54,7 +58,7 @@ class OrtCudaDecoderSession:
 
     One-token rows run together, in batches of powers of two; so do neighbours' first prompts of about one length. A
     row with more tokens runs alone else, on its own slice of the cache, in chunks. One-token runs from row 0 on are
-    captured as CUDA graphs when the session is opened.
+    captured as CUDA graphs when the session is opened, and all runs are one thread's then.
     """
 
     mixed_steps = True
@@ -87,6 +91,7 @@ class OrtCudaDecoderSession:
         self._kept: dict[tuple[int, int], StepBinding] = {}
         self._session: Any = None
         self._captures = capture and provider.is_cuda and shape.capacity > 1
+        self._thread = OneThread() if self._captures else None
         self._names = [f"{index}.{part}" for index in range(len(arch.layers)) for part in ("key", "value")]
         self._session = self._open()
         self._check_names()
@@ -144,8 +149,9 @@ class OrtCudaDecoderSession:
         for run, _ in self._runs(inputs):
             taken = run.wanted >= 0
             if taken.any():
+                table = table_of(draws, run.wanted)
                 with self._breaking():
-                    tokens, logits = self._drawer.draw(table_of(draws, run.wanted))
+                    tokens, logits = undisturbed(partial(self._drawer.draw, table))
                 found.tokens[run.wanted[taken]], found.logits[run.wanted[taken]] = tokens[taken], logits[taken]
         return found
 
@@ -156,7 +162,7 @@ class OrtCudaDecoderSession:
         with self._breaking():
             for name in self._names:
                 here, there = caches.address(name, source), caches.address(name, target)
-                self._memory.copier.copy(here, there, caches.row_size(name))
+                undisturbed(partial(self._memory.copier.copy, here, there, caches.row_size(name)))
         self._padder.copied(source, target, length)
 
     def cache_pointers(self) -> dict[str, int]:
@@ -171,6 +177,8 @@ class OrtCudaDecoderSession:
                 self._drawer.close()
             self._session = self._drawer = None
             del self._memory
+            if self._thread is not None:
+                self._thread.close()
 
     # Opening
 
@@ -227,9 +235,9 @@ class OrtCudaDecoderSession:
         address, rows = int(self._memory.logits.data_ptr()), self._most_logits
         drawer = None
         try:
-            drawer = open_drawer(address, rows, self.vocab_size, self._provider.index)
+            drawer = undisturbed(partial(open_drawer, address, rows, self.vocab_size, self._provider.index))
             for count in self._batches:
-                drawer.draw(np.tile([1.0, 0.0, 1.0, 0.0, 0.0], (count, 1)))
+                undisturbed(partial(drawer.draw, np.tile([1.0, 0.0, 1.0, 0.0, 0.0], (count, 1))))
             return drawer
         except AccelError as error:
             why = error.what if error.__cause__ is None else str(error.__cause__)
@@ -280,19 +288,26 @@ class OrtCudaDecoderSession:
         captured = self._captures and run.input_ids.shape[1] == 1 and run.first == 0
         if captured:  # an upper bound serves all later steps: a graph keeps what lay on the host
             feeds["total_length"] = np.array(self.capacity, np.int32)
+        options = self._options(len(run.input_ids) if captured else None)
         try:
-            binding = self._bind(run, feeds)
-            binding.run(self._options(len(run.input_ids) if captured else None))
-            return binding
+            return undisturbed(partial(self._run_bound, run, feeds, options))
         except Exception as error:
-            found = run_error(error, "decoder step")
-            if captured and self._opening and not isinstance(found, OutOfMemoryError):
-                self._note_uncaptured(found)
-                self._kept.clear()
-                self._session = None  # its memory first
-                self._session = self._open()
-                return self._run_whole(run)
-            raise found from error
+            # No name for what is raised: it would hold this frame, and that it, and what a failed load held would stay.
+            if not (captured and self._opening) or isinstance(run_error(error, _STEP), OutOfMemoryError):
+                raise run_error(error, _STEP) from error
+            self._note_uncaptured(run_error(error, _STEP))
+        self._kept.clear()
+        self._session = None  # its memory first
+        self._session = self._open()
+        return self._run_whole(run)
+
+    def _run_bound(self, run: PaddedStep, feeds: dict[str, NDArray], options: Any) -> StepBinding:
+        binding = self._bind(run, feeds)
+        if self._thread is None:
+            binding.run(options)
+        else:
+            self._thread.call(binding.run, options)
+        return binding
 
     def _bind(self, run: PaddedStep, feeds: dict[str, NDArray]) -> StepBinding:
         rows, width = run.input_ids.shape

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel.engines.capturing import undisturbed
+from accel.engines.gpu_memory import OutOfMemoryError, says_full
 from accel.engines.ort_cuda.package import CUDA
 from accel.errors import AccelError, EngineBrokenError, EngineError, EngineUnavailableError
 
@@ -17,9 +19,6 @@ NAME = "ort-cuda"
 ONNX_TYPES = {"float32": 1, "float16": 10, "bfloat16": 16}  # of onnx.TensorProto; NumPy has no bfloat16
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _ERRORS_ONLY = 3
-_NO_MEMORY = re.compile(
-    r"[Ff]ailed to allocate memory|out of memory|bad_alloc|CUDA failure 2\b|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
-)
 _BROKEN = re.compile(r"CUDA failure|CUDA error|cudaError|CUBLAS failure|CUBLAS_STATUS|CUDNN failure|CUDNN_STATUS")
 
 
@@ -60,8 +59,11 @@ class Provider:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         where = graph.name if isinstance(graph, Path) else "a helper graph"
         given = str(graph) if isinstance(graph, Path) else graph
+        providers = [self._settings(capture)]
         try:
-            session = self.ort.InferenceSession(given, options, providers=[self._settings(capture)], enable_fallback=0)
+            session = undisturbed(
+                lambda: self.ort.InferenceSession(given, options, providers=providers, enable_fallback=0)
+            )
         except Exception as error:
             raise _as_opening(error, where) from error
         if session.get_providers()[0] != self.name:  # ONNX Runtime goes on without a provider that does not load
@@ -103,16 +105,12 @@ class Provider:
         return self.ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
 
 
-class OutOfMemoryError(EngineError):
-    """The device's memory did not suffice for one run or one allocation. The engine is sound."""
-
-
 def run_error(error: Exception, where: str) -> EngineError:
     """An ONNX Runtime exception in our terms: out of memory, a lost device, or one failed run."""
     if isinstance(error, EngineError):
         return error
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or _NO_MEMORY.search(text):
+    if isinstance(error, MemoryError) or says_full(text):
         remedy = "Use a smaller batch or shorter inputs, or close other programs on this GPU"
         return OutOfMemoryError(f"ONNX Runtime ran out of device memory: {error}", where=where, remedy=remedy)
     if _BROKEN.search(text):
@@ -129,4 +127,4 @@ def _as_opening(error: Exception, where: str) -> AccelError:
     return EngineUnavailableError(found.what, where=found.where, remedy=found.remedy)
 
 
-__all__ = ["ITEM_BYTES", "NAME", "ONNX_TYPES", "OutOfMemoryError", "Provider", "run_error"]
+__all__ = ["ITEM_BYTES", "NAME", "ONNX_TYPES", "Provider", "run_error"]

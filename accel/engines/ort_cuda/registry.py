@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from accel.bundle import Bundle
+from accel.engines.capturing import undisturbed
+from accel.engines.gpu_memory import OutOfMemoryError, let_go
 from accel.engines.kv_cache import no_room_for_cache, no_room_for_weights, resolve_gpu_cache
 from accel.engines.ort_cuda.package import free_memory, import_onnxruntime_gpu
-from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, OutOfMemoryError, Provider
+from accel.engines.ort_cuda.provider import ITEM_BYTES, NAME, Provider
 from accel.engines.session import DecoderSession, EncoderSession, SessionOptions
-from accel.errors import DependencyError
+from accel.errors import DependencyError, EngineError
 from accel.machine import missing_gpu
 from accel.refusals import refusal_by_name
 from accel.scheme import gpu_type
@@ -95,21 +97,32 @@ def open_on(provider: Provider, bundle: Bundle, variant: str, options: SessionOp
 
     graph, arch = bundle.file(bundle.graph(variant, NAME).file), bundle.manifest.arch
     weights = _weight_bytes(bundle, variant)
-    room = None if memory is None else memory - weights - RESERVE
-    if room is not None and room <= 0:
+    room = _room(memory, weights)
+    if room == 0:
         raise no_room_for_weights(weights, f"the GPU has {memory:,} bytes free")
     item = ITEM_BYTES[gpu_type(variant, bundle.variant(variant).dtype)]
     shape = resolve_gpu_cache(arch, options, item, room) if arch.kind == "decoder" else None
-    try:
+
+    def opened() -> Session:
         if shape is None:
             return OrtCudaEncoderSession(graph, arch, variant, provider)
         return OrtCudaDecoderSession(graph, bundle.manifest, variant, provider, shape)
-    except OutOfMemoryError as error:  # found out only by trying
-        if shape is None:
+
+    try:
+        return undisturbed(opened)
+    except EngineError as error:
+        let_go(error)
+        if not isinstance(error, OutOfMemoryError):
+            raise
+        room = _room(free_memory(), weights)  # found out only by trying
+        if shape is None or room == 0:
             raise no_room_for_weights(weights, error.what) from error
-        free = free_memory()  # beside the weights, which the session that failed still holds
-        left = None if free is None else max(0, free - RESERVE)
-        raise no_room_for_cache(error, arch, options, shape, item, left) from error
+        raise no_room_for_cache(error, arch, options, shape, item, room) from error
+
+
+def _room(free: int | None, weights: int) -> int | None:
+    """Bytes that a cache may take beside the weights, where so many are free; None: unknown."""
+    return None if free is None else max(0, free - weights - RESERVE)
 
 
 def _weight_bytes(bundle: Bundle, variant: str) -> int:

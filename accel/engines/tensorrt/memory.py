@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from accel.engines.capturing import capturing
 from accel.errors import DependencyError, EngineBrokenError, EngineError, EngineUnavailableError
 
 ALIGNMENT = 256  # bytes; of every address that TensorRT is given (NvInferRuntime.h, setTensorAddress)
@@ -214,14 +215,15 @@ class Device:
             EngineError: ``work`` failed, or queued what cannot be captured.
         """
         mode = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._call("cudaStreamBeginCapture", self._stream, mode)
-        try:
-            work()
-        except BaseException:
-            self._runtime.cudaStreamEndCapture(self._stream)  # back to normal; what it says adds nothing
-            self._runtime.cudaGetLastError()
-            raise
-        graph = self._call("cudaStreamEndCapture", self._stream)
+        with capturing:
+            self._call("cudaStreamBeginCapture", self._stream, mode)
+            try:
+                work()
+            except BaseException:
+                self._runtime.cudaStreamEndCapture(self._stream)  # back to normal; what it says adds nothing
+                self._runtime.cudaGetLastError()
+                raise
+            graph = self._call("cudaStreamEndCapture", self._stream)
         try:
             return self._call("cudaGraphInstantiate", graph, 0)
         finally:

@@ -102,6 +102,48 @@ def test_where_every_way_failed_it_is_said(
         monkeypatch.setitem(TIMES, name, contest._NEVER)
     assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "first"
     assert "no way to compute a shape could be timed" in caplog.text
+    assert Contest(gpu(), tmp_path).pick("a shape", ways("first", "second")) == "first"
+    assert measured == ["first", "second"], "what cannot run here never will: it is kept"
+
+
+def test_what_was_not_timed_runs_before_what_cannot(
+    measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's capture or full memory is over some time: a few tries."""
+    for name, time in (("first", contest._NEVER), ("second", contest._NOT_NOW), ("third", contest._NOT_NOW)):
+        monkeypatch.setitem(TIMES, name, time)
+    untimed = Contest(gpu(), tmp_path)
+    for _ in range(2 * contest._TRIES):
+        assert untimed.pick("a shape", ways("first", "second", "third")) == "second"
+    assert len(measured) == 3 * contest._TRIES and not list(tmp_path.iterdir())
+
+    disturbed = Contest(gpu(), tmp_path)
+    assert disturbed.pick("a shape", ways("first", "second", "third")) == "second"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert disturbed.pick("a shape", ways("first", "second", "third")) == "second", "the first one cannot be recorded"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setitem(TIMES, "second", 2.0)
+    monkeypatch.setitem(TIMES, "third", 1.0)
+    measured.clear()
+    for _ in range(2):
+        assert disturbed.pick("a shape", ways("first", "second", "third")) == "third"
+    assert measured == ["first", "second", "third"]
+    (path,) = tmp_path.iterdir()
+    kept = {"first": contest._NEVER, "second": 2.0, "third": 1.0}
+    assert json.loads(path.read_text())["microseconds"] == {"a shape": kept}
+
+
+def test_sessions_keep_each_others_results(measured: list[str], tmp_path: Path) -> None:
+    """Two models in threads: each read the file before the other wrote."""
+    one, other = Contest(gpu(), tmp_path), Contest(gpu(), tmp_path)
+    for key, made in (("a", one), ("b", other), ("c", one)):
+        made.pick(key, ways("first", "second"))
+    assert len(measured) == 6 and one.pick("b", ways("first", "second")) == "second" and len(measured) == 6
+    (path,) = tmp_path.iterdir()
+    assert list(json.loads(path.read_text())["microseconds"]) == ["a", "b", "c"]
+    path.write_text(path.read_text().replace("2.0", "9.0"))
+    one.pick("d", ways("first", "second"))
+    assert json.loads(path.read_text())["microseconds"]["a"]["second"] == 2.0, "what it runs by stays"
 
 
 def test_what_had_no_room_is_measured_by_the_next_process(

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from accel.engines.cuda.device import Device, OutOfMemoryError, translated_errors
+from accel.engines.cuda.device import Device, translated_errors
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.errors import BundleError, EngineBrokenError
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"

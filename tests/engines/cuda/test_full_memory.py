@@ -200,8 +200,16 @@ def test_the_last_few_tokens_do_not_fit(session: CudaDecoderSession, monkeypatch
     with pytest.raises(EngineError, match="memory is full") as info:
         session.step(inputs(TOKENS, {}, WANTED))
     assert not isinstance(info.value, EngineBrokenError)
-    assert tried == [16, 8, 4], "3 tokens are no longer halved"
-    assert not session._packed
+    assert tried == [16, 8, 4, 4], "3 tokens are no longer halved"
+
+
+def test_a_few_tokens_run_once_there_is_room(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = inputs({0: [5, 6, 7]}, {})
+    expected = session.step(prompt).copy()
+    session.greedy(inputs({0: [8]}, {0: 3}))
+    tried = fill(session, monkeypatch, lambda ids: bool(session._decodes))
+    np.testing.assert_array_equal(session.step(prompt), expected)
+    assert tried == [4, 4] and session._most_tokens is None, "nothing is made smaller for it"
 
 
 def test_that_request_alone_fails(session: CudaDecoderSession, monkeypatch: pytest.MonkeyPatch) -> None:

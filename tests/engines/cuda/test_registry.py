@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
 import shutil
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import accel
 from accel.bundle import Bundle
 from accel.capabilities import MINIMUM_ONNXRUNTIME_GPU
 from accel.engines import open_session
+from accel.engines.capturing import capturing
 from accel.engines.cuda import registry
 from accel.engines.cuda.device import INTERPRETED, Device
 from accel.engines.cuda.program import weight_bytes
@@ -287,6 +290,46 @@ def test_a_load_that_failed_keeps_no_memory(bundles: dict[str, Bundle], monkeypa
     with pytest.raises(CapacityError):
         registry.open_cuda(bundles["decoder"], "auto", SessionOptions(capacity=48, max_batch=3))
     assert done == ["counted", "released", "counted"]
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_load_amid_anothers_capture_is_tried_again(
+    kind: str, bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime's, while another model is loaded: CUDA gives no memory then."""
+    tries: list[bool] = []
+    module = importlib.import_module(f"accel.engines.cuda.{kind}")
+    load = module.load_program
+
+    def disturbed(*arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            tries.append(other.submit(capturing.acquire, blocking=False).result())
+            if tries[-1]:
+                other.submit(capturing.release).result()
+        if len(tries) == 1:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nFor debugging")
+        return load(*arguments)
+
+    monkeypatch.setattr(module, "load_program", disturbed)
+    registry.open_cuda(bundles[kind], "auto", SessionOptions()).close()
+    assert tries == [True, False], "the second time nobody captures"
+
+
+@interpreted
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_forks_session_closes_at_once(
+    kind: str, bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Locks may be held by threads that did not survive."""
+    session: Any = registry.open_cuda(bundles[kind], "auto", SessionOptions())
+    waits: list[str] = []
+    for name in ("synchronize", "release"):
+        monkeypatch.setattr(Device, name, lambda _, name=name: waits.append(name))
+    with monkeypatch.context() as forked:
+        forked.setattr("accel.engines.lifetime._forks", 1 << 20)
+        session.close()
+    assert not waits
 
 
 @interpreted

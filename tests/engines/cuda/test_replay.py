@@ -13,10 +13,11 @@ import torch
 
 from accel.engines.cuda import staging
 from accel.engines.cuda.device import INTERPRETED, Device
-from accel.engines.cuda.replay import Replay
+from accel.engines.cuda.replay import _LATER, Replay
 from tests.engines.cuda.steps import inputs
 
 SAID = "a run could not be recorded as a CUDA graph and goes on without"
+FULL = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB")
 INVALID = "CUDA error: operation failed due to a previous error during capture\nFor debugging consider more"
 
 
@@ -89,7 +90,6 @@ def test_a_recording_is_replayed(recorder: Recorder, gpu: Device) -> None:
     ("failure", "said"),
     [
         (RuntimeError(INVALID), INVALID.splitlines()[0]),
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MiB"), "CUDA out of memory. Tried to a"),
         (RuntimeError(), "RuntimeError"),
     ],
 )
@@ -107,6 +107,40 @@ def test_what_cannot_be_recorded_runs_without(
     assert "\n" not in record.message and replay.failure is not None
     assert recorder.used == [0], "it is not tried again"
     assert recorder.stream == "the caller's", "what the caller does next would not wait for the runs"
+
+
+@pytest.mark.parametrize("full", [FULL, RuntimeError("CUDA error: out of memory\nFor debugging consider more")])
+def test_what_lacked_memory_is_recorded_later(
+    recorder: Recorder, gpu: Device, full: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.failure = full
+    runs: list[int] = []
+    replay = Replay(gpu, lambda: runs.append(1))
+    for _ in range(2):
+        replay.run()
+    assert runs == [1, 1] and replay.failure is None, "the call that it was to be recorded for computes too"
+    pool = gpu.pool
+    assert pool == (0 if full is FULL else None), "the driver may have failed amid what PyTorch does for the pool"
+    recorder.failure = None
+    for _ in range(_LATER[0] - 1):
+        replay.run()
+    assert recorder.replays == 0 and len(recorder.used) == 1
+    replay.run()
+    assert recorder.replays == 1 and recorder.used == [0, 0 if full is FULL else 1]
+    (record,) = caplog.records
+    assert f"goes on without a CUDA graph for {_LATER[0]} calls" in record.message and "\n" not in record.message
+
+
+def test_what_lacks_memory_for_long_is_given_up(
+    recorder: Recorder, gpu: Device, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.failure = FULL
+    runs: list[int] = []
+    replay, calls = Replay(gpu, lambda: runs.append(1)), sum(_LATER) + 99
+    for _ in range(calls):
+        replay.run()
+    assert len(runs) == calls and recorder.used == [0] * (1 + len(_LATER)) and replay.failure == str(FULL)
+    assert [SAID in record.message for record in caplog.records] == [False] * len(_LATER) + [True]
 
 
 def test_the_next_recording_takes_memory_of_its_own(recorder: Recorder, gpu: Device) -> None:

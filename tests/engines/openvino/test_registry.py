@@ -87,8 +87,9 @@ def test_a_package_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DependencyError, match="openvino cannot be imported"):
         package.import_openvino()
     monkeypatch.setitem(sys.modules, "openvino", sys)
-    with pytest.raises(DependencyError, match="no usable package"):
+    with pytest.raises(DependencyError, match="^openvino is damaged: its folder holds no usable package") as found:
         package.import_openvino()
+    assert str(found.value).count(package.INSTALL) == 1
 
 
 def test_what_it_refuses_to_add(encoder: Bundle, tiny_decoder_bundle: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from accel.bundle import Bundle
 from accel.engines import open_session
 from accel.engines.capturing import capturing
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda import decoder as module
 from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
-from accel.engines.ort_cuda.provider import OutOfMemoryError
 from accel.engines.padded import PaddedStep
 from accel.engines.session import GreedySession, SessionOptions, StepInputs
 from accel.errors import BundleError, EngineBrokenError, EngineError
@@ -185,6 +186,50 @@ def test_nobody_else_captures_meanwhile(bundle: Bundle) -> None:
     assert free == [False] * 9
     assert capturing.acquire(blocking=False)
     capturing.release()
+    session.close()
+
+
+def test_captured_runs_are_one_threads(bundle: Bundle, logits: NDArray) -> None:
+    """ONNX Runtime keeps graphs by thread; whoever serves calls from any."""
+    threads: set[int] = set()
+
+    def note(io: Any, options: Any) -> None:
+        if options is not None:  # a decoder run, of a prompt or a token; not what allocates
+            threads.add(threading.get_ident())
+
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(note))
+    step(session, [(0, 0, 3)], [2])
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(step, session, [(0, 3, 4)], [0]).result()
+    assert np.abs(found - logits[[3]]).max() < LIMIT
+    assert len(threads) == 1 and threads != {threading.get_ident()}
+    worker = next(thread for thread in threading.enumerate() if {thread.ident} == threads)
+    session.close()
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("text", ["CUDA failure 900: operation not permitted when stream is capturing ; GPU=0", "906"])
+def test_another_threads_capture_costs_a_second_try(bundle: Bundle, logits: NDArray, text: str) -> None:
+    """Another model's, while it is loaded: CUDA gives no memory then."""
+    left: list[int] = []
+    free: list[bool] = []
+
+    def refuse(io: Any, options: Any) -> None:
+        if left and left.pop():
+            raise RuntimeError(text if text != "906" else "CUDA failure 906: operation would make the legacy stream")
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(capturing.acquire, blocking=False).result())
+            if free[-1]:
+                other.submit(capturing.release).result()
+
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(refuse))
+    free.clear()
+    left.append(1)
+    assert np.abs(step(session, [(0, 0, 3)], [2]) - logits[[2]]).max() < LIMIT
+    assert free == [False], "nobody captured the second time"
+    left[:] = [1, 1]
+    with pytest.raises(EngineBrokenError, match="CUDA failure 90"):
+        step(session, [(0, 3, 4)], [0])
     session.close()
 
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from accel.bundle import Bundle
 from accel.engines import open_session
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda.encoder import OrtCudaEncoderSession
-from accel.engines.ort_cuda.provider import OutOfMemoryError
 from accel.engines.session import SessionOptions
 from accel.errors import BundleError, EngineBrokenError, EngineError, InputError
 from accel.variants import add_variant
@@ -137,6 +137,19 @@ def test_a_row_that_does_not_fit_fails_alone(bundle: Bundle, reference: Any) -> 
         session.run(batch(4))
     full.clear()
     check(session, reference, batch(4, 2))
+    session.close()
+
+
+def test_another_threads_capture_costs_a_second_try(bundle: Bundle, reference: Any) -> None:
+    left = [1]
+
+    def refuse(io: Any, options: Any) -> None:
+        if left and left.pop():
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing ; GPU=0")
+
+    session = open_encoder(bundle, fake_gpu(refuse))
+    check(session, reference, batch(4, 2))
+    assert not left
     session.close()
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda import memory as module
 from accel.engines.ort_cuda.memory import Allocator
-from accel.engines.ort_cuda.provider import OutOfMemoryError, Provider
+from accel.engines.ort_cuda.provider import Provider
 from accel.engines.ort_cuda.small_graphs import identity, zeros
 from tests.engines.ort_cuda.gpu import needs_gpu
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu

@@ -8,7 +8,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from accel.engines.ort_cuda.provider import OutOfMemoryError, Provider, run_error
+from accel.engines.gpu_memory import OutOfMemoryError
+from accel.engines.ort_cuda.provider import Provider, run_error
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.errors import EngineBrokenError, EngineError, EngineUnavailableError
 from tests.engines.ort_cuda.gpu import needs_gpu

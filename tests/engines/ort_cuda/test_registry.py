@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ import accel
 from accel import machine
 from accel.bundle import Bundle
 from accel.engines import ENGINES, open_session
+from accel.engines.capturing import capturing
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.ort_cuda import registry
 from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession
-from accel.engines.ort_cuda.provider import OutOfMemoryError
 from accel.engines.session import SessionOptions
 from accel.errors import CapacityError, EngineUnavailableError
 from accel.variants import add_variant, is_current
@@ -185,12 +188,53 @@ def test_what_turns_out_not_to_fit(decoder: Bundle, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("accel.engines.ort_cuda.memory.Allocator.allocate", full)
     room = 200 * bytes_per_token(decoder.manifest.arch, 4)
-    monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + room)
+    weights = registry._weight_bytes(decoder, "fp32")
+    monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + weights + room)
     fits = "Ask for a capacity of at most 25 with max_batch 8, or for a max_batch of at most 3 with capacity 64"
     with pytest.raises(CapacityError, match=fits):
         registry.open_on(CPU, decoder, "fp32", SessionOptions(capacity=64), 8 * GIB)
     with pytest.raises(EngineUnavailableError, match="ran out of device memory.*Close other programs.*Ask for a cap"):
         registry.open_on(CPU, decoder, "fp32", SessionOptions(), 8 * GIB)
+    monkeypatch.setattr(registry, "free_memory", lambda: registry.RESERVE + weights // 2)
+    with pytest.raises(EngineUnavailableError, match=f"out of device memory; the weights take {weights:,} bytes"):
+        registry.open_on(CPU, decoder, "fp32", SessionOptions(capacity=64), 8 * GIB)
+
+
+def test_what_a_load_that_failed_held_is_free_at_once(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[OrtCudaDecoderSession]] = []
+
+    def full(io: Any, options: Any) -> None:
+        if options is not None and options.get_run_config_entry("gpu_graph_id") != "-1":
+            raise RuntimeError("CUDA failure 2: out of memory")
+
+    def opened(self: OrtCudaDecoderSession, *arguments: Any) -> None:
+        held.append(weakref.ref(self))
+        plain(self, *arguments)
+
+    plain = OrtCudaDecoderSession.__init__
+    monkeypatch.setattr(OrtCudaDecoderSession, "__init__", opened)
+    monkeypatch.setattr(registry, "free_memory", lambda: [one() for one in held] == [None] and 8 * GIB)
+    with pytest.raises(EngineUnavailableError, match="out of device memory"):
+        registry.open_on(fake_gpu(full), decoder, "fp32", SessionOptions(), 8 * GIB)
+    assert len(held) == 1 and held[0]() is None
+
+
+def test_a_load_amid_anothers_capture_is_tried_again(decoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[bool] = []
+
+    def disturbed(*_: Any) -> Any:
+        with ThreadPoolExecutor(1) as other:
+            tries.append(other.submit(capturing.acquire, blocking=False).result())
+            if tries[-1]:
+                other.submit(capturing.release).result()
+        if len(tries) == 1:
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing ; GPU=0")
+        return plain(*_)
+
+    plain = OrtCudaDecoderSession._allocate
+    monkeypatch.setattr(OrtCudaDecoderSession, "_allocate", disturbed)
+    registry.open_on(CPU, decoder, "fp32", SessionOptions(), 8 * GIB).close()
+    assert tries == [True, False], "the second time nobody captures"
 
 
 def test_an_encoder_that_turns_out_not_to_fit(encoder: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
