@@ -234,11 +234,13 @@ def _cuda_engine(gpus: tuple[Gpu, ...], hidden: str | None) -> EngineStatus:
 
 def _onnxruntime_cuda_engine(found: OnnxRuntime, gpus: tuple[Gpu, ...], hidden: str | None) -> EngineStatus:
     """What can be said without opening a session; a session proves that CUDA's libraries load."""
+    if hidden is not None or not gpus:  # first: no package would help
+        return EngineStatus("ort-cuda", False, hidden or "no NVIDIA GPU or driver", None)
     names = [entry.split()[0] for entry in found.distributions]
     has_cuda = CUDA_PROVIDER in found.providers
     old = found.version is not None and _release(found.version) < MINIMUM_ONNXRUNTIME_GPU
     swap = f"pip uninstall -y {' '.join(names)} && " if names else ""
-    install = f'{swap}pip install "accelrt[cuda]"' if gpus else None
+    install = f'{swap}pip install "accelrt[cuda]"'
     if "onnxruntime-gpu" not in names:
         there = f"; {' and '.join(found.distributions)} has no CUDA" if names else ""
         return EngineStatus("ort-cuda", False, f"onnxruntime-gpu is not installed{there}", install)
@@ -248,10 +250,7 @@ def _onnxruntime_cuda_engine(found: OnnxRuntime, gpus: tuple[Gpu, ...], hidden: 
         return EngineStatus("ort-cuda", False, why, install)
     if old:
         why = f"onnxruntime-gpu {found.version} is too old: 1.31 or newer is needed"
-        return EngineStatus("ort-cuda", False, why, 'pip install --upgrade "accelrt[cuda]"' if gpus else None)
-    if hidden is not None or not gpus:
-        reason = f"onnxruntime-gpu {found.version}, but {hidden or 'no NVIDIA GPU or driver'}"
-        return EngineStatus("ort-cuda", False, reason, None)
+        return EngineStatus("ort-cuda", False, why, 'pip install --upgrade "accelrt[cuda]"')
     return EngineStatus("ort-cuda", True, f"onnxruntime-gpu {found.version} with its CUDA provider", None)
 
 
@@ -322,7 +321,7 @@ def _packages(gpus: tuple[Gpu, ...]) -> tuple[Package, ...]:
     for name in ("gguf", "accelerate"):
         add(name, "exporting GGUF files", "pip install gguf accelerate")
     swap = "pip uninstall -y onnxruntime && " if version_of("onnxruntime") is not None else ""
-    add("onnxruntime-gpu", "running on NVIDIA GPUs", f'{swap}pip install "accelrt[cuda]"' if has_gpu else None)
+    add("onnxruntime-gpu", "engine ort-cuda", f'{swap}pip install "accelrt[cuda]"' if has_gpu else None)
     add("triton", "own GPU kernels", "pip install triton" if has_gpu else None)
     building = "building TensorRT engines (pip must reach pypi.nvidia.com)"
     for name, kinds, purpose in (

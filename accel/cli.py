@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cache(sub.add_parser("cache", help="list, check and remove built engines"))
     _add_doctor(sub.add_parser("doctor", help="show what this machine can run and what is missing"))
     _add_bench(sub.add_parser("bench", help="measure a bundle's engines, and remember the fastest"))
-    _add_warmup(sub.add_parser("warmup", help="build the TensorRT engines that a jobs file asks for"))
+    _add_warmup(sub.add_parser("warmup", help="build or warm up the engines that a jobs file names, and measure them"))
     return parser
 
 
@@ -246,7 +246,8 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _add_build(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--target", choices=("tensorrt", "rtx"), default="tensorrt", help="default: tensorrt")
+    targets, default = ("tensorrt", "rtx"), "default: tensorrt"
+    parser.add_argument("--target", type=_build_target, choices=targets, default="tensorrt", help=default)
     parser.add_argument("--sm", nargs="+", metavar="SM", help="e.g. sm86 sm89 or sm86,sm89; default: this GPU")
     parser.add_argument(
         "--precision", default="auto", help="fp16, bf16, fp32, w4g32, ...; default: what the bundle has, or fp16"
@@ -310,13 +311,22 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_warmup(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("jobs", type=Path, metavar="JOBS.yaml", help="bundles, targets, SMs and capacities")
+    asked = "bundles, targets, precisions, SMs, capacities, ...: see docs/warmup.md"
+    parser.add_argument("jobs", type=Path, metavar="JOBS.yaml", help=asked)
     parser.add_argument("--dry-run", action="store_true", help="print what is there, what would be built and measured")
     parser.add_argument("--store", metavar="URL", help="a directory or URL; default: as the file says")
     parser.add_argument("--workers", type=int, metavar="N", help="most builds at a time; default: one per core")
     parser.add_argument("--memory", metavar="SIZE", help="that all builds may take, e.g. 16GB; default: what is free")
     parser.add_argument("--retries", type=int, default=1, metavar="N", help="of a failed build (default 1)")
     _finish(parser, engine_commands.warmup)
+
+
+def _build_target(text: str) -> str:
+    if text in ("cuda", "ort-cuda"):
+        graph = f"accel quantize BUNDLE --variant fp16 --target {text}"
+        why = f"the engine {text} needs no build: {graph} adds its graph, and accel warmup warms it up"
+        raise argparse.ArgumentTypeError(why)
+    return text
 
 
 def _shape(text: str) -> tuple[int, int]:

@@ -157,6 +157,15 @@ def test_build_says_what_is_wrong(bundle: Path, capsys: Output, monkeypatch: pyt
             run("build", bundle, *arguments)
 
 
+@pytest.mark.parametrize("target", ["cuda", "ort-cuda"])
+def test_engines_that_need_no_build(bundle: Path, capsys: Output, target: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("build", bundle, "--target", target)
+    printed = capsys.readouterr().err
+    assert f"the engine {target} needs no build: accel quantize BUNDLE --variant fp16 --target {target} " in printed
+    assert "accel warmup" in printed and "invalid choice" not in printed
+
+
 def test_without_tensorrt_the_pip_command_is_printed(bundle: Path, capsys: Output) -> None:
     """The package is really absent where the tests run."""
     with pytest.raises(ImportError):

@@ -178,10 +178,10 @@ CLASH = replace(GOOD, distributions=("onnxruntime 1.32.0", "onnxruntime-gpu 1.31
 SWAP = 'pip uninstall -y onnxruntime && pip install "accelrt[cuda]"'
 ORT_CUDA = {
     "ready": (FLAVOUR, (GPU,), None, True, "onnxruntime-gpu 1.31.1 with its CUDA provider", None),
-    "no GPU": (FLAVOUR, (), None, False, "but no NVIDIA GPU or driver", None),
-    "a hidden GPU": (FLAVOUR, (GPU,), "CUDA_VISIBLE_DEVICES='' hides", False, "but CUDA_VISIBLE_DEVICES", None),
+    "no GPU": (FLAVOUR, (), None, False, "no NVIDIA GPU or driver", None),
+    "a hidden GPU": (FLAVOUR, (GPU,), "CUDA_VISIBLE_DEVICES='' hides", False, "CUDA_VISIBLE_DEVICES='' hides", None),
     "the CPU flavour": (GOOD, (GPU,), None, False, "not installed; onnxruntime 1.32.0 has no CUDA", SWAP),
-    "the CPU flavour, no GPU": (GOOD, (), None, False, "onnxruntime-gpu is not installed", None),
+    "the CPU flavour, no GPU": (GOOD, (), None, False, "no NVIDIA GPU or driver", None),
     "shadowed": (
         *(CLASH, (GPU,), None, False, "no CUDA provider: both are installed"),
         'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "accelrt[cuda]"',
@@ -198,6 +198,13 @@ def test_ort_cuda(case: str) -> None:
     onnxruntime, gpus, hidden, runs, reason, install = ORT_CUDA[case]
     row = capabilities._onnxruntime_cuda_engine(onnxruntime, gpus, hidden)
     assert (row.name, row.available, row.install) == ("ort-cuda", runs, install) and reason in row.reason
+    assert row.reason == reason or (gpus and hidden is None), "what no package would mend is all that is said"
+
+
+def test_what_packages_of_a_gpu_are_for() -> None:
+    """The engine ``cuda`` runs without ONNX Runtime's."""
+    purposes = {package.name: package.purpose for package in capabilities._packages((GPU,))}
+    assert purposes["onnxruntime-gpu"] == "engine ort-cuda"
 
 
 def test_the_gpu_flavour_is_not_to_be_swapped_for_the_cpus(found: Capabilities) -> None:

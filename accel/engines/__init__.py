@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("auto", "cpu", "cuda")
 MAX_THREADS = 1024  # each is started at once; far more would take the machine down
+_WITH_GPU = "Run it where this process sees an NVIDIA GPU"
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +39,7 @@ class Request:
         bundle, device, options, strict: Its arguments.
         candidates: The engines that were not tried yet, in order, each with the variant that it is to run.
         named: Whether the caller chose the engine.
+        variant: What was asked for.
         left_out: Engines that are not candidates for want of a GPU, where the bundle has graphs for them.
     """
 
@@ -47,6 +49,7 @@ class Request:
     strict: bool
     candidates: tuple[Candidate, ...]
     named: bool
+    variant: str
     left_out: tuple[Fallback, ...] = ()
 
 
@@ -151,15 +154,20 @@ def open_session(
         check_count("capacity", options.capacity)
         check_count("max_batch", options.max_batch)
     known = () if hidden is None else (Fallback("cuda", hidden),)
-    left_out = _left_out(bundle) if device == engine == "auto" and not sees_gpu and hidden is None else ()
-    request = Request(bundle, device, options, strict, candidates, engine != "auto", left_out)
+    left_out = _left_out(bundle, variant) if device == engine == "auto" and not sees_gpu and hidden is None else ()
+    request = Request(bundle, device, options, strict, candidates, engine != "auto", variant, left_out)
     opened = _open_first(request, known)
     return replace(opened, fallbacks=(*left_out, *opened.fallbacks))
 
 
-def _left_out(bundle: Bundle) -> tuple[Fallback, ...]:
-    """The GPU's engines that the bundle has graphs for, where there is no GPU: no surprise, so nothing is logged."""
-    targets = {target for variant in bundle.manifest.variants.values() for target in variant.graphs}
+def _left_out(bundle: Bundle, variant: str) -> tuple[Fallback, ...]:
+    """The GPU's engines that the bundle has graphs for, of a variant by name its own, where there is no GPU.
+
+    That is no surprise: nothing is logged.
+    """
+    every = variant in ("auto", FASTEST)
+    variants = bundle.manifest.variants.values() if every else [bundle.variant(variant)]
+    targets = {target for known in variants for target in known.graphs}
     reason = "the bundle has graphs for it, and there is no NVIDIA GPU here"
     able = (engine for engine in ENGINES if engine.device == "cuda" and engine.target in targets)
     return tuple(Fallback(engine.name, reason) for engine in able)
@@ -202,7 +210,7 @@ def _open_first(request: Request, known: tuple[Fallback, ...] = (), replacing: b
         if request.strict and not _has_twin(engine, request):
             break
     if not request.named and not replacing:  # one that broke had found a GPU
-        refuse_without_gpu(request.bundle, request.device)
+        refuse_without_gpu(request.bundle, request.device, request.variant)
     absent = () if request.strict or replacing else request.left_out
     raise _unavailable(request, _latest([*absent, *old, *news]))
 
@@ -303,7 +311,15 @@ def _reject_cache(candidate: Candidate, bundle: Bundle) -> str | None:
     return f"it has no {kind} KV cache; {candidate.variant!r} runs on {able}"
 
 
-def refuse_without_gpu(bundle: Bundle, device: str) -> None:
+def _runs_on_cpu(bundle: Bundle, variant: str) -> bool:
+    """Whether an engine on the CPU runs the variant, were its package installed; what is not named one can choose."""
+    if variant in ("auto", FASTEST):
+        return True
+    able = (engine for engine in ENGINES if engine.device == "cpu")
+    return any(engine.pick(bundle, variant) or not (engine.target or engine.probe(bundle, variant)) for engine in able)
+
+
+def refuse_without_gpu(bundle: Bundle, device: str, variant: str = "auto") -> None:
     """For a caller whom no engine on a device serves: without a GPU, no package that an engine lacks would help.
 
     Raises:
@@ -314,6 +330,9 @@ def refuse_without_gpu(bundle: Bundle, device: str) -> None:
         return
     what = what or "There is no NVIDIA GPU here, and device 'cuda' needs one"
     remedy = 'Leave the device out, or take device="cpu" (--device cpu): engines on the CPU run this bundle'
+    if not _runs_on_cpu(bundle, variant):
+        left = "leave the variant and the device out (--variant, --device; variant=, device=)"
+        remedy = f"{_WITH_GPU}: no engine on the CPU runs {variant!r}; or {left}: then what runs here is taken"
     raise EngineUnavailableError(what, where=str(bundle.path), remedy=remedy)
 
 
@@ -324,9 +343,10 @@ def _unavailable(request: Request, passed_over: tuple[Fallback, ...]) -> EngineU
     remedy = "Mend the reason, or load with strict=False" if first else "Mend one of the reasons; accel doctor helps"
     lacking = missing_gpu() if request.named else None
     if lacking is not None and passed_over[-1].reason.startswith(lacking):
-        able = "Run it where this process sees an NVIDIA GPU"
-        both = ", and the device" if request.device == "cuda" else ""  # which alone is refused as well
-        remedy = f"{able}, or leave the engine out (--engine, engine=){both}: then what runs here is taken"
+        on_cpu = _runs_on_cpu(request.bundle, request.variant)
+        too = "" if on_cpu else ", and the variant, which no engine on the CPU runs"
+        too += ", and the device" if request.device == "cuda" else ""  # which alone is refused as well
+        remedy = f"{_WITH_GPU}, or leave the engine out (--engine, engine=){too}: then what runs here is taken"
     return EngineUnavailableError(f"{what} ({reasons})", where=str(request.bundle.path), remedy=remedy)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -9,13 +10,15 @@ from typing import Any, Literal
 from accel.bundle import Bundle
 from accel.engine_build import past_seconds
 from accel.engine_request import DEFAULT_PRECISION, BuildRequest, load_builder, prepare, resolve_precision, settle
-from accel.engines import ENGINES
+from accel.engines import ENGINES, SessionOptions
+from accel.engines.kv_cache import check_count, resolve_cache
 from accel.engines.tensorrt.adapter import Flavour
 from accel.engines.tensorrt.lookup import TARGET
 from accel.engines.tensorrt.packages import current_sm
 from accel.errors import AccelError, InputError, RefusedEngineError, StorageError
 from accel.schema import suggest
 from accel.scheme import parse_scheme
+from accel.spec import ArchSpec
 from accel.storage import check_writable
 from accel.store import EngineManifest, EngineStore
 from accel.variant_checks import quantize_command
@@ -127,6 +130,7 @@ class Planner:
         arch = bundle.manifest.arch
         wanted, note = wanted.for_any_gpu(arch.kind == "encoder")
         variant = _resolve_graph(bundle, wanted)
+        _check_sizes(arch, wanted)
         bundle.refuse_lost(variant, target.name)
         common: dict[str, Any] = {
             "variant": variant, "memory": _build_memory(bundle, variant, target.name), "alone": True, "note": note,
@@ -216,6 +220,19 @@ def _resolve_graph(bundle: Bundle, wanted: Wanted) -> str:
     if wanted.precision == "auto":
         return engine.pick(bundle.whole, "auto") or DEFAULT_PRECISION
     return parse_scheme(wanted.precision).name
+
+
+def _check_sizes(arch: ArchSpec, wanted: Wanted) -> None:
+    """As far as the model tells: whether a cache fits into a GPU's memory is found where it is warmed up.
+
+    Raises:
+        InputError: A capacity or max_batch below 1.
+        CapacityError: The capacity exceeds the model's positions.
+    """
+    check_count("max_batch", wanted.max_batch)
+    if arch.kind == "decoder":
+        sizes = SessionOptions(capacity=wanted.capacity, max_batch=wanted.max_batch)
+        resolve_cache(arch, sizes, available=sys.maxsize)
 
 
 def _build_memory(bundle: Bundle, variant: str, target: str = TARGET) -> int:

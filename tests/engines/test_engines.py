@@ -101,6 +101,36 @@ def test_an_engine_by_name_without_a_gpu_says_what_helps(
         open_session(bundle, device="cuda", engine=name, options=OPTIONS)
 
 
+def with_fp16(bundle: Bundle, target: str) -> Bundle:
+    """With one graph more, as if it were fp16's for a target."""
+    manifest = bundle.manifest
+    graphs = {target: manifest.variants["fp32"].graphs["ort-cpu"]}
+    fp16 = dataclasses.replace(manifest.variants["fp32"], graphs=graphs)
+    return Bundle(bundle.path, dataclasses.replace(manifest, variants={**manifest.variants, "fp16": fp16}))
+
+
+@pytest.mark.parametrize(
+    ("target", "variant", "on_cpu"),
+    [("cuda", "fp16", False), ("ort-cpu", "fp16", True), ("cuda", "fp32", True), ("cuda", "fastest", True)],
+)
+def test_what_helps_without_a_gpu_depends_on_the_variant(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, target: str, variant: str, on_cpu: bool
+) -> None:
+    """One that no engine on the CPU runs is left out too, or it takes a GPU."""
+    for module in (machine, engines):
+        monkeypatch.setattr(module, "hidden_gpu", lambda: None)
+        monkeypatch.setattr(module, "has_nvidia_device", lambda: False)
+    added = with_fp16(bundle, target)
+    with pytest.raises(EngineUnavailableError, match="^There is no NVIDIA GPU here") as caught:
+        open_session(added, device="cuda", variant=variant, options=OPTIONS)
+    assert ('device="cpu"' in str(caught.value)) is on_cpu
+    assert (f"no engine on the CPU runs {variant!r}; or leave the variant and the" in str(caught.value)) is not on_cpu
+    for device in ("auto", "cuda"):
+        with pytest.raises(EngineUnavailableError, match="leave the engine out.*: then what runs") as caught:
+            open_session(added, device=device, engine="cuda", variant=variant, options=OPTIONS)
+        assert ("and the variant, which no engine on the CPU runs" in str(caught.value)) is not on_cpu
+
+
 def flavours(monkeypatch: pytest.MonkeyPatch, *installed: str, runs: tuple[str, ...] = ()) -> None:
     """A registry of both flavours of TensorRT and ONNX Runtime, on a machine with a GPU."""
     ort = next(engine for engine in engines.ENGINES if engine.name == "ort-cpu")
@@ -171,24 +201,32 @@ def test_engines_of_an_absent_gpu_are_said(
     """Those that the bundle has graphs for: a precision was added for them. Nothing is logged: it is no surprise."""
     monkeypatch.setattr(engines, "has_nvidia_device", lambda: False)
     monkeypatch.setattr(engines, "hidden_gpu", lambda: None)
-    manifest = bundle.manifest
-    graphs = manifest.variants["fp32"].graphs
-    fp16 = dataclasses.replace(manifest.variants["fp32"], graphs={"tensorrt": graphs["ort-cpu"]})
-    added = dataclasses.replace(manifest, variants={**manifest.variants, "fp16": fp16})
+    added = with_fp16(bundle, "tensorrt")
     with caplog.at_level(logging.INFO):
-        opened = open_session(Bundle(bundle.path, added), options=OPTIONS)
+        opened = open_session(added, options=OPTIONS)
     opened.session.close()
     assert [fallback.engine for fallback in opened.fallbacks] == ["tensorrt", "rtx"] and not caplog.text
     assert all("no NVIDIA GPU here" in fallback.reason for fallback in opened.fallbacks)
-    opened = open_session(Bundle(bundle.path, added), device="cpu", options=OPTIONS)
+    opened = open_session(added, device="cpu", options=OPTIONS)
     assert opened.fallbacks == ()
     opened.session.close()
     missing = "tensorrt: the bundle has graphs for it, and there is no NVIDIA GPU here; "
     with pytest.raises(EngineUnavailableError, match=rf"no engine can run.*\({missing}.*ort-cpu: "):
-        open_session(Bundle(bundle.path, added), variant="fp16", options=OPTIONS)
+        open_session(added, variant="fp16", options=OPTIONS)
     for asked in ({"strict": True}, {"device": "cpu"}, {"engine": "ort-cpu"}):  # none of them would take those engines
         with pytest.raises(EngineUnavailableError, match=r"can(not)? run this bundle here \(ort-cpu: "):
-            open_session(Bundle(bundle.path, added), variant="fp16", options=OPTIONS, **asked)
+            open_session(added, variant="fp16", options=OPTIONS, **asked)
+
+
+def test_engines_of_an_absent_gpu_are_those_of_the_variant(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has graphs of other variants alone would not run this one with a GPU."""
+    monkeypatch.setattr(engines, "has_nvidia_device", lambda: False)
+    monkeypatch.setattr(engines, "hidden_gpu", lambda: None)
+    added = with_fp16(bundle, "ort-cuda")
+    for variant, left_out in (("fp32", []), ("auto", ["ort-cuda"]), ("fastest", ["ort-cuda", "fastest"])):
+        opened = open_session(added, variant=variant, options=OPTIONS)
+        assert [fallback.engine for fallback in opened.fallbacks] == left_out
+        opened.session.close()
 
 
 def test_unknown_names_suggest_the_nearest(bundle: Bundle) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+import accel
+from accel.cli import build_parser
 from accel.errors import InputError, RecipeError
 from accel.warmup_jobs.jobs import expand, read_jobs
 
@@ -88,3 +90,38 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_workspace_that_is_no_size(size: int | str) -> None:
     with pytest.raises(RecipeError, match=f"'?{size}'? is .*at workspace"):
         expand(*read_jobs({"jobs": [{**JOB, "workspace": size}]}))
+
+
+@pytest.mark.parametrize("target", ["cuda", "ort-cuda"])
+@pytest.mark.parametrize(
+    ("bundle", "sizes", "said"),
+    [
+        ("llama", {"capacity": 999_999}, "capacity 999,999 exceeds the 160 positions that the model covers"),
+        ("llama", {"capacity": 0}, "capacity must be an integer of at least 1"),
+        ("llama", {"max_batch": 0}, "max_batch must be an integer of at least 1"),
+        ("bert", {"max_batch": 0}, "max_batch must be an integer of at least 1"),
+    ],
+)
+def test_sizes_that_no_cache_can_have_fail_in_the_plan(
+    bundles: Path, target: str, bundle: str, sizes: dict[str, int], said: str
+) -> None:
+    """Of engines that build nothing too; whether the bundle has their graph or not."""
+    job = {"bundle": str(bundles / bundle), "target": target, "precision": "fp16", **sizes}
+    for dry_run in (True, False):
+        (line,) = accel.warmup({"jobs": [job]}, store=bundles / "store", dry_run=dry_run).engines
+        assert line.status == "failed" and said in str(line.reason)
+
+
+@pytest.mark.parametrize("size", [{"capacity": 160}, {"capacity": None}])
+def test_a_capacity_that_the_model_covers_is_planned(bundles: Path, size: dict[str, int | None]) -> None:
+    job = {"bundle": str(bundles / "llama"), "target": "cuda", "precision": "fp16", **size}
+    (line,) = accel.warmup({"jobs": [job]}, store=bundles / "store", dry_run=True).engines
+    assert line.status in ("hit", "miss")
+
+
+def test_the_help_says_what_a_jobs_file_asks_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "build or warm up the engines that a jobs file names" in " ".join(build_parser().format_help().split())
+    with pytest.raises(SystemExit, match="0"):
+        build_parser().parse_args(["warmup", "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "precisions" in told and "docs/warmup.md" in told
