@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import field
 from pathlib import Path
@@ -20,7 +20,16 @@ from accel.recorded_choices import difference, same_choice
 from accel.runtime.text import TOKENIZER_FILE
 from accel.scheme import Scheme
 from accel.spec import Kind
-from accel.variant_checks import BASE, CANONICAL, check_evaluated, check_integers, check_precision, evaluated, opened
+from accel.variant_checks import (
+    BASE,
+    CANONICAL,
+    check_evaluated,
+    check_integers,
+    check_precision,
+    evaluated,
+    opened,
+    widened,
+)
 from accel.variant_files import GraphFiles
 from accel.variant_targets import CPU, Plan, Target, float_type
 
@@ -301,12 +310,22 @@ class Addition:
             session = evaluated(model, self.bundle, self.target, float_type(self.scheme))
             if self.scheme.quantized or self.scheme.kv_bits is not None:
                 assert self._told is not None
-                result = check_evaluated(self.bundle, self._told, canonical, session)
+                result = check_evaluated(
+                    self.bundle, self._told, canonical, session, lambda: self._in_fp32(canonical)
+                )  # fmt: skip
             else:
                 result = check_precision(self.bundle, self.scheme, self.target, session)
         name = f"{self.variant} for {self.target.title}"
         _log.info("%s: error %.1e of the largest value, limit %.1e", name, result.max_rel_error, result.limit)
         return result
+
+    def _in_fp32(self, canonical: ir.Model) -> Callable[[int, int], Any]:
+        """(rows, capacity) -> a session over the same graph, lowered in fp32."""
+        import onnx_ir as ir
+
+        assert self._told is not None
+        model, _ = self.target.lower(canonical, self.bundle.manifest.arch, self._told, ir.DataType.FLOAT)
+        return evaluated(widened(model), self.bundle, self.target, ir.DataType.FLOAT)
 
     def _measured(self, manifest: Manifest) -> Manifest:
         """The manifest with what the variant costs; without, where floats cannot be measured and no limit is set."""

@@ -82,15 +82,22 @@ class Target:
         """Why it has no graph for models of a kind in a scheme, or None."""
         return refusal(self.name, kind, scheme)
 
-    def lower(self, model: ir.Model, arch: ArchSpec, plan: Plan) -> Lowered:
-        """The lowered graph and what each pass did; ``model`` stays as it is."""
+    def lower(self, model: ir.Model, arch: ArchSpec, plan: Plan, dtype: ir.DataType | None = None) -> Lowered:
+        """The lowered graph and what each pass did; ``model`` stays as it is.
+
+        Args:
+            model: The canonical graph.
+            arch: Its model's.
+            plan: What is to be made of it.
+            dtype: Of what a GPU computes in floats; None: as the plan's scheme says.
+        """
         package = self.package()
         if self.name == CPU:
             return package.lower(
                 model, arch, arch.max_positions, plan.parameters, scheme=plan.scheme,
                 static_scales=plan.static_scales, kv=plan.kv,
             )  # fmt: skip
-        dtype = float_type(plan.scheme)
+        dtype = dtype or float_type(plan.scheme)
         if self.name == TENSORRT:
             scheme, scales = plan.scheme, plan.static_scales
             return package.lower(model, arch, arch.max_positions, dtype, scheme=scheme, static_scales=scales)
