@@ -59,16 +59,14 @@ def exported(made_once: Callable[..., Path]) -> Callable[[str], Path]:
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_decoder(engine: str, name: str, variant: str, exported: Any, tmp_path: Path, record_property: Any) -> None:
-    """Within the precision's limit; greedy tokens wherever the margin exceeds the error."""
+    """Within the precision's limit; greedy tokens wherever the margin exceeds it."""
     bundle = add(exported(name), tmp_path / name, variant, engine)
     found, exact = open_engine(bundle, engine, variant), open_exact(bundle, engine, variant)
     pairs = []
     for steps in COURSES.values():
         ours, theirs = (np.concatenate(run_course(one, draw_rows(), steps)) for one in (found, exact))
         pairs.append((ours, theirs))
-        best = np.partition(theirs, -2, axis=-1)[:, -2:]
-        clear = best[:, 1] - best[:, 0] > 2 * np.abs(ours - theirs).max()
-        assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
+        check_tokens(variant, ours, theirs)
     record_property("error", loss_of(pairs)[0])
     if engine == "ort-cuda":
         assert not found.notes, "decode steps are captured"
@@ -216,6 +214,19 @@ def check(bundle: Bundle, name: str, variant: str, pairs: list[Pair]) -> None:
     elif largest > LIMITS[variant]:
         own = loss_of([*pytorch_pairs(name, variant, OUTPUT_NAMES[bundle.manifest.arch.task])])
         assert largest <= 2 * own[0] and rms <= 2 * own[1], (largest, rms, own)
+
+
+def check_tokens(variant: str, ours: NDArray, theirs: NDArray) -> None:
+    """The best tokens are the same where the second best is farther off than the limit.
+
+    What exceeds the limit, as PyTorch's own results do, may swap tokens that are nearer than twice its error.
+    """
+    limit = 2 * LIMITS["fp16"] if variant in INTEGERS else LIMITS[variant]
+    error, tolerance = np.abs(ours - theirs).max(), limit * np.abs(theirs).max()
+    best = np.partition(theirs, -2, axis=-1)[:, -2:]
+    clear = best[:, 1] - best[:, 0] > (tolerance if error <= tolerance else 2 * error)
+    assert clear.any() or variant == "bf16", "too few tokens are apart"
+    assert (ours.argmax(-1) == theirs.argmax(-1))[clear].all()
 
 
 def pytorch_pairs(name: str, variant: str, names: tuple[str, ...]) -> Iterator[Pair]:
