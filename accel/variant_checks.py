@@ -115,16 +115,20 @@ def check_evaluated(
     try:
         return _compare_integers(bundle, plan, canonical, session, limit, scheme.activations)
     except ParityError as error:
-        if not weights_alone or error.value is None or error.value > ROUNDING:
+        if not weights_alone or error.value is None or error.value > INTEGERS:
             raise
-        lost = error.value
-    found = _compare_integers(bundle, plan, canonical, in_fp32(), SAME, scheme.activations)
+        # Of all cases: the first one above the limit ended the comparison.
+        result = _compare_integers(bundle, plan, canonical, session, INTEGERS, scheme.activations)
+        try:
+            exact = _compare_integers(bundle, plan, canonical, in_fp32(), SAME, scheme.activations)
+        except ParityError as wrong:
+            raise error from wrong
     _log.warning(
-        "%s: the graph is right (%.0e in fp32), but with these integers the model amplifies %s's roundings, up to %.0e "
-        "of the largest value at some tokens: another algorithm (gptq, awq) or group may make a steadier one",
-        scheme.name, found.max_rel_error, scheme.gpu_base, lost,
+        "%s: the same graph in fp32 is right (%.0e), but with these integers the model amplifies %s's roundings, up to "
+        "%.0e of the largest value at some tokens: another algorithm (gptq, awq) or group may make a steadier one",
+        scheme.name, exact.max_rel_error, scheme.gpu_base, result.max_rel_error,
     )  # fmt: skip
-    return dataclasses.replace(found, reference=f"{found.reference}, in fp32")
+    return result
 
 
 def _compare_integers(

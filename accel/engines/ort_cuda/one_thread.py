@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Any, TypeVar
 
+from accel.errors import EngineError
+
 Left = TypeVar("Left")
+_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 
 
 class OneThread:
-    """Calls everything in one thread of its own, whoever asks, one after the other."""
+    """Calls everything in one thread of its own, whoever asks, one after the other.
+
+    It serves as long as anybody may ask: a pool of ``concurrent.futures`` ends with the main thread, when other threads
+    of a program may still be at work.
+    """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="accel-ort-cuda")
+        self._lock, self._calls = Lock(), SimpleQueue[_Call | None]()
+        self._thread = Thread(target=_serve, args=(self._calls,), name="accel-ort-cuda", daemon=True)
+        self._thread.start()
+        self._end = weakref.finalize(self, self._calls.put, None)
+        self._end.atexit = False
 
     def call(self, function: Callable[..., Left], *arguments: Any) -> Left:
-        """What the function returns, or raises. Whoever is interrupted meanwhile still waits until it is done."""
-        future = self._pool.submit(function, *arguments)
+        """What the function returns, or raises. Whoever is interrupted meanwhile still waits until it is done.
+
+        Raises:
+            EngineError: It was closed.
+        """
+        future: Future[Left] = Future()
+        with self._lock:
+            if not self._end.alive:
+                raise EngineError("the decoder session is closed", remedy="Load the bundle again")
+            self._calls.put((future, function, arguments))
         try:
             return future.result()
         finally:
@@ -26,7 +48,19 @@ class OneThread:
 
     def close(self) -> None:
         """Ends the thread. Safe to call twice."""
-        self._pool.shutdown()
+        with self._lock:
+            self._end()
+        self._thread.join()
+
+
+def _serve(calls: SimpleQueue[_Call | None]) -> None:
+    for call in iter(calls.get, None):
+        future, function, arguments = call
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:  # the caller's, whatever it is
+            future.set_exception(error)
+        del call, future, function, arguments  # until the next one comes nothing is held
 
 
 __all__ = ["OneThread"]
