@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +66,19 @@ def test_warm_up_measures_and_load_takes_the_fastest(
             assert model.engine.why.startswith("measured: ")
 
 
+def tokens(model: Any) -> list[list[int]]:
+    """Greedy ones of batches and prompts of several sizes."""
+    prompts = [np.arange(3, 3 + length).tolist() for length in (5, 9, 20, 7, 30, 12)]
+    answers = [model.generate(prompts[:count], max_new_tokens=12, eos_token_id=[]) for count in (1, 2, 6) * 2]
+    return [one.ids for answer in answers for one in answer]
+
+
 @pytest.mark.parametrize("other", ENGINES)
 def test_two_models_on_one_gpu(
     other: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in a thread of its own, from the first calls on, in which kernels are compared and runs recorded."""
-
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))  # no contest was held yet
-
-    def tokens(model: Any) -> list[list[int]]:
-        prompts = [np.arange(3, 3 + length).tolist() for length in (5, 9, 20, 7, 30, 12)]
-        answers = [model.generate(prompts[:count], max_new_tokens=12, eos_token_id=[]) for count in (1, 2, 6) * 2]
-        return [one.ids for answer in answers for one in answer]
 
     def vectors(model: Any) -> list[NDArray]:
         made = []
@@ -104,6 +107,39 @@ def test_two_models_on_one_gpu(
         assert sum(one != other for one, other in zip(found_tokens, expected_tokens, strict=True)) <= 1
         for found, expected in zip(found_vectors, expected_vectors, strict=True):
             assert np.abs(found - expected).max() <= 2e-2 * np.abs(expected).max()
+
+
+def test_decoders_are_loaded_while_others_serve(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime captures as its decoder is loaded, and CUDA refuses what others allocate meanwhile."""
+    monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
+    loaded = threading.Event()
+
+    def serve(model: Any) -> list[list[list[int]]]:
+        found = [tokens(model)]
+        while not loaded.is_set():
+            found.append(tokens(model))
+        return [*found, tokens(model)]
+
+    with ExitStack() as stack:
+        models = [stack.enter_context(accel.load(folder / "llama", engine=name, **SIZES)) for name in ENGINES]
+        pool = stack.enter_context(ThreadPoolExecutor(len(models)))
+        serving = [pool.submit(serve, model) for model in models]
+        try:
+            for _ in range(4):
+                for name in reversed(ENGINES):
+                    with accel.load(folder / "llama", engine=name, **SIZES) as late:
+                        tokens(late)
+                        assert late.engine.name == name, "neither its load nor its run broke"
+        finally:
+            loaded.set()
+        together = [job.result(300) for job in serving]
+        assert [model.engine.name for model in models] == [*ENGINES], "none broke"
+        alone = [tokens(model) for model in models]  # by another thread than they served
+    for served, expected in zip(together, alone, strict=True):
+        for found in served:  # see above for the one
+            assert sum(one != other for one, other in zip(found, expected, strict=True)) <= 1
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
