@@ -8,7 +8,6 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ import accel
 from accel.bundle import Bundle
 from accel.capabilities import MINIMUM_ONNXRUNTIME_GPU
 from accel.engines import open_session
-from accel.engines.capturing import capturing
 from accel.engines.cuda import registry
 from accel.engines.cuda.device import INTERPRETED, Device
 from accel.engines.cuda.program import weight_bytes
@@ -27,6 +25,7 @@ from accel.engines.kv_cache import bytes_per_token
 from accel.engines.session import SessionOptions
 from accel.errors import BundleError, CapacityError, EngineUnavailableError
 from accel.variants import add_variant
+from tests.engines.captures import DISTURBED, others_may_capture
 from tests.graph.test_external import QKV, graph, write
 from tests.parity.families import ALL, build_model
 
@@ -303,12 +302,9 @@ def test_a_load_amid_anothers_capture_is_tried_again(
     load = module.load_program
 
     def disturbed(*arguments: Any) -> Any:
-        with ThreadPoolExecutor(1) as other:
-            tries.append(other.submit(capturing.acquire, blocking=False).result())
-            if tries[-1]:
-                other.submit(capturing.release).result()
+        tries.append(others_may_capture())
         if len(tries) == 1:
-            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nFor debugging")
+            raise RuntimeError(DISTURBED["pytorch"])
         return load(*arguments)
 
     monkeypatch.setattr(module, "load_program", disturbed)

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from accel.bundle import Bundle
 from accel.engines import open_session
-from accel.engines.capturing import capturing
 from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda import decoder as module
 from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
@@ -23,6 +22,7 @@ from accel.engines.padded import PaddedStep
 from accel.engines.session import GreedySession, SessionOptions, StepInputs
 from accel.errors import BundleError, EngineBrokenError, EngineError
 from accel.variants import add_variant
+from tests.engines.captures import DISTURBED, others_may_capture
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu, open_decoder
 
 ROWS, CAPACITY, LIMIT = 3, 64, 5e-5
@@ -179,13 +179,11 @@ def test_nobody_else_captures_meanwhile(bundle: Bundle) -> None:
 
     def look(io: Any, options: Any) -> None:
         if graph_id(options) is not None:
-            with ThreadPoolExecutor(1) as other:
-                free.append(other.submit(capturing.acquire, blocking=False).result())
+            free.append(others_may_capture())
 
     session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(look))
     assert free == [False] * 9
-    assert capturing.acquire(blocking=False)
-    capturing.release()
+    assert others_may_capture()
     session.close()
 
 
@@ -208,19 +206,16 @@ def test_captured_runs_are_one_threads(bundle: Bundle, logits: NDArray) -> None:
     assert not worker.is_alive()
 
 
-@pytest.mark.parametrize("text", ["CUDA failure 900: operation not permitted when stream is capturing ; GPU=0", "906"])
-def test_another_threads_capture_costs_a_second_try(bundle: Bundle, logits: NDArray, text: str) -> None:
+@pytest.mark.parametrize("said", ["onnxruntime", "legacy stream"])
+def test_another_threads_capture_costs_a_second_try(bundle: Bundle, logits: NDArray, said: str) -> None:
     """Another model's, while it is loaded: CUDA gives no memory then."""
     left: list[int] = []
     free: list[bool] = []
 
     def refuse(io: Any, options: Any) -> None:
         if left and left.pop():
-            raise RuntimeError(text if text != "906" else "CUDA failure 906: operation would make the legacy stream")
-        with ThreadPoolExecutor(1) as other:
-            free.append(other.submit(capturing.acquire, blocking=False).result())
-            if free[-1]:
-                other.submit(capturing.release).result()
+            raise RuntimeError(DISTURBED[said])
+        free.append(others_may_capture())
 
     session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(refuse))
     free.clear()

@@ -19,6 +19,7 @@ from accel.engines.ort_cuda.encoder import OrtCudaEncoderSession
 from accel.engines.session import SessionOptions
 from accel.errors import BundleError, EngineBrokenError, EngineError, InputError
 from accel.variants import add_variant
+from tests.engines.captures import DISTURBED
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu, open_encoder
 
 Feeds = dict[str, NDArray]
@@ -145,7 +146,7 @@ def test_another_threads_capture_costs_a_second_try(bundle: Bundle, reference: A
 
     def refuse(io: Any, options: Any) -> None:
         if left and left.pop():
-            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing ; GPU=0")
+            raise RuntimeError(DISTURBED["onnxruntime"])
 
     session = open_encoder(bundle, fake_gpu(refuse))
     check(session, reference, batch(4, 2))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import accel
 from accel import machine
 from accel.bundle import Bundle
 from accel.engines import ENGINES, open_session
-from accel.engines.capturing import capturing
 from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.kv_cache import bytes_per_token
 from accel.engines.ort_cuda import registry
@@ -25,6 +23,7 @@ from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession
 from accel.engines.session import SessionOptions
 from accel.errors import CapacityError, EngineUnavailableError
 from accel.variants import add_variant, is_current
+from tests.engines.captures import DISTURBED, others_may_capture
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu
 
 GIB = 1 << 30
@@ -223,12 +222,9 @@ def test_a_load_amid_anothers_capture_is_tried_again(decoder: Bundle, monkeypatc
     tries: list[bool] = []
 
     def disturbed(*_: Any) -> Any:
-        with ThreadPoolExecutor(1) as other:
-            tries.append(other.submit(capturing.acquire, blocking=False).result())
-            if tries[-1]:
-                other.submit(capturing.release).result()
+        tries.append(others_may_capture())
         if len(tries) == 1:
-            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing ; GPU=0")
+            raise RuntimeError(DISTURBED["onnxruntime"])
         return plain(*_)
 
     plain = OrtCudaDecoderSession._allocate
