@@ -1,8 +1,9 @@
-"""What Python adds to ONNX Runtime's own call in a decode step, with caches that the weights have swept."""
+"""What Python adds to ONNX Runtime's own call in a decode step."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +13,44 @@ import accel
 from accel.runtime.decoder import Decoder
 from tests.conftest import MakeOnce, write_tiny_decoder
 
-LIMIT = 150e-6  # seconds
-TRIES = 60  # machines are noisy: once within the limit is enough
+SWEPT = 150e-6  # seconds, where the weights have just swept the caches
+WARM = 25e-6  # seconds, where nothing has: five times what was measured
+STEPS, TRIES = 61, 20
 
 
-def overheads(decoder: Decoder) -> list[float]:
-    """Seconds per greedy step outside ``run_with_iobinding``, until one is within the limit."""
+class Recorded:
+    """Stands for ONNX Runtime's session and keeps the seconds between its calls: Python's part of a step."""
+
+    def __init__(self, run: Callable[[Any], object]) -> None:
+        self._run, self._end = run, 0.0
+        self.between: list[float] = []
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self.between.append(time.perf_counter() - self._end)
+        self._run(binding)
+        self._end = time.perf_counter()
+
+
+def quickest_step(decoder: Decoder, run: Callable[[Any], object]) -> float:
+    """Seconds outside ``run`` in a greedy call's quickest step.
+
+    A host that takes the processor away does so for 50 to 300 us at a time, and on a busy one it meets most steps.
+    What Python itself needs is in every step.
+    """
     session: Any = decoder._session
-    run, spent = session._session.run_with_iobinding, [0.0]
-
-    def timed(binding: Any) -> None:
-        start = time.perf_counter()
-        run(binding)
-        spent[0] += time.perf_counter() - start
-
-    def outside(steps: int) -> float:
-        spent[0], start = 0.0, time.perf_counter()
-        decoder.generate("The capital of France is", max_new_tokens=steps, do_sample=False, eos_token_id=[])
-        return time.perf_counter() - start - spent[0]
-
-    class Timed:
-        run_with_iobinding = staticmethod(timed)
-
-    outside(10)  # binds what the steps need
-    whole, session._session = session._session, Timed()
-    tries: list[float] = []
-    try:  # what a call costs once, its prompt included, drops out of the difference
-        while len(tries) < TRIES and min(tries, default=1) > LIMIT:
-            tries.append((outside(60) - outside(10)) / 50)
+    whole, session._session = session._session, Recorded(run)
+    try:
+        decoder.generate("The capital of France is", max_new_tokens=STEPS, do_sample=False, eos_token_id=[])
+        between = session._session.between[1:]
     finally:
         session._session = whole
-    return tries
+    assert len(between) == STEPS - 1
+    return min(between)
+
+
+def within(limit: float, measure: Callable[[], float]) -> bool:
+    """Whether one of the tries is: machines are noisy."""
+    return any(measure() <= limit for _ in range(TRIES))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +62,23 @@ def wide_vocabulary(made_once: MakeOnce) -> Path:
     return made_once("wide_vocabulary", lambda out: accel.export(source, out))
 
 
-@pytest.mark.parametrize("bundle", ["smollm2_bundle", "wide_vocabulary"])
-def test_python_per_decode_step(bundle: str, request: pytest.FixtureRequest) -> None:
-    with accel.load(request.getfixturevalue(bundle), engine="ort-cpu", capacity=512, max_batch=1) as decoder:
-        assert min(overheads(decoder)) <= LIMIT
+@pytest.fixture(params=["smollm2_bundle", "wide_vocabulary"])
+def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
+    bundle = request.getfixturevalue(request.param)
+    with accel.load(bundle, engine="ort-cpu", capacity=512, max_batch=1) as loaded:
+        loaded.generate("The capital of France is", max_new_tokens=10, eos_token_id=[])  # binds what the steps need
+        yield loaded
+
+
+def test_python_per_decode_step(decoder: Decoder) -> None:
+    assert within(WARM, lambda: quickest_step(decoder, lambda binding: None))
+
+
+@pytest.mark.parametrize("decoder", ["wide_vocabulary"], indirect=True)
+def test_python_per_decode_step_where_the_weights_swept_the_caches(decoder: Decoder) -> None:
+    """Of the wide model alone: SmolLM2's 540 MB leave the last cache too, and each line then comes from memory.
+
+    That measures the host: 5 us of Python took 104 to 170 us where a cold access took 0.32 to 0.49 us.
+    """
+    run = decoder._session._session.run_with_iobinding  # type: ignore[attr-defined]
+    assert within(SWEPT, lambda: quickest_step(decoder, run))
