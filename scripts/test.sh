@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them all. At most 20 minutes on two cores. Safe to run twice.
+# Installs what the tests need and runs them all. Half an hour on two cores. Safe to run twice.
 # Arguments go to pytest. Settings: see scripts/install.sh, and
 #   ACCEL_TEST_WORKERS  processes that share the tests (default 2; 0: none but pytest itself)
 set -euo pipefail

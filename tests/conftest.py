@@ -13,10 +13,13 @@ from filelock import FileLock
 
 import accel
 from accel.machine import has_nvidia_device
+from tests.triton_interpreter import patch_language_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 if not has_nvidia_device():  # Triton looks at it where a kernel is defined
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    patch_language_once()
 
 TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
