@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -31,12 +32,8 @@ class Recorded:
         self._end = time.perf_counter()
 
 
-def quickest_step(decoder: Decoder, run: Callable[[Any], object]) -> float:
-    """Seconds outside ``run`` in a greedy call's quickest step.
-
-    A host that takes the processor away does so for 50 to 300 us at a time, and on a busy one it meets most steps.
-    What Python itself needs is in every step.
-    """
+def steps(decoder: Decoder, run: Callable[[Any], object]) -> list[float]:
+    """Seconds outside ``run`` in each step of a greedy call, the quickest first."""
     session: Any = decoder._session
     whole, session._session = session._session, Recorded(run)
     try:
@@ -45,12 +42,15 @@ def quickest_step(decoder: Decoder, run: Callable[[Any], object]) -> float:
     finally:
         session._session = whole
     assert len(between) == STEPS - 1
-    return min(between)
+    return sorted(between)
 
 
-def within(limit: float, measure: Callable[[], float]) -> bool:
-    """Whether one of the tries is: machines are noisy."""
-    return any(measure() <= limit for _ in range(TRIES))
+def best(limit: float, measure: Callable[[], float]) -> float:
+    """The least of some tries, until one is within the limit: machines are noisy."""
+    tries: list[float] = []
+    while len(tries) < TRIES and min(tries, default=1) > limit:
+        tries.append(measure())
+    return min(tries)
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +71,15 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[Decoder]:
 
 
 def test_python_per_decode_step(decoder: Decoder) -> None:
-    assert within(WARM, lambda: quickest_step(decoder, lambda binding: None))
+    assert best(WARM, lambda: median(steps(decoder, lambda binding: None))) <= WARM
 
 
 @pytest.mark.parametrize("decoder", ["wide_vocabulary"], indirect=True)
 def test_python_per_decode_step_where_the_weights_swept_the_caches(decoder: Decoder) -> None:
-    """Of the wide model alone: SmolLM2's 540 MB leave the last cache too, and each line then comes from memory.
+    """In the quickest step: a busy host takes the processor away for 50 to 300 us at a time, in most steps.
 
-    That measures the host: 5 us of Python took 104 to 170 us where a cold access took 0.32 to 0.49 us.
+    Of the wide model alone: SmolLM2's 540 MB leave the last cache too, and each line then comes from memory. That
+    measures the host: 5 us of Python took 104 to 184 us where a cold access took 0.32 to 0.49 us.
     """
     run = decoder._session._session.run_with_iobinding  # type: ignore[attr-defined]
-    assert within(SWEPT, lambda: quickest_step(decoder, run))
+    assert best(SWEPT, lambda: steps(decoder, run)[0]) <= SWEPT
