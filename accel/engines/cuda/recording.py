@@ -24,14 +24,30 @@ def recording(graph: Any, pool: Any = None) -> Iterator[None]:
         pool: Of its memory; None: its own.
 
     Raises:
-        RuntimeError: It failed. The stream is what it was.
+        RuntimeError: It failed. The stream is what it was, and memory is given back as before.
     """
-    with (
-        capturing,
-        torch.cuda.stream(torch.cuda.current_stream()),  # a recording that fails leaves its own stream current
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-    ):
-        yield
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    with capturing, torch.cuda.stream(torch.cuda.current_stream()):  # what fails leaves its own stream current
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            _end_allocation(pool)
+            raise
+
+
+def _end_allocation(pool: Any) -> None:
+    """What PyTorch leaves undone where CUDA refuses a recording's begin or, before 2.12, its end (PyTorch's #180395).
+
+    To PyTorch a recording would be under way for ever: no memory would go back to the driver, nor be freed for others.
+    """
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # PyTorch has ended it
+    if torch.__version__ < "2.12":  # later ones release it with the graph, or will
+        torch._C._cuda_releasePool(device, pool)
 
 
 __all__ = ["recording"]

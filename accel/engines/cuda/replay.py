@@ -10,11 +10,11 @@ from weakref import WeakMethod
 
 import torch
 
-from accel.engines.cuda.device import Device, first_line, is_full
+from accel.engines.cuda.device import Device, first_line
 from accel.engines.cuda.recording import recording
 
 _log = logging.getLogger("accel")
-_LATER = (16, 256, 4096)  # calls until what lacked memory to be recorded is tried again, each time
+_LATER = (16, 256, 4096)  # calls until what could not be recorded is tried again, each time
 
 
 class Replay:
@@ -57,7 +57,8 @@ class Replay:
 
     def _put_off(self, error: RuntimeError) -> None:
         # A recording takes memory beside what runs take: raised, its lack would fail a request that runs without one.
-        said, calls = first_line(error), next(self._later, None) if is_full(error) else None
+        # Other threads' calls end recordings too: ONNX Runtime's, which wait for the whole device.
+        said, calls = first_line(error), next(self._later, None)
         if calls is None:
             self.failure = said
             _log.warning("a run could not be recorded as a CUDA graph and goes on without: %s", said)
@@ -65,8 +66,8 @@ class Replay:
             self._left = calls
             _log.warning("a run goes on without a CUDA graph for %d calls, then it is recorded: %s", calls, said)
         self._device.synchronize()
-        if calls is None or not isinstance(error, torch.cuda.OutOfMemoryError):
-            self._device.pool = None  # what was recorded half way holds on to it, unless PyTorch ended that properly
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            self._device.pool = None  # what was recorded half way may hold on to it, or have been its only user
 
     def _call(self) -> None:
         run = self._run()
