@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.capturing import capturing, undisturbed
-from accel.engines.gpu_memory import OutOfMemoryError
+from accel.engines.gpu_memory import OutOfMemoryError, let_go
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
@@ -26,7 +26,7 @@ from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
 from accel.engines.padded import PaddedStep, StepPadder
 from accel.engines.session import ChosenTokens, Draws, EngineInfo, StepInputs
-from accel.errors import AccelError, BundleError, EngineBrokenError
+from accel.errors import AccelError, BundleError, EngineBrokenError, EngineError
 from accel.manifest import Manifest
 from accel.scheme import gpu_type
 
@@ -38,6 +38,7 @@ LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
 MAX_LOGITS = 32  # rows of logits of one run
 UNCAPTURED = "-1"  # ONNX Runtime's id of runs that are not
 WARM_RUNS = 3  # before a graph is replayed: one that warms up, one that captures, one that proves it
+CAPTURE_TRIES = 4  # what others allocate ends a capture; each of their threads then waits until the session is open
 _STEP = "decoder step"  # where errors happen
 _log = logging.getLogger(__name__)
 
@@ -103,11 +104,9 @@ class OrtCudaDecoderSession:
         self._padder = StepPadder(
             shape.rows, shape.capacity, self._batches, (), most, self._most_logits, side_by_side=MAX_TOKENS
         )
-        self._opening = True
         if self._captures:
             with capturing:
                 self._capture_batches()
-        self._opening = False
         self._drawer = self._open_drawer() if provider.is_cuda else None
         if self._drawer is None:
             self.sample = None  # type: ignore[method-assign,assignment]
@@ -218,6 +217,24 @@ class OrtCudaDecoderSession:
         return _Memory(Caches(caches, shapes, dtype), RowCopier(provider, dtype), logits, token, logit)
 
     def _capture_batches(self) -> None:
+        """Captures every decode batch; all of them anew, in a new session, where that fails, and at last none."""
+        for left in reversed(range(CAPTURE_TRIES)):
+            try:
+                self._run_batches()
+                return
+            except OutOfMemoryError:
+                raise
+            except EngineError as error:
+                _log.info("%s: CUDA graphs could not be captured: %s", NAME, error)
+                if not left:
+                    self._note_uncaptured(error)
+                let_go(error)
+            self._kept.clear()
+            self._session, self._broken = None, None  # its memory first
+            self._session = self._open()
+        self._run_batches()
+
+    def _run_batches(self) -> None:
         """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""
         empty = np.zeros(self.max_batch, np.int32)
         for count in self._batches:
@@ -292,14 +309,7 @@ class OrtCudaDecoderSession:
         try:
             return undisturbed(partial(self._run_bound, run, feeds, options))
         except Exception as error:
-            # No name for what is raised: it would hold this frame, and that it, and what a failed load held would stay.
-            if not (captured and self._opening) or isinstance(run_error(error, _STEP), OutOfMemoryError):
-                raise run_error(error, _STEP) from error
-            self._note_uncaptured(run_error(error, _STEP))
-        self._kept.clear()
-        self._session = None  # its memory first
-        self._session = self._open()
-        return self._run_whole(run)
+            raise run_error(error, _STEP) from error
 
     def _run_bound(self, run: PaddedStep, feeds: dict[str, NDArray], options: Any) -> StepBinding:
         binding = self._bind(run, feeds)

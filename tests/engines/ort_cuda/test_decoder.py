@@ -17,7 +17,7 @@ from accel.bundle import Bundle
 from accel.engines import open_session
 from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda import decoder as module
-from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
+from accel.engines.ort_cuda.decoder import CAPTURE_TRIES, WARM_RUNS, OrtCudaDecoderSession, halves
 from accel.engines.padded import PaddedStep
 from accel.engines.session import GreedySession, SessionOptions, StepInputs
 from accel.errors import BundleError, EngineBrokenError, EngineError
@@ -228,6 +228,28 @@ def test_another_threads_capture_costs_a_second_try(bundle: Bundle, logits: NDAr
     session.close()
 
 
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_capture_that_others_end_is_made_again(
+    bundle: Bundle, logits: NDArray, fails: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others that serve allocate, until they wait for the lock."""
+    captured: list[str | None] = []
+
+    def fail(io: Any, options: Any) -> None:
+        captured.append(graph_id(options))
+        if captured[-1] == "2" and captured.count("2") <= fails:
+            raise RuntimeError("CUDA failure 901: operation failed due to a previous error during capture ; GPU=0")
+
+    gpu = fake_gpu(fail)
+    session = open_decoder(bundle, ROWS, CAPACITY, gpu)
+    assert gpu.opened == [True] * (1 + fails) and not session.notes and not caplog.records
+    assert captured.count("1") == WARM_RUNS * (1 + fails), "a new session has none of the old one's graphs"
+    step(session, [(0, 0, 5), (1, 0, 4)], [])
+    assert np.abs(step(session, [(0, 5, 6), (1, 4, 5)], [0, 1]) - logits[[5, 4]]).max() < LIMIT
+    assert captured[-1] == "2"
+    session.close()
+
+
 def test_a_failed_capture_is_noted_and_runs_go_on(
     bundle: Bundle, logits: NDArray, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,7 +259,7 @@ def test_a_failed_capture_is_noted_and_runs_go_on(
 
     gpu = fake_gpu(fail)
     session = open_decoder(bundle, ROWS, CAPACITY, gpu)
-    assert gpu.opened == [True, False]
+    assert gpu.opened == [True] * CAPTURE_TRIES + [False]
     assert len(session.notes) == 1 and "CUDA graphs are off: CUDA failed: CUDA failure 900" in session.notes[0]
     assert session.notes[0] in caplog.text
     step(session, [(0, 0, 5), (1, 0, 4)], [])
