@@ -20,13 +20,13 @@ from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
 from accel.engines.ort_cuda.feeds import step_feeds
 from accel.engines.ort_cuda.memory import Allocator
-from accel.engines.ort_cuda.one_thread import OneThread
 from accel.engines.ort_cuda.provider import NAME, Provider, run_error
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
+from accel.engines.ort_cuda.threads import RunThreads
 from accel.engines.padded import PaddedStep, StepPadder
 from accel.engines.session import ChosenTokens, Draws, EngineInfo, StepInputs
-from accel.errors import AccelError, BundleError, EngineBrokenError, EngineError
+from accel.errors import AccelError, BundleError, EngineBrokenError
 from accel.manifest import Manifest
 from accel.scheme import gpu_type
 
@@ -38,7 +38,7 @@ LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
 MAX_LOGITS = 32  # rows of logits of one run
 UNCAPTURED = "-1"  # ONNX Runtime's id of runs that are not
 WARM_RUNS = 3  # before a graph is replayed: one that warms up, one that captures, one that proves it
-CAPTURE_TRIES = 4  # what others allocate ends a capture; each of their threads then waits until the session is open
+CAPTURE_TRIES = 8  # of a session: what others allocate ends a capture; each of their threads then waits for it
 _STEP = "decoder step"  # where errors happen
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class OrtCudaDecoderSession:
 
     One-token rows run together, in batches of powers of two; so do neighbours' first prompts of about one length. A
     row with more tokens runs alone else, on its own slice of the cache, in chunks. One-token runs from row 0 on are
-    captured as CUDA graphs when the session is opened, and all runs are one thread's then.
+    captured as CUDA graphs when the session is opened, and by other threads with their first run of each batch.
     """
 
     mixed_steps = True
@@ -92,7 +92,7 @@ class OrtCudaDecoderSession:
         self._kept: dict[tuple[int, int], StepBinding] = {}
         self._session: Any = None
         self._captures = capture and provider.is_cuda and shape.capacity > 1
-        self._thread = OneThread() if self._captures else None
+        self._threads, self._tries = RunThreads(), CAPTURE_TRIES
         self._names = [f"{index}.{part}" for index in range(len(arch.layers)) for part in ("key", "value")]
         self._session = self._open()
         self._check_names()
@@ -176,8 +176,7 @@ class OrtCudaDecoderSession:
                 self._drawer.close()
             self._session = self._drawer = None
             del self._memory
-            if self._thread is not None:
-                self._thread.close()
+            self._threads.close()
 
     # Opening
 
@@ -217,35 +216,15 @@ class OrtCudaDecoderSession:
         return _Memory(Caches(caches, shapes, dtype), RowCopier(provider, dtype), logits, token, logit)
 
     def _capture_batches(self) -> None:
-        """Captures every decode batch; all of them anew, in a new session, where that fails, and at last none."""
-        for left in reversed(range(CAPTURE_TRIES)):
-            try:
-                self._run_batches()
-                return
-            except OutOfMemoryError:
-                raise
-            except EngineError as error:
-                _log.info("%s: CUDA graphs could not be captured: %s", NAME, error)
-                if not left:
-                    self._note_uncaptured(error)
-                let_go(error)
-            self._kept.clear()
-            self._session, self._broken = None, None  # its memory first
-            self._session = self._open()
-        self._run_batches()
-
-    def _run_batches(self) -> None:
         """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""
         empty = np.zeros(self.max_batch, np.int32)
-        for count in self._batches:
+        while self._captures and (missing := [count for count in self._batches if count not in self._threads.graphs()]):
+            count = missing[0]
             taking = empty.copy()
             taking[:count] = 1
             ids = np.zeros(count, np.int64)
-            for _ in range(WARM_RUNS):
-                for _run in self._runs(StepInputs(ids, ids, taking, empty, np.arange(count))):
-                    pass
-            if not self._captures:
-                return
+            for _run in self._runs(StepInputs(ids, ids, taking, empty, np.arange(count))):
+                pass
 
     def _open_drawer(self) -> Drawer | None:
         """What draws tokens on the device, its kernels compiled; None: the host does."""
@@ -301,22 +280,63 @@ class OrtCudaDecoderSession:
         yield run, binding
 
     def _run_whole(self, run: PaddedStep) -> StepBinding:
-        feeds = step_feeds(run)
-        captured = self._captures and run.input_ids.shape[1] == 1 and run.first == 0
-        if captured:  # an upper bound serves all later steps: a graph keeps what lay on the host
-            feeds["total_length"] = np.array(self.capacity, np.int32)
-        options = self._options(len(run.input_ids) if captured else None)
+        feeds, graph = step_feeds(run), None
+        if self._captures and run.input_ids.shape[1] == 1 and run.first == 0:
+            graph = len(run.input_ids)
+            feeds["total_length"] = np.array(self.capacity, np.int32)  # what lay on the host stays in the graph
         try:
-            return undisturbed(partial(self._run_bound, run, feeds, options))
+            if graph is None or graph in self._threads.graphs():
+                return undisturbed(partial(self._run_bound, run, feeds, graph))
+            with capturing:
+                return self._capture(run, feeds, graph)
         except Exception as error:
             raise run_error(error, _STEP) from error
 
-    def _run_bound(self, run: PaddedStep, feeds: dict[str, NDArray], options: Any) -> StepBinding:
+    def _capture(self, run: PaddedStep, feeds: dict[str, NDArray], graph: int) -> StepBinding:
+        """Runs it until its graph is there: each time writes the same. Where that fails, in a new session or without.
+
+        Raises:
+            EngineBrokenError: There is no new session.
+            Exception: ONNX Runtime's, where memory is full, or it does not run without a graph either.
+        """
+        while self._captures:
+            try:
+                for _ in range(WARM_RUNS):
+                    binding = self._run_bound(run, feeds, graph)
+                self._threads.graphs().add(graph)
+                return binding
+            except Exception as error:
+                failed = run_error(error, _STEP)
+                if isinstance(failed, OutOfMemoryError):
+                    raise
+                _log.info("%s: CUDA graphs could not be captured: %s", NAME, failed)
+                self._tries -= 1
+                if not self._tries:
+                    self._note_uncaptured(failed)
+                let_go(error)
+                del failed
+            self._reopen()
+        return self._run_bound(run, feeds, None)
+
+    def _reopen(self) -> None:
+        self._kept.clear()
+        self._threads.forget()
+        self._session = None  # its memory first
+        try:
+            self._session = self._open()
+        except AccelError as error:
+            what = f"the graph could not be opened again after a capture had failed: {error.what}"
+            raise EngineBrokenError(what, where=error.where, remedy=error.remedy) from error
+
+    def _run_bound(self, run: PaddedStep, feeds: dict[str, NDArray], graph: int | None) -> StepBinding:
+        """Runs what belongs to a graph, or to none."""
         binding = self._bind(run, feeds)
-        if self._thread is None:
-            binding.run(options)
-        else:
-            self._thread.call(binding.run, options)
+        if not self._captures:
+            binding.run(None)
+            return binding
+        options = self._provider.ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", UNCAPTURED if graph is None else str(graph))
+        self._threads.call(binding.run, options)
         return binding
 
     def _bind(self, run: PaddedStep, feeds: dict[str, NDArray]) -> StepBinding:
@@ -331,14 +351,6 @@ class OrtCudaDecoderSession:
         if width == 1:
             self._kept[run.first, rows] = made
         return made
-
-    def _options(self, graph: int | None) -> Any:
-        """Of a run that belongs to a graph, or to none."""
-        if not self._captures:
-            return None
-        options = self._provider.ort.RunOptions()
-        options.add_run_config_entry("gpu_graph_id", UNCAPTURED if graph is None else str(graph))
-        return options
 
     def _note_uncaptured(self, error: AccelError) -> None:
         """From here on runs are not captured."""

@@ -1,12 +1,8 @@
-"""The decoder session's own logic on the CPU provider: bindings, padding, ragged rows, copies, graphs, faults."""
+"""The decoder session's own logic on the CPU provider: bindings, padding, ragged rows, copies, faults."""
 
 from __future__ import annotations
 
-import shutil
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,35 +10,14 @@ import pytest
 from numpy.typing import NDArray
 
 from accel.bundle import Bundle
-from accel.engines import open_session
 from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda import decoder as module
-from accel.engines.ort_cuda.decoder import CAPTURE_TRIES, WARM_RUNS, OrtCudaDecoderSession, halves
+from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
 from accel.engines.padded import PaddedStep
-from accel.engines.session import GreedySession, SessionOptions, StepInputs
+from accel.engines.session import GreedySession
 from accel.errors import BundleError, EngineBrokenError, EngineError
-from accel.variants import add_variant
-from tests.engines.captures import DISTURBED, others_may_capture
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu, open_decoder
-
-ROWS, CAPACITY, LIMIT = 3, 64, 5e-5
-IDS = np.random.default_rng(1).integers(0, 250, 48)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_decoder_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = shutil.copytree(tiny_decoder_bundle, tmp_path_factory.mktemp("ort_cuda") / "bundle")
-    return add_variant(folder, "fp32", target="ort-cuda", check=False)
-
-
-@pytest.fixture(scope="module")
-def logits(bundle: Bundle) -> NDArray[np.float32]:
-    """Of IDS, from the fp32 engine."""
-    session: Any = open_session(bundle, engine="ort-cpu", options=SessionOptions(1, CAPACITY, 1)).session
-    one = np.array([len(IDS)], np.int32)
-    found = session.step(StepInputs(IDS, np.arange(len(IDS)), one, 0 * one, np.arange(len(IDS)))).copy()
-    session.close()
-    return found  # type: ignore[no-any-return]
+from tests.engines.ort_cuda.steps import CAPACITY, LIMIT, ROWS, inputs, step
 
 
 @pytest.fixture(params=["plain", "captured"])
@@ -50,20 +25,6 @@ def session(bundle: Bundle, request: pytest.FixtureRequest) -> Iterator[OrtCudaD
     opened = open_decoder(bundle, ROWS, CAPACITY, CPU if request.param == "plain" else fake_gpu())
     yield opened
     opened.close()
-
-
-def inputs(rows: list[tuple[int, int, int]], wanted: list[int], count: int = ROWS) -> StepInputs:
-    """IDS[start:stop] in each given row (row, start, stop), with ``start`` tokens in its cache."""
-    query, past = np.zeros(count, np.int32), np.zeros(count, np.int32)
-    positions: list[int] = []
-    for row, start, stop in rows:
-        query[row], past[row] = stop - start, start
-        positions += range(start, stop)
-    return StepInputs(IDS[positions], np.array(positions), query, past, np.array(wanted, np.int64))
-
-
-def step(session: OrtCudaDecoderSession, rows: list[tuple[int, int, int]], wanted: list[int]) -> NDArray[np.float32]:
-    return session.step(inputs(rows, wanted, session.max_batch))
 
 
 def test_info(session: OrtCudaDecoderSession) -> None:
@@ -152,137 +113,6 @@ def test_a_graph_of_another_target(bundle: Bundle) -> None:
     graph = bundle.file(bundle.graph("fp32", "ort-cpu").file)
     with pytest.raises(BundleError, match=r"lacks input_ids, step_shape.*accel quantize|lacks step_shape"):
         OrtCudaDecoderSession(graph, bundle.manifest, "fp32", CPU, CacheShape(1, 8))
-
-
-# CUDA graphs
-
-
-def graph_id(options: Any) -> str | None:
-    return options.get_run_config_entry("gpu_graph_id") if options is not None else None
-
-
-def test_decode_batches_are_captured_at_opening(bundle: Bundle, logits: NDArray) -> None:
-    runs: list[str | None] = []
-    gpu = fake_gpu(lambda io, options: None if options is None else runs.append(graph_id(options)))
-    session = open_decoder(bundle, ROWS, CAPACITY, gpu)
-    assert gpu.opened == [True] and runs == ["1"] * 3 + ["2"] * 3 + ["3"] * 3
-    runs.clear()
-    found = step(session, [(0, 0, 5), (1, 0, 4)], [4])
-    assert np.abs(found - logits[[4]]).max() < LIMIT and runs == ["-1"], "prompts are not"
-    step(session, [(0, 5, 6), (1, 4, 5)], [0, 1])
-    assert runs[1:] == ["2"] and session.notes == []
-    session.close()
-
-
-def test_nobody_else_captures_meanwhile(bundle: Bundle) -> None:
-    free: list[bool] = []
-
-    def look(io: Any, options: Any) -> None:
-        if graph_id(options) is not None:
-            free.append(others_may_capture())
-
-    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(look))
-    assert free == [False] * 9
-    assert others_may_capture()
-    session.close()
-
-
-def test_captured_runs_are_one_threads(bundle: Bundle, logits: NDArray) -> None:
-    """ONNX Runtime keeps graphs by thread; whoever serves calls from any."""
-    threads: set[int] = set()
-
-    def note(io: Any, options: Any) -> None:
-        if options is not None:  # a decoder run, of a prompt or a token; not what allocates
-            threads.add(threading.get_ident())
-
-    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(note))
-    step(session, [(0, 0, 3)], [2])
-    with ThreadPoolExecutor(1) as other:
-        found = other.submit(step, session, [(0, 3, 4)], [0]).result()
-    assert np.abs(found - logits[[3]]).max() < LIMIT
-    assert len(threads) == 1 and threads != {threading.get_ident()}
-    worker = next(thread for thread in threading.enumerate() if {thread.ident} == threads)
-    session.close()
-    assert not worker.is_alive()
-
-
-@pytest.mark.parametrize("said", ["onnxruntime", "legacy stream"])
-def test_another_threads_capture_costs_a_second_try(bundle: Bundle, logits: NDArray, said: str) -> None:
-    """Another model's, while it is loaded: CUDA gives no memory then."""
-    left: list[int] = []
-    free: list[bool] = []
-
-    def refuse(io: Any, options: Any) -> None:
-        if left and left.pop():
-            raise RuntimeError(DISTURBED[said])
-        free.append(others_may_capture())
-
-    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(refuse))
-    free.clear()
-    left.append(1)
-    assert np.abs(step(session, [(0, 0, 3)], [2]) - logits[[2]]).max() < LIMIT
-    assert free == [False], "nobody captured the second time"
-    left[:] = [1, 1]
-    with pytest.raises(EngineBrokenError, match="CUDA failure 90"):
-        step(session, [(0, 3, 4)], [0])
-    session.close()
-
-
-@pytest.mark.parametrize("fails", [1, 2])
-def test_a_capture_that_others_end_is_made_again(
-    bundle: Bundle, logits: NDArray, fails: int, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Others that serve allocate, until they wait for the lock."""
-    captured: list[str | None] = []
-
-    def fail(io: Any, options: Any) -> None:
-        captured.append(graph_id(options))
-        if captured[-1] == "2" and captured.count("2") <= fails:
-            raise RuntimeError("CUDA failure 901: operation failed due to a previous error during capture ; GPU=0")
-
-    gpu = fake_gpu(fail)
-    session = open_decoder(bundle, ROWS, CAPACITY, gpu)
-    assert gpu.opened == [True] * (1 + fails) and not session.notes and not caplog.records
-    assert captured.count("1") == WARM_RUNS * (1 + fails), "a new session has none of the old one's graphs"
-    step(session, [(0, 0, 5), (1, 0, 4)], [])
-    assert np.abs(step(session, [(0, 5, 6), (1, 4, 5)], [0, 1]) - logits[[5, 4]]).max() < LIMIT
-    assert captured[-1] == "2"
-    session.close()
-
-
-def test_a_failed_capture_is_noted_and_runs_go_on(
-    bundle: Bundle, logits: NDArray, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(io: Any, options: Any) -> None:
-        if graph_id(options) == "2":
-            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
-
-    gpu = fake_gpu(fail)
-    session = open_decoder(bundle, ROWS, CAPACITY, gpu)
-    assert gpu.opened == [True] * CAPTURE_TRIES + [False]
-    assert len(session.notes) == 1 and "CUDA graphs are off: CUDA failed: CUDA failure 900" in session.notes[0]
-    assert session.notes[0] in caplog.text
-    step(session, [(0, 0, 5), (1, 0, 4)], [])
-    assert np.abs(step(session, [(0, 5, 6), (1, 4, 5)], [0, 1]) - logits[[5, 4]]).max() < LIMIT
-    session.close()
-
-
-def test_a_session_that_refuses_capture_is_opened_without(bundle: Bundle) -> None:
-    gpu = fake_gpu()
-    plain = type(gpu).open
-
-    def refuse(self: Any, graph: Any, capture: bool = False) -> Any:
-        if capture:
-            raise EngineError("nodes are not all on CUDA")
-        return plain(self, graph, capture)
-
-    type(gpu).open = refuse  # type: ignore[method-assign]
-    try:
-        session = open_decoder(bundle, ROWS, CAPACITY, gpu)
-    finally:
-        type(gpu).open = plain  # type: ignore[method-assign]
-    assert session.notes == ["CUDA graphs are off: nodes are not all on CUDA"]
-    session.close()
 
 
 # Faults
