@@ -19,7 +19,7 @@ _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class RunThreads:
     """Where runs happen: the first threads that ask run by themselves, all others' runs are in one thread of our own.
 
-    What ONNX Runtime makes for a thread stays as long as the session. A change of threads takes time: 0.1 to 0.3 ms for
+    What ONNX Runtime makes for a thread stays as long as the session. A change of threads takes time: 0.1 to 0.4 ms for
     a token of 1.8 to 2.5 on an H100's host, and 1 ms more for a prompt of 128.
     """
 
