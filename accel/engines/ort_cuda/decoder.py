@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from accel.engines.capturing import capturing, undisturbed
-from accel.engines.gpu_memory import OutOfMemoryError, let_go
+from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.kv_cache import CacheShape
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
@@ -301,10 +301,7 @@ class OrtCudaDecoderSession:
         """
         while self._captures:
             try:
-                for _ in range(WARM_RUNS):
-                    binding = self._run_bound(run, feeds, graph)
-                self._threads.graphs().add(graph)
-                return binding
+                return self._run_until_captured(run, feeds, graph)
             except Exception as error:
                 failed = run_error(error, _STEP)
                 if isinstance(failed, OutOfMemoryError):
@@ -313,20 +310,26 @@ class OrtCudaDecoderSession:
                 self._tries -= 1
                 if not self._tries:
                     self._note_uncaptured(failed)
-                let_go(error)
-                del failed
-            self._reopen()
+            self._reopen()  # not while the error is handled: its frames hold the session
         return self._run_bound(run, feeds, None)
 
+    def _run_until_captured(self, run: PaddedStep, feeds: dict[str, NDArray], graph: int) -> StepBinding:
+        for _ in range(WARM_RUNS):
+            binding = self._run_bound(run, feeds, graph)
+        self._threads.graphs().add(graph)
+        return binding
+
     def _reopen(self) -> None:
+        what = "the graph could not be opened again after a capture had failed"
+        self._broken = EngineBrokenError(what, where=_STEP, remedy="Load the bundle again")  # if it is interrupted
         self._kept.clear()
         self._threads.forget()
         self._session = None  # its memory first
         try:
             self._session = self._open()
         except AccelError as error:
-            what = f"the graph could not be opened again after a capture had failed: {error.what}"
-            raise EngineBrokenError(what, where=error.where, remedy=error.remedy) from error
+            raise EngineBrokenError(f"{what}: {error.what}", where=error.where, remedy=error.remedy) from error
+        self._broken = None
 
     def _run_bound(self, run: PaddedStep, feeds: dict[str, NDArray], graph: int | None) -> StepBinding:
         """Runs what belongs to a graph, or to none."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from numpy.typing import NDArray
 from accel.bundle import Bundle
 from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.ort_cuda.decoder import CAPTURE_TRIES, WARM_RUNS
+from accel.engines.ort_cuda.threads import OWN_THREADS
 from accel.errors import EngineBrokenError, EngineError
 from tests.engines.captures import DISTURBED, others_may_capture
 from tests.engines.ort_cuda.stand_in import fake_gpu, open_decoder
@@ -183,6 +187,48 @@ def test_a_capture_that_fails_in_use(bundle: Bundle, logits: NDArray) -> None:
     assert np.abs(found - logits[[3]]).max() < LIMIT and gpu.opened == [True] * 2
     assert np.abs(step(session, [(0, 4, 5)], [0]) - logits[[4]]).max() < LIMIT
     assert runs == [(other, "1")] * (1 + WARM_RUNS) + [(threading.get_ident(), "1")] * WARM_RUNS
+    session.close()
+
+
+@pytest.mark.parametrize("others", [0, 1, OWN_THREADS])
+def test_the_session_of_a_failed_capture_goes_first(
+    bundle: Bundle, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that holds the weights once need not hold them twice: at opening, in another thread, in the shared one."""
+    good = [] if others else [1]  # runs of graph 1 until one fails
+    opened: list[weakref.ref[Any]] = []
+    left: list[int] = []
+
+    def fail(io: Any, options: Any) -> None:
+        if good and graph_id(options) == "1":
+            good[0] -= 1
+            if good[0] < 0:
+                good.clear()
+                raise RuntimeError(ENDED)
+
+    gpu = fake_gpu(fail)
+    plain = type(gpu).open
+
+    def counted(self: Any, graph: Any, capture: bool = False) -> Any:
+        session = plain(self, graph, capture)
+        if capture:
+            left.append(sum(one() is not None for one in opened))
+            opened.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(type(gpu), "open", counted)
+    gc.disable()
+    try:
+        session = open_decoder(bundle, ROWS, CAPACITY, gpu)
+        step(session, [(0, 0, 3), (1, 0, 2)], [])
+        with ExitStack() as stack:
+            for left_to_come in reversed(range(others)):
+                good[:] = [] if left_to_come else [1]
+                pool = stack.enter_context(ThreadPoolExecutor(1))
+                pool.submit(step, session, [(0, 3, 4), (1, 2, 9)], [0, 7]).result()  # a token and a prompt
+        assert left == [0, 0]
+    finally:
+        gc.enable()
     session.close()
 
 
