@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import threading
@@ -114,7 +113,6 @@ def test_decoders_are_loaded_while_others_serve(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """ONNX Runtime captures as its decoder is loaded; CUDA refuses what others allocate then, and ends the capture."""
-    caplog.set_level(logging.INFO, "accel")
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
     loaded = threading.Event()
 
@@ -139,7 +137,6 @@ def test_decoders_are_loaded_while_others_serve(
         together = [job.result(300) for job in serving]
         assert [model.engine.name for model in models] == [*ENGINES], "none broke"
         alone = [tokens(model) for model in models]  # by another thread than they served
-    print("\n".join(record.message for record in caplog.records))
     assert "graphs are off" not in caplog.text
     for served, expected in zip(together, alone, strict=True):
         for found in served:  # see above for the one

@@ -23,17 +23,22 @@ def is_disturbed(error: BaseException) -> bool:
     return _DISTURBED.search(str(error)) is not None
 
 
-def undisturbed(run: Callable[[], Left], recover: Callable[[], object] | None = None) -> Left:
+def undisturbed(
+    run: Callable[[], Left],
+    recover: Callable[[], object] | None = None,
+    suspects: Callable[[BaseException], bool] = is_disturbed,
+) -> Left:
     """What ``run`` returns; it runs once more, while nobody captures, if another thread's capture came between.
 
     Args:
         run: May run twice.
         recover: Called before the second time.
+        suspects: Whether an error may come from that.
     """
     try:
         return run()
     except Exception as error:
-        if not is_disturbed(error):
+        if not suspects(error):
             raise
     with capturing:
         if recover is not None:

@@ -30,7 +30,9 @@ def let_go(error: BaseException) -> None:
         error: How it failed; its frames lose their variables, sessions and tensors among them.
     """
     cause: BaseException | None = error
-    while cause is not None:
+    seen = set[int]()  # an error may be its own cause
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
     gc.collect()

@@ -10,6 +10,7 @@ DISTURBED = {  # what CUDA says while another thread captures
     "pytorch": "CUDA error: operation not permitted when stream is capturing\nFor debugging",
     "onnxruntime": "CUDA failure 900: operation not permitted when stream is capturing ; GPU=0",
     "legacy stream": "CUDA failure 906: operation would make the legacy stream depend on a capturing blocking stream",
+    "arena": "BFCArena: Failed to allocate memory for requested buffer of size 12345",
 }
 
 

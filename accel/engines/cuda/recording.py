@@ -46,7 +46,7 @@ def _end_allocation(pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(device, pool)
     except RuntimeError:
         return  # PyTorch has ended it
-    if torch.__version__ < "2.12":  # later ones release it with the graph, or will
+    if torch.__version__ < "2.12":  # of later ones some release it with the graph (PyTorch's #190348)
         torch._C._cuda_releasePool(device, pool)
 
 

@@ -20,7 +20,7 @@ from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.drawing import open_drawer, table_of
 from accel.engines.ort_cuda.feeds import step_feeds
 from accel.engines.ort_cuda.memory import Allocator
-from accel.engines.ort_cuda.provider import NAME, Provider, run_error
+from accel.engines.ort_cuda.provider import NAME, Provider, may_be_disturbed, run_error
 from accel.engines.ort_cuda.rows import RowCopier
 from accel.engines.ort_cuda.steps import Caches, StepBinding
 from accel.engines.ort_cuda.threads import RunThreads
@@ -37,8 +37,8 @@ MAX_TOKENS = 4096  # of one run; more prompts, or a longer one, run in chunks
 LEAST_TOKENS = 64  # a chunk that does not fit in memory is halved down to this
 MAX_LOGITS = 32  # rows of logits of one run
 UNCAPTURED = "-1"  # ONNX Runtime's id of runs that are not
-WARM_RUNS = 3  # before a graph is replayed: one that warms up, one that captures, one that proves it
-CAPTURE_TRIES = 8  # of a session: what others allocate ends a capture; each of their threads then waits for it
+GRAPH_RUNS = 3  # of a new graph: ONNX Runtime may warm up with one, captures, and replays
+CAPTURE_TRIES = 8  # what others allocate ends a capture; each of their threads then waits for it
 _STEP = "decoder step"  # where errors happen
 _log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class OrtCudaDecoderSession:
         self._kept: dict[tuple[int, int], StepBinding] = {}
         self._session: Any = None
         self._captures = capture and provider.is_cuda and shape.capacity > 1
-        self._threads, self._tries = RunThreads(), CAPTURE_TRIES
+        self._threads, self._tries, self._ready = RunThreads(), CAPTURE_TRIES, False
         self._names = [f"{index}.{part}" for index in range(len(arch.layers)) for part in ("key", "value")]
         self._session = self._open()
         self._check_names()
@@ -107,6 +107,7 @@ class OrtCudaDecoderSession:
         if self._captures:
             with capturing:
                 self._capture_batches()
+        self._ready = True
         self._drawer = self._open_drawer() if provider.is_cuda else None
         if self._drawer is None:
             self.sample = None  # type: ignore[method-assign,assignment]
@@ -187,7 +188,7 @@ class OrtCudaDecoderSession:
             except OutOfMemoryError:
                 raise
             except AccelError as error:
-                self._note_uncaptured(error)
+                self._note_uncaptured(str(error))
         return self._provider.open(self._graph)
 
     def _check_names(self) -> None:
@@ -218,13 +219,12 @@ class OrtCudaDecoderSession:
     def _capture_batches(self) -> None:
         """Runs every decode batch until its graph is there. Only before the first step: it writes into the caches."""
         empty = np.zeros(self.max_batch, np.int32)
-        while self._captures and (missing := [count for count in self._batches if count not in self._threads.graphs()]):
-            count = missing[0]
+        while self._captures and (missing := {*self._batches} - self._threads.graphs()):
             taking = empty.copy()
-            taking[:count] = 1
+            taking[: (count := min(missing))] = 1
             ids = np.zeros(count, np.int64)
-            for _run in self._runs(StepInputs(ids, ids, taking, empty, np.arange(count))):
-                pass
+            for _part in self._runs(StepInputs(ids, ids, taking, empty, np.arange(count))):
+                del _part  # it holds the session
 
     def _open_drawer(self) -> Drawer | None:
         """What draws tokens on the device, its kernels compiled; None: the host does."""
@@ -286,9 +286,11 @@ class OrtCudaDecoderSession:
             feeds["total_length"] = np.array(self.capacity, np.int32)  # what lay on the host stays in the graph
         try:
             if graph is None or graph in self._threads.graphs():
-                return undisturbed(partial(self._run_bound, run, feeds, graph))
+                return undisturbed(partial(self._run_bound, run, feeds, graph), suspects=may_be_disturbed)
             with capturing:
                 return self._capture(run, feeds, graph)
+        except AccelError:
+            raise
         except Exception as error:
             raise run_error(error, _STEP) from error
 
@@ -297,37 +299,43 @@ class OrtCudaDecoderSession:
 
         Raises:
             EngineBrokenError: There is no new session.
-            Exception: ONNX Runtime's, where memory is full, or it does not run without a graph either.
+            Exception: As without a graph.
         """
         while self._captures:
+            self._run_bound(run, feeds, None)  # a fault of its own shows here, and memory that is full
             try:
-                return self._run_until_captured(run, feeds, graph)
+                return self._run_captured(run, feeds, graph)
             except Exception as error:
-                failed = run_error(error, _STEP)
-                if isinstance(failed, OutOfMemoryError):
-                    raise
-                _log.info("%s: CUDA graphs could not be captured: %s", NAME, failed)
-                self._tries -= 1
-                if not self._tries:
-                    self._note_uncaptured(failed)
-            self._reopen()  # not while the error is handled: its frames hold the session
+                why = run_error(error, _STEP).with_traceback(None)
+            self._reopen(str(why))  # not while the error is handled: its frames hold the session
+            if isinstance(why, OutOfMemoryError):
+                raise why
         return self._run_bound(run, feeds, None)
 
-    def _run_until_captured(self, run: PaddedStep, feeds: dict[str, NDArray], graph: int) -> StepBinding:
-        for _ in range(WARM_RUNS):
+    def _run_captured(self, run: PaddedStep, feeds: dict[str, NDArray], graph: int) -> StepBinding:
+        for _ in range(GRAPH_RUNS):
             binding = self._run_bound(run, feeds, graph)
         self._threads.graphs().add(graph)
+        if self._ready:  # until then each try counts: a new session has none of the graphs that were there
+            self._tries = CAPTURE_TRIES
         return binding
 
-    def _reopen(self) -> None:
+    def _reopen(self, why: str) -> None:
+        """Opens the graph again after a capture that failed, with captures while tries are left."""
         what = "the graph could not be opened again after a capture had failed"
         self._broken = EngineBrokenError(what, where=_STEP, remedy="Load the bundle again")  # if it is interrupted
+        _log.info("%s: CUDA graphs could not be captured: %s", NAME, why)
+        self._tries -= 1
+        if not self._tries:
+            self._note_uncaptured(why)
         self._kept.clear()
         self._threads.forget()
         self._session = None  # its memory first
         try:
             self._session = self._open()
         except AccelError as error:
+            if not self._ready:
+                raise
             raise EngineBrokenError(f"{what}: {error.what}", where=error.where, remedy=error.remedy) from error
         self._broken = None
 
@@ -355,10 +363,10 @@ class OrtCudaDecoderSession:
             self._kept[run.first, rows] = made
         return made
 
-    def _note_uncaptured(self, error: AccelError) -> None:
+    def _note_uncaptured(self, why: str) -> None:
         """From here on runs are not captured."""
         self._captures = False
-        self.notes.append(f"CUDA graphs are off: {error}")
+        self.notes.append(f"CUDA graphs are off: {why}")
         _log.warning("%s: %s", NAME, self.notes[-1])
 
 

@@ -12,7 +12,7 @@ from accel.engines.capturing import undisturbed
 from accel.engines.gpu_memory import OutOfMemoryError
 from accel.engines.lifetime import Lifetime
 from accel.engines.ort_cuda.feeds import Feeds, mask_feeds
-from accel.engines.ort_cuda.provider import NAME, Provider, run_error
+from accel.engines.ort_cuda.provider import NAME, Provider, may_be_disturbed, run_error
 from accel.engines.session import EngineInfo
 from accel.errors import BundleError, EngineBrokenError, InputError
 from accel.spec import OUTPUT_NAMES, ArchSpec
@@ -91,7 +91,7 @@ class OrtCudaEncoderSession:
         given = {name: np.ascontiguousarray(given[name]) for name in self._inputs}
         rows = len(feeds["input_ids"])
         try:
-            return undisturbed(lambda: self._run_bound(given))
+            return undisturbed(lambda: self._run_bound(given), suspects=may_be_disturbed)
         except Exception as error:
             found = run_error(error, f"encoder batch {list(feeds['input_ids'].shape)}")
             if isinstance(found, EngineBrokenError):

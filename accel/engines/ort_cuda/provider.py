@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.engines.capturing import undisturbed
+from accel.engines.capturing import is_disturbed, undisturbed
 from accel.engines.gpu_memory import OutOfMemoryError, says_full
 from accel.engines.ort_cuda.package import CUDA
 from accel.errors import AccelError, EngineBrokenError, EngineError, EngineUnavailableError
@@ -105,6 +105,11 @@ class Provider:
         return self.ort.OrtValue.ortvalue_from_numpy(array, "cpu", 0)
 
 
+def may_be_disturbed(error: BaseException) -> bool:
+    """Whether another thread's capture may have come between: its arena calls memory full that CUDA refused then."""
+    return is_disturbed(error) or says_full(str(error))
+
+
 def run_error(error: Exception, where: str) -> EngineError:
     """An ONNX Runtime exception in our terms: out of memory, a lost device, or one failed run."""
     if isinstance(error, EngineError):
@@ -127,4 +132,4 @@ def _as_opening(error: Exception, where: str) -> AccelError:
     return EngineUnavailableError(found.what, where=found.where, remedy=found.remedy)
 
 
-__all__ = ["ITEM_BYTES", "NAME", "ONNX_TYPES", "Provider", "run_error"]
+__all__ = ["ITEM_BYTES", "NAME", "ONNX_TYPES", "Provider", "may_be_disturbed", "run_error"]

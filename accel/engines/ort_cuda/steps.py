@@ -86,9 +86,9 @@ class StepBinding:
         for name, held in self._held.items():
             if np.array_equal(held, feeds[name]):
                 continue
+            if name not in HOST:  # at first: a copy that fails is made again when the run is
+                self._inputs[name].update_inplace(np.ascontiguousarray(feeds[name], held.dtype))
             held[...] = feeds[name]
-            if name not in HOST:
-                self._inputs[name].update_inplace(held)
 
     def run(self, options: Any = None) -> None:
         """Runs it."""

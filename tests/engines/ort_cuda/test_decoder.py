@@ -16,8 +16,9 @@ from accel.engines.ort_cuda.decoder import OrtCudaDecoderSession, halves
 from accel.engines.padded import PaddedStep
 from accel.engines.session import GreedySession
 from accel.errors import BundleError, EngineBrokenError, EngineError
+from tests.engines.captures import DISTURBED
 from tests.engines.ort_cuda.stand_in import CPU, fake_gpu, open_decoder
-from tests.engines.ort_cuda.steps import CAPACITY, LIMIT, ROWS, inputs, step
+from tests.engines.ort_cuda.steps import CAPACITY, IDS, LIMIT, ROWS, inputs, step
 
 
 @pytest.fixture(params=["plain", "captured"])
@@ -118,6 +119,27 @@ def test_a_graph_of_another_target(bundle: Bundle) -> None:
 # Faults
 
 
+def test_a_copy_that_was_refused_is_made_again(bundle: Bundle, logits: NDArray) -> None:
+    """CUDA refuses it while another thread captures; the run that is tried again needs this step's token."""
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu())
+    step(session, [(0, 0, 3)], [2])
+    step(session, [(0, 3, 4)], [0])
+    binding = session._kept[0, 1]
+    real, copied = binding._inputs["input_ids"], list[list[int]]()
+
+    class Refuses:
+        def update_inplace(self, array: NDArray) -> None:
+            copied.append(array.ravel().tolist())
+            if len(copied) == 1:
+                raise RuntimeError(DISTURBED["legacy stream"])
+            real.update_inplace(array)
+
+    binding._inputs["input_ids"] = Refuses()
+    assert np.abs(step(session, [(0, 4, 5)], [0]) - logits[[4]]).max() < LIMIT
+    assert copied == [[IDS[4]]] * 2
+    session.close()
+
+
 class Limited:
     """Fails runs of more tokens than fit."""
 
@@ -152,7 +174,7 @@ def test_a_prompt_that_does_not_fit_runs_in_smaller_chunks(
     session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(limited))
     watch(session, limited)
     assert np.abs(step(session, [(1, 0, 48)], [0, 30, 47]) - logits[[0, 30, 47]]).max() < LIMIT
-    assert limited.runs == [48, 24, 12, 12, 24, 12, 12]
+    assert limited.runs == [48, 48, 24, 24, 12, 12, 24, 24, 12, 12], "what fails might have met a capture"
     assert np.abs(step(session, [(1, 20, 21)], [0]) - logits[[20]]).max() < LIMIT
     session.close()
 
