@@ -30,9 +30,7 @@ def let_go(error: BaseException) -> None:
         error: How it failed; its frames lose their variables, sessions and tensors among them.
     """
     cause: BaseException | None = error
-    seen = set[int]()  # an error may be its own cause
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
+    while cause is not None:
         traceback.clear_frames(cause.__traceback__)
         cause = cause.__cause__ or cause.__context__
     gc.collect()

@@ -20,9 +20,9 @@ _Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
 class RunThreads:
     """Where runs happen: the first threads that ask run by themselves, all others' runs are in one thread of our own.
 
-    A thread that has ended keeps its place: load and serve in threads that stay.
-    What ONNX Runtime makes for a thread stays as long as the session. A change of threads takes time: 0.1 to 0.4 ms for
-    a token of 1.8 to 2.5 on an H100's host, and 1 ms more for a prompt of 128.
+    What ONNX Runtime makes for a thread stays as long as the session, so a thread that has ended keeps its place: load
+    and serve in threads that stay. A change of threads takes time: 0.1 to 0.4 ms for a token of 1.8 to 2.5 on an H100's
+    host, and about 1 ms for a prompt of 128.
     """
 
     def __init__(self) -> None:
