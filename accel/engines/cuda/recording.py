@@ -24,7 +24,8 @@ def recording(graph: Any, pool: Any = None) -> Iterator[None]:
         pool: Of its memory; None: its own.
 
     Raises:
-        RuntimeError: It failed. The stream is what it was, and memory is given back as before.
+        RuntimeError: It failed. The stream is what it was, and memory is given back as before, but for what the
+            recording took where PyTorch is 2.12 or 2.13.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
     with capturing, torch.cuda.stream(torch.cuda.current_stream()):  # what fails leaves its own stream current

@@ -175,7 +175,8 @@ def test_the_next_recording_takes_memory_of_its_own(recorder: Recorder, gpu: Dev
     recorder.failure = None
     second.run()
     third.run()
-    assert recorder.used == [0, 1, 1]
+    assert recorder.used == [0, 1, 1] and recorder.replays == 2
+    assert first._graph is None and second.failure is third.failure is None
 
 
 @pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1"])

@@ -30,6 +30,17 @@ def graph_id(options: Any) -> str | None:
     return options.get_run_config_entry("gpu_graph_id") if options is not None else None
 
 
+class Failures:
+    """Fails runs of one graph, each as the last of what is ``said``."""
+
+    def __init__(self, graph: str) -> None:
+        self.graph, self.said = graph, list[str]()
+
+    def __call__(self, io: Any, options: Any) -> None:
+        if self.said and graph_id(options) == self.graph:
+            raise RuntimeError(self.said.pop())
+
+
 def test_decode_batches_are_captured_at_opening(bundle: Bundle, logits: NDArray) -> None:
     runs: list[str | None] = []
     gpu = fake_gpu(lambda io, options: None if options is None else runs.append(graph_id(options)))
@@ -267,17 +278,12 @@ def test_a_run_that_fails_by_itself_ends_no_capture(
 
 def test_tries_are_for_one_capture(bundle: Bundle, logits: NDArray) -> None:
     """A server that runs for months keeps its graphs."""
-    failures: list[str] = []
-
-    def fail(io: Any, options: Any) -> None:
-        if failures and graph_id(options) == "1":
-            raise RuntimeError(failures.pop())
-
-    gpu = fake_gpu(fail)
+    failures = Failures("1")
+    gpu = fake_gpu(failures)
     session = open_decoder(bundle, ROWS, CAPACITY, gpu)
     step(session, [(0, 0, 3)], [2])
     for _ in range(2):
-        failures[:] = [ENDED] * (CAPTURE_TRIES - 1)
+        failures.said = [ENDED] * (CAPTURE_TRIES - 1)
         with ThreadPoolExecutor(1) as pool:
             assert np.abs(pool.submit(step, session, [(0, 3, 4)], [0]).result() - logits[[3]]).max() < LIMIT
     assert gpu.opened == [True] * (1 + 2 * (CAPTURE_TRIES - 1)) and not session.notes
@@ -290,15 +296,11 @@ def test_an_interrupt_amid_a_capture_breaks_the_session(bundle: Bundle, monkeypa
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    def fail(io: Any, options: Any) -> None:
-        if failing and graph_id(options) == "1":
-            raise RuntimeError(ENDED)
-
-    failing: list[bool] = []
-    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(fail))
+    failures = Failures("1")
+    session = open_decoder(bundle, ROWS, CAPACITY, fake_gpu(failures))
     step(session, [(0, 0, 3)], [2])
     monkeypatch.setattr(module._log, "warning", interrupt)
-    failing.append(True)
+    failures.said = [ENDED] * CAPTURE_TRIES
     with ThreadPoolExecutor(1) as pool, pytest.raises(KeyboardInterrupt):
         pool.submit(step, session, [(0, 3, 4)], [0]).result()
     with pytest.raises(EngineBrokenError, match="could not be opened again"):
@@ -308,13 +310,8 @@ def test_an_interrupt_amid_a_capture_breaks_the_session(bundle: Bundle, monkeypa
 
 def test_a_session_that_cannot_be_opened_again_is_broken(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process may have taken the memory meanwhile."""
-    failures: list[str] = []
-
-    def fail(io: Any, options: Any) -> None:
-        if failures and graph_id(options) == "1":
-            raise RuntimeError(failures.pop())
-
-    gpu = fake_gpu(fail)
+    failures = Failures("1")
+    gpu = fake_gpu(failures)
     session = open_decoder(bundle, ROWS, CAPACITY, gpu)
 
     def full(*_: Any, **__: Any) -> Any:
@@ -322,7 +319,7 @@ def test_a_session_that_cannot_be_opened_again_is_broken(bundle: Bundle, monkeyp
 
     step(session, [(0, 0, 3)], [2])
     monkeypatch.setattr(type(gpu), "open", full)
-    failures.append(ENDED)
+    failures.said = [ENDED]
     with ThreadPoolExecutor(1) as pool:
         for _ in range(2):
             with pytest.raises(EngineBrokenError, match="could not be opened again.*the weights do not fit"):
@@ -333,11 +330,9 @@ def test_a_session_that_cannot_be_opened_again_is_broken(bundle: Bundle, monkeyp
 def test_memory_that_others_take_while_it_is_opened(bundle: Bundle) -> None:
     """Whoever loads is told what fits, as if it had been full at first."""
 
-    def fail(io: Any, options: Any) -> None:
-        if graph_id(options) == "2":
-            raise RuntimeError(ENDED)
-
-    gpu = fake_gpu(fail)
+    failures = Failures("2")
+    failures.said = [ENDED]
+    gpu = fake_gpu(failures)
     plain = type(gpu).open
 
     def once(self: Any, graph: Any, capture: bool = False) -> Any:
