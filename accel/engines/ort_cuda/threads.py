@@ -21,8 +21,8 @@ class RunThreads:
     """Where runs happen: the first threads that ask run by themselves, all others' runs are in one thread of our own.
 
     What ONNX Runtime makes for a thread stays as long as the session, so a thread that has ended keeps its place: load
-    and serve in threads that stay. A change of threads takes time: 0.1 to 0.4 ms for a token of 1.8 to 2.5 on an H100's
-    host, and about 1 ms for a prompt of 128.
+    and serve in threads that stay. A change of threads takes time: 0.1 to 0.4 ms for a token of 1.7 to 2.5 on hosts
+    of H100s and H200s, and about 1 ms for a prompt of 128 on one of them.
     """
 
     def __init__(self) -> None:
