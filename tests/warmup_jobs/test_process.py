@@ -37,7 +37,7 @@ def end_of(child: Child) -> Outcome:
 @pytest.mark.parametrize(
     ("command", "said", "killed"),
     [
-        ("kill -SEGV $$", "was ended by SIGSEGV; it last said: about to build", False),
+        ("ulimit -c 0; kill -SEGV $$", "was ended by SIGSEGV; it last said: about to build", False),
         ("kill -KILL $$", "was ended by SIGKILL, as the kernel does when memory runs out; it last", True),
         ("exit 3", "ended with exit code 3; it last said: about to build", False),
     ],
